@@ -1,0 +1,1 @@
+"""Instruction tuning and reward modelling from scratch in plain PyTorch."""
