@@ -1,0 +1,189 @@
+"""A model's folder → OPT, and back: config.json beside safetensors or `.bin` weights, as the hub lays them out."""
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minift.errors import UserError
+from minift.files import read_text, write_text, written_whole
+from minift.model import OPT, OPTConfig
+
+# The first of these that a folder holds is its weights.
+LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+EMBEDDING = "decoder.embed_tokens.weight"
+HEAD = "lm_head.weight"
+STRAY = {"decoder.version"}  # fairseq's file version, which the first conversions carried along
+
+
+def resolve(model: str | Path, revision: str | None = None) -> Path:
+    """The folder that holds a model's files. Raises UserError when `model` is none."""
+    folder = Path(model)
+    if not folder.is_dir():
+        raise UserError(f"{model}: no such folder, expected one with config.json and weights")
+    if revision is not None:
+        raise UserError(f"--revision {revision}: {model} is a folder, which has no revisions: leave the flag out")
+    return folder
+
+
+def load_model(model: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> OPT:
+    """An OPT language model on the CPU with the weights of a folder, every tensor cast to `dtype` (the hub's are fp16).
+
+    Raises UserError when a file is absent or damaged, and when a weight is missing, left over, of another shape, or NaN
+    or infinite in `dtype`. Tensors are copied one at a time out of one mapped file after the other, so the weights are
+    never in memory twice. No code in a checkpoint runs.
+    """
+    folder = resolve(model, revision)
+    config = read_config(folder / "config.json")
+    with torch.device("meta"):
+        opt = OPT(config)
+    expected = {name: tensor.shape for name, tensor in opt.state_dict().items()}
+    opt.load_state_dict(_read_state(weight_files(folder), expected, dtype), assign=True)
+    return opt
+
+
+def read_config(path: Path) -> OPTConfig:
+    """Read a language model's config.json; UserError if it is absent, malformed, or some other model's."""
+    values = _read_json(path)
+    if "OPTForSequenceClassification" in str(values.get("architectures")):
+        raise UserError(f"{path}: this is a reward model (OPTForSequenceClassification), expected a language model")
+    try:
+        return OPTConfig.from_dict(values)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights, shards in the order of their names."""
+    path = next((folder / name for name in LAYOUTS if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"{folder}: no weights, expected one of {', '.join(LAYOUTS)}")
+    if path.suffix != ".json":
+        return [path]
+    shard_of = _read_json(path).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise UserError(f"{path}: expected a weight_map from weights to files")
+    suffix = Path(path.name.removesuffix(".index.json")).suffix
+    for shard in shard_of.values():
+        # Nothing but a file of the same kind in this very folder: an index is as untrusted as the weights.
+        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(suffix):
+            raise UserError(f"{path}: weight_map names {shard!r}, expected a {suffix} file in the same folder")
+    files = [folder / shard for shard in sorted(set(shard_of.values()))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: no such file, though {path.name} names it")
+    return files
+
+
+def save_model(model: OPT, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and model.safetensors as transformers' `OPTForCausalLM` reads them, each whole or not at all.
+
+    Weights are stored as `dtype`, or as they are. The tied head is not stored: transformers ties it again.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {f"model.{name}": tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    stored = str(model.head.dtype if dtype is None else dtype).removeprefix("torch.")
+    with written_whole(folder / "model.safetensors") as path:
+        try:
+            save_file(state, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # how a full disk looks here
+            raise OSError(f"{folder / 'model.safetensors'}: {error}") from error
+    config = model.config.to_dict() | {"dtype": stored}
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def fingerprint(model: str | Path, revision: str | None = None) -> str:
+    """SHA-256 of the weights, in hexadecimal: for a single file what `sha256sum` prints, else over all shards."""
+    digest = hashlib.sha256()
+    for path in weight_files(resolve(model, revision)):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_state(files: list[Path], expected: dict[str, torch.Size], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of the expected weights, found in `files` with or without a leading `model.`; UserError for any others."""
+    state: dict[str, Tensor] = {}
+    unexpected, misshapen = [], {}
+    shapes = expected | {HEAD: expected[EMBEDDING]}
+    for path in files:
+        for full_name, tensor in _read_tensors(path):
+            name = full_name.removeprefix("model.")
+            if name in STRAY:
+                continue
+            if name not in shapes or name in state:
+                unexpected.append(full_name)
+            elif tensor.shape != shapes[name] or not tensor.is_floating_point():
+                misshapen[name] = f"{full_name} {tensor.dtype} {[*tensor.shape]} for {[*shapes[name]]}"
+            else:
+                # A copy even if nothing is cast: the tensor is a view of the mapped file.
+                state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+                if not state[name].isfinite().all():
+                    raise UserError(f"{path}: {full_name} holds NaN or infinite numbers when read as {dtype}")
+    # A tied save may keep the tensor under either name or both.
+    head = state.pop(HEAD, None)
+    if head is not None and not torch.equal(state.setdefault(EMBEDDING, head), head):
+        raise UserError(f"{files[-1].parent}: lm_head.weight differs from embed_tokens.weight, expected a tied head")
+    missing = [name for name in expected if name not in state and name not in misshapen]
+    problems = [
+        f"{len(names)} {problem} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+        for problem, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", [*misshapen.values()]))
+        if names
+    ]
+    if problems:
+        where = files[0] if len(files) == 1 else files[0].parent
+        raise UserError(f"{where}: weights do not fit the model of config.json: {'; '.join(problems)}")
+    return state
+
+
+def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of one file, as views of it wherever it can be mapped. UserError when the file is damaged."""
+    if path.suffix == ".safetensors":
+        yield from _read_safetensors(path)
+    else:
+        yield from _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{path}: unreadable, truncated or damaged: download or copy it again ({error})") from None
+
+
+def _read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle fails in whatever way its bytes say
+        if "Unsupported" in str(error):
+            raise UserError(f"{path}: holds more than weights and was not run, expected a plain state dict") from None
+        raise UserError(
+            f"{path}: unreadable, truncated or damaged: download or copy it again ({type(error).__name__})"
+        ) from None
+    tensors = state.items() if isinstance(state, dict) else [(None, state)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors):
+        raise UserError(f"{path}: expected a state dict, a dictionary of tensors by name")
+    yield from tensors
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(read_text(path, "a model's folder to hold it"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values

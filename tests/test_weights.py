@@ -1,0 +1,387 @@
+"""Every layout of OPT.md's "Files on the hub", every way for one to be broken, and what transformers makes of ours."""
+
+import hashlib
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from safetensors.torch import save_model as save_tied
+
+from minift.errors import UserError
+from minift.model import OPT, OPTConfig, initialise
+from minift.weights import fingerprint, load_model, save_model
+
+# Post-LN with projections, as opt-350m: the shape with the most that can go wrong.
+LAYOUTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+CONFIG = OPTConfig(
+    vocab_size=50,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    ffn_dim=24,
+    word_embed_proj_dim=8,
+    max_position_embeddings=12,
+    do_layer_norm_before=False,
+)
+EMBEDDING = "model.decoder.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+def hub_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """fp16 weights under the hub's names, `model.decoder.*`, none of them trivial, made by the reference."""
+    torch.manual_seed(seed)
+    values = CONFIG.to_dict()
+    reference = transformers.OPTForCausalLM(transformers.OPTConfig(**values))
+    state = {name: torch.randn_like(tensor).half() for name, tensor in reference.state_dict().items()}
+    del state[HEAD]
+    return state
+
+
+def write_config(folder: Path, **changes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_dict() | changes))
+
+
+def write_weights(folder: Path, layout: str, state: dict, metadata: dict | None = None) -> list[Path]:
+    """Write `state` as one of the four layouts, over three shards if it has an index; the files with the weights."""
+    single = layout.removesuffix(".index.json")
+    stem, suffix = single.split(".")
+    names = [single] if single == layout else [f"{stem}-0000{shard}-of-00003.{suffix}" for shard in (1, 2, 3)]
+    for shard, name in enumerate(names):
+        part = {key: state[key] for key in list(state)[shard :: len(names)]}
+        if suffix == "bin":
+            torch.save(part, folder / name)
+        else:
+            save_file(part, folder / name, metadata or {"format": "pt"})
+    if single != layout:
+        weight_map = {key: names[place % 3] for place, key in enumerate(state)}
+        (folder / layout).write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}))
+    return [folder / name for name in names]
+
+
+def assert_holds(model: OPT, state: dict[str, torch.Tensor]) -> None:
+    found = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(found[name], tensor.float()), name
+
+
+def assert_refused(folder: Path, *words: str, **options) -> None:
+    with pytest.raises(UserError) as refusal:
+        load_model(folder, **options)
+    message = str(refusal.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_every_layout_and_prefix_gives_the_same_weights(tmp_path, layout, prefix):
+    write_config(tmp_path)
+    state = hub_state()
+    write_weights(tmp_path, layout, {prefix + name.removeprefix("model."): state[name] for name in state})
+    random_state = torch.get_rng_state()
+    model = load_model(tmp_path)
+    assert torch.equal(torch.get_rng_state(), random_state), "a run would depend on whether it was given weights"
+    assert_holds(model, state)
+    assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert model.config == CONFIG
+
+
+def test_the_first_layout_of_the_order_wins(tmp_path):
+    for first in range(4):
+        folder = tmp_path / str(first)
+        write_config(folder)
+        for place in reversed(range(first, 4)):
+            write_weights(folder, LAYOUTS[place], hub_state(seed=place))
+        assert_holds(load_model(folder), hub_state(seed=first))
+
+
+def test_what_transformers_saves_in_shards(tmp_path):
+    state = hub_state()
+    reference = transformers.OPTForCausalLM(transformers.OPTConfig(**CONFIG.to_dict()))
+    reference.load_state_dict(state | {HEAD: state[EMBEDDING]})
+    reference.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert_holds(load_model(tmp_path), state)
+
+
+def test_a_pickle_older_than_zip_files(tmp_path):
+    write_config(tmp_path)
+    torch.save(hub_state(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_holds(load_model(tmp_path), hub_state())
+
+
+def test_weights_stored_transposed_come_out_contiguous(tmp_path):
+    write_config(tmp_path)
+    torch.save({name: tensor.t().contiguous().t() for name, tensor in hub_state().items()}, tmp_path / LAYOUTS[2])
+    model = load_model(tmp_path)
+    assert_holds(model, hub_state())
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stored", ["both", "head only"])
+def test_the_tied_embedding_under_its_other_name(tmp_path, layout, stored):
+    write_config(tmp_path)
+    state = hub_state()
+    on_disk = state | {HEAD: state[EMBEDDING].clone(), "decoder.version": torch.tensor([3.0])}
+    if stored == "head only":
+        del on_disk[EMBEDDING]
+    write_weights(tmp_path, layout, on_disk)
+    assert_holds(load_model(tmp_path), state)
+
+
+def test_a_tied_save_with_its_alias_in_the_metadata(tmp_path):
+    """As the conversions on the hub have it: safetensors' own `save_model` drops one name and notes it."""
+    write_config(tmp_path)
+    tied = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(8, 50, bias=False), "model": OPT(CONFIG)})
+    tied["lm_head"].weight = tied["model"].decoder.embed_tokens.weight
+    path = tmp_path / "model.safetensors"
+    save_tied(tied, str(path), {"format": "pt"})
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", EMBEDDING: HEAD} and EMBEDDING not in file.keys()
+    assert_holds(load_model(tmp_path), {name: tensor for name, tensor in tied.state_dict().items() if name != HEAD})
+
+
+def test_a_loaded_model_owns_its_weights(tmp_path):
+    """Nothing is cast here, so a view of the mapped file would do, and change with it."""
+    write_config(tmp_path)
+    for layout in ("model.safetensors", "pytorch_model.bin"):
+        [path] = write_weights(tmp_path, layout, hub_state())
+        model = load_model(tmp_path, dtype=torch.float16)
+        with path.open("r+b") as file:
+            file.write(bytes(path.stat().st_size))
+        assert_holds(model.float(), hub_state())
+        path.unlink()
+
+
+def test_dtypes(tmp_path):
+    write_config(tmp_path)
+    write_weights(tmp_path, "model.safetensors", hub_state())
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        model = load_model(tmp_path, dtype=dtype)
+        assert {tensor.dtype for tensor in model.state_dict().values()} == {dtype}
+        assert torch.equal(model.head, hub_state()[EMBEDDING].to(dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------- refusing
+
+
+def test_folders_that_are_no_model(tmp_path):
+    assert_refused(tmp_path / "nowhere", "nowhere", "no such folder")
+    assert_refused(tmp_path, "config.json", "no such file")
+    write_config(tmp_path)
+    assert_refused(tmp_path, "no weights", *LAYOUTS)
+    write_weights(tmp_path, "model.safetensors", hub_state())
+    assert_refused(tmp_path, "--revision", revision="main")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "not valid JSON"),
+        ('{"hidden_size": 16', "not valid JSON"),
+        (b"\xff\xfe{}", "not UTF-8 text"),
+        ("[]", "expected a JSON object"),
+        ('{"hidden_size": "16"}', "hidden_size"),
+        ('{"hidden_size": 15, "num_attention_heads": 2}', "hidden_size"),
+        ('{"model_type": "gpt2"}', "gpt2"),
+        ('{"architectures": ["OPTForSequenceClassification"]}', "reward model"),
+        ('{"architectures": 3, "dropout": "high"}', "dropout"),
+    ],
+)
+def test_a_broken_config(tmp_path, text, word):
+    (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert_refused(tmp_path, "config.json", word)
+
+
+def change(name: str, tensor: torch.Tensor | None):
+    def changed(state: dict) -> dict:
+        return {key: value for key, value in (state | {name: tensor}).items() if value is not None}
+
+    return changed
+
+
+FC1 = "model.decoder.layers.1.fc1.weight"
+
+
+def one_entry(value: float) -> torch.Tensor:
+    tensor = torch.ones(24, 16)
+    tensor[23, 15] = value
+    return tensor
+
+
+@pytest.mark.parametrize("layout", ["model.safetensors", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        (change(FC1, None), "1 missing (decoder.layers.1.fc1.weight)"),
+        (change(EMBEDDING, None), "1 missing (decoder.embed_tokens.weight)"),
+        (change("score.weight", torch.ones(1, 8)), "1 unexpected (score.weight)"),
+        (change(FC1.removeprefix("model."), torch.ones(24, 16)), "1 unexpected"),  # there under both prefixes
+        (
+            lambda state: {f"model.{name}": state[name] for name in state},
+            "36 unexpected (",
+        ),  # one prefix is stripped, not two
+        (
+            change(FC1, torch.ones(16, 24)),
+            "json: 1 misshapen (model.decoder.layers.1.fc1.weight torch.float32 [16, 24] for [24, 16])",
+        ),
+        (change(FC1, torch.ones(24, 16, dtype=torch.int8)), "1 misshapen"),
+        (change(FC1, one_entry(torch.inf)), "NaN or infinite"),
+        (change(FC1, one_entry(torch.nan)), "NaN or infinite"),
+        (change(HEAD, torch.zeros(50, 8)), "lm_head.weight differs"),
+        (change(HEAD, torch.zeros(49, 8)), "1 misshapen (lm_head.weight"),
+        (lambda state: {f"transformer.h.{name}": state[name] for name in state}, ", …); 36 unexpected ("),
+    ],
+)
+def test_weights_that_do_not_fit(tmp_path, layout, changed, word):
+    write_config(tmp_path)
+    write_weights(tmp_path, layout, changed(hub_state()))
+    assert_refused(tmp_path, str(tmp_path), word)
+
+
+def test_weights_that_overflow_in_fp16(tmp_path):
+    write_config(tmp_path)
+    write_weights(tmp_path, "model.safetensors", hub_state() | {FC1: one_entry(1e5)})
+    load_model(tmp_path)
+    assert_refused(tmp_path, FC1, "torch.float16", dtype=torch.float16)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "older pickle"])
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, 0.9, -1])
+def test_truncated_files(tmp_path, layout, kept):
+    write_config(tmp_path)
+    if layout == "older pickle":
+        path = tmp_path / "pytorch_model.bin"
+        torch.save(hub_state(), path, _use_new_zipfile_serialization=False)
+    else:
+        path = write_weights(tmp_path, layout, hub_state())[-1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    assert_refused(tmp_path, str(path), "truncated or damaged")
+
+
+def test_no_code_in_a_checkpoint_runs(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "it ran",)
+
+    write_config(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    for new_format in (True, False):
+        torch.save(hub_state() | {"payload": Payload()}, path, _use_new_zipfile_serialization=new_format)
+        assert_refused(tmp_path, str(path), "holds more than weights")
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("held", [[torch.ones(2)], {"state_dict": hub_state()}, {"step": 3}, {3: torch.ones(2)}])
+def test_a_pickle_that_is_no_state_dict(tmp_path, held):
+    write_config(tmp_path)
+    torch.save(held, tmp_path / "pytorch_model.bin")
+    assert_refused(tmp_path, "pytorch_model.bin", "expected a state dict")
+
+
+@pytest.mark.parametrize(
+    "shard", ["../outside.safetensors", "/etc/outside.safetensors", "a\\b.safetensors", "..", "weights.bin", 3, None]
+)
+def test_an_index_that_leads_outside(tmp_path, shard):
+    folder = tmp_path / "model"
+    write_config(folder)
+    save_file(hub_state(), tmp_path / "outside.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(hub_state(), shard)}))
+    assert_refused(folder, str(index), repr(shard), "in the same folder")
+
+
+def test_broken_indexes(tmp_path):
+    write_config(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    for text in ("{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'):
+        index.write_text(text)
+        assert_refused(tmp_path, str(index), "weight_map")
+    index.write_text("{")
+    assert_refused(tmp_path, str(index), "not valid JSON")
+    write_weights(tmp_path, index.name, hub_state())[1].unlink()
+    assert_refused(tmp_path, "model-00002-of-00003.safetensors", "no such file", index.name)
+
+
+# ------------------------------------------------------------------------------------------------------------ saving
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_transformers_loads_what_is_saved(tmp_path, dtype):
+    model = OPT(CONFIG)
+    initialise(model, seed=0)
+    save_model(model, tmp_path / "new" / "folder", dtype)
+    folder = tmp_path / "new" / "folder"
+    reference, loading = transformers.OPTForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert reference.dtype == (dtype or torch.float32)
+    expected = model.to(dtype) if dtype else model
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(reference.state_dict()[f"model.{name}"], tensor), name
+    assert torch.equal(reference.lm_head.weight, expected.head)
+    for name, value in CONFIG.to_dict().items():
+        assert getattr(reference.config, name) == value, name
+
+    values = json.loads((folder / "config.json").read_text())
+    assert values == CONFIG.to_dict() | {"dtype": "float16" if dtype else "float32"}
+
+    assert_holds(load_model(folder), {f"model.{name}": tensor for name, tensor in expected.state_dict().items()})
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert all(name.startswith("model.decoder.") for name in file.keys())
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1, "the weights have permissions of their own"
+
+
+def test_a_full_disk_leaves_the_last_good_files(tmp_path):
+    model = OPT(CONFIG)
+    initialise(model, seed=0)
+    save_model(model, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    initialise(model, seed=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="model.safetensors"):
+            save_model(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_saving_again_replaces(tmp_path):
+    model = OPT(CONFIG)
+    for seed in (0, 1):
+        initialise(model, seed)
+        save_model(model, tmp_path)
+        assert_holds(load_model(tmp_path), {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+
+
+def test_fingerprint(tmp_path):
+    write_config(tmp_path / "one")
+    [path] = write_weights(tmp_path / "one", "model.safetensors", hub_state())
+    whole = fingerprint(tmp_path / "one")
+    assert whole == hashlib.sha256(path.read_bytes()).hexdigest()
+    state = hub_state()
+    state[FC1][3, 3] += 1
+    write_weights(tmp_path / "one", "model.safetensors", state)
+    assert fingerprint(tmp_path / "one") != whole
+
+    write_config(tmp_path / "shards")
+    paths = write_weights(tmp_path / "shards", "pytorch_model.bin.index.json", hub_state())
+    together = b"".join(path.read_bytes() for path in paths)
+    assert fingerprint(tmp_path / "shards") == hashlib.sha256(together).hexdigest()
