@@ -1,0 +1,156 @@
+"""Files to rows: what is accepted, and what a wrong row is called."""
+
+import hashlib
+import json
+import random
+
+import pytest
+
+from minift.datasets import PROMPT_KINDS, drop_rows_with_input, fingerprint, load_rows, split
+from minift.errors import UserError
+
+ROW = {"instruction": "Add.", "input": "", "output": "3"}
+
+
+def test_array_and_lines_give_the_same_rows(tmp_path):
+    rows = [
+        ROW,
+        {"instruction": "a\u2028b\n\u0085", "input": "x", "output": "😀 \0", "family": 7, "kind": None},
+        {"instruction": "no input", "output": ""},
+    ]
+    for ensure_ascii in (True, False):
+        lines = [json.dumps(row, ensure_ascii=ensure_ascii) for row in rows]
+        files = {
+            "pretty.json": json.dumps(rows, indent=3, ensure_ascii=ensure_ascii),
+            "flat.json": json.dumps(rows, ensure_ascii=ensure_ascii),
+            "lines.json": "\n".join(lines),
+            "lines.jsonl": "\n\n".join(lines) + "\n \n",
+            "windows.jsonl": "\ufeff" + "\r\n".join(lines) + "\r\n",
+            "array.jsonl": f" [{','.join(lines)}] ",
+        }
+        for name, text in files.items():
+            (tmp_path / name).write_bytes(text.encode())
+            loaded = load_rows(tmp_path / name)
+            assert loaded == rows, name
+    assert [row.place for row in load_rows(tmp_path / "lines.jsonl")] == ["line 1", "line 3", "line 5"]
+    assert [row.place for row in load_rows(tmp_path / "pretty.json")] == ["row 1", "row 2", "row 3"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b"},
+        {"text": "a"},
+        {"instruction": "a", "input": "", "output": "b", "text": "rendered", "prompt": "rendered"},
+    ],
+)
+def test_each_kind_of_row(tmp_path, row):
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    assert load_rows(tmp_path / "data.jsonl") == [row]
+
+
+def test_prompts_need_no_answer(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"instruction": "a"}\n{"instruction": "b", "input": "c"}\n')
+    assert load_rows(path, PROMPT_KINDS) == [{"instruction": "a"}, {"instruction": "b", "input": "c"}]
+    with pytest.raises(UserError, match="field 'output' is missing"):
+        load_rows(path)
+
+
+GOOD = '{"instruction": "a", "output": "b"}'
+WRONG = [
+    # (file name, content, the message's beginning after the directory, what else is in it)
+    ("d.jsonl", GOOD + '\n{"instruction": "a"}', "d.jsonl:2: field 'output' is missing", ""),
+    ("d.jsonl", GOOD + '\n\n{"instruction": "a", "output": 3}', "d.jsonl:3: field 'output' is a number", "a string"),
+    ("d.jsonl", '{"instruction": "a", "input": null, "output": "b"}', "d.jsonl:1: field 'input' is null", ""),
+    ("d.jsonl", '{"prompt": ["a"], "completion": "b"}', "d.jsonl:1: field 'prompt' is a list", ""),
+    ("d.jsonl", '{"prompt": "a"}', "d.jsonl:1: field 'completion' is missing", ""),
+    ("d.jsonl", '{"instruction": "a", "text": "b"}', "d.jsonl:1: field 'output' is missing", ""),
+    ("d.jsonl", '{"text": true}', "d.jsonl:1: field 'text' is true or false", ""),
+    ("d.jsonl", '{"question": "a"}', "d.jsonl:1: no field of a row", "'instruction' and 'output'"),
+    ("d.jsonl", '"a"', "d.jsonl:1: a string, expected an object", ""),
+    ("d.jsonl", GOOD + '\n{"instruction": "a", "output": "b"', "d.jsonl:2:35: malformed JSON", ""),
+    ("d.jsonl", GOOD + " " + GOOD, "d.jsonl:1:37: malformed JSON: Extra data", ""),
+    ("d.jsonl", GOOD + '\n{"text": "a"}', "d.jsonl:2: this row has 'text'", "'instruction' and 'output'"),
+    ("d.jsonl", '{"text": "ab\\ud800"}', "d.jsonl:1: field 'text' holds half of a character", "\\ud800 alone"),
+    ("d.jsonl", '{"text": "a", "score": NaN}', "d.jsonl:1: malformed JSON: NaN", ""),
+    ("d.jsonl", "[" * 100_000, "d.jsonl:1: row 1: malformed JSON", "recursion"),
+    ("d.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', "d.jsonl:2: not UTF-8", "0xe9"),
+    ("d.jsonl", "", "d.jsonl: no rows", ""),
+    ("d.json", "[]", "d.json: no rows", ""),
+    ("d.json", f"[\n{GOOD},\n\n{{\n}}]", "d.json:4: row 2: no field of a row", ""),
+    ("d.json", f'[\n{GOOD},\n{{"text":\n "a"}}]', "d.json:3: row 2: this row has 'text'", ""),
+    ("d.json", f"[\n{GOOD},\n]", "d.json:3:1: malformed JSON", ""),
+    ("d.json", f"[\n{GOOD}\n", "d.json:3:1: malformed JSON: expected ','", ""),
+    ("d.json", f"[\n{GOOD}\n{GOOD}]", "d.json:3:1: malformed JSON: expected ','", ""),
+    ("d.json", f"[{GOOD}]\n]", "d.json:2:1: malformed JSON: expected nothing after", ""),
+    ("d.json", '[\n{"instruction": "a",\n "output" "b"}]', "d.json:3:11: malformed JSON", ""),
+    ("d.json", f"[\n{GOOD},\n[1]]", "d.json:3: row 2: a list", ""),
+    ("d.json", "[\nInfinity]", "d.json:2: row 1: malformed JSON: Infinity", ""),
+    ("d.json", '{\n "data": []}', "d.json:1:2: malformed JSON", "array of objects, or one object a line"),
+    ("d.csv", "a,b", "d.csv: expected a .json or .jsonl file", ""),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "start", "also"), WRONG)
+def test_wrong_files_are_named_by_line_and_field(tmp_path, name, content, start, also):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        load_rows(path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/{start}") and also in message and "\n" not in message
+
+
+def test_missing_file_and_directory(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load_rows(tmp_path / "data.json")
+    with pytest.raises(UserError, match="a directory"):
+        load_rows(tmp_path)
+
+
+def test_drop_rows_with_input(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([ROW, {**ROW, "input": "x"}, {**ROW, "input": " "}, ROW]))
+    rows = load_rows(path)
+    assert [row.place for row in drop_rows_with_input(rows)] == ["row 1", "row 4"]
+    with pytest.raises(UserError, match="--no-input-only: all of the 2 rows"):
+        drop_rows_with_input(rows[1:3])
+
+
+def test_split_is_the_lab_s_row_for_row():
+    """Recorded from datasets 5.2.0, for each (n, fraction, seed):
+
+    d = Dataset.from_dict({"i": range(n)}).shuffle(seed=seed).train_test_split(fraction, seed=seed)
+    print(list(d["train"]["i"]), list(d["test"]["i"]))
+    """
+    assert split(20, 0.2, 42) == ([11, 16, 6, 8, 7, 15, 17, 10, 5, 13, 14, 12, 1, 9, 18, 3], [4, 0, 2, 19])
+    assert split(13, 0.1, 7) == ([6, 3, 4, 8, 5, 7, 11, 0, 1, 2, 9], [10, 12])
+    # The lab's published log: 7,811 training rows.
+    assert len(split(9764, 0.2, 42)[0]) == 7811
+
+
+def test_split_against_datasets_itself():
+    datasets = pytest.importorskip("datasets", reason="the datasets package is not installed")
+    rng = random.Random(0)
+    for _ in range(5):
+        n, fraction, seed = rng.randrange(2, 300), rng.uniform(0.01, 0.5), rng.randrange(100)
+        both = (
+            datasets.Dataset.from_dict({"i": list(range(n))}).shuffle(seed=seed).train_test_split(fraction, seed=seed)
+        )
+        assert split(n, fraction, seed) == (list(both["train"]["i"]), list(both["test"]["i"]))
+
+
+def test_split_edges():
+    assert split(3, 0, 42) == ([0, 1, 2], [])
+    for fraction in (-0.1, 1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="--eval-fraction"):
+            split(10, fraction, 42)
+    with pytest.raises(UserError, match="--eval-fraction 0.9: holds out 5 of 5 rows"):
+        split(5, 0.9, 42)
+
+
+def test_fingerprint(tmp_path):
+    (tmp_path / "data").write_bytes(b"abc")
+    assert fingerprint(tmp_path / "data") == hashlib.sha256(b"abc").hexdigest()
+    assert fingerprint(tmp_path / "data").startswith("ba7816bf")

@@ -1,0 +1,152 @@
+"""Templates and the pieces they make of rows."""
+
+import json
+
+import pytest
+
+from minift.errors import UserError
+from minift.prompts import TEMPLATES, load_template, render, render_prompt
+from minift.tokenizer import Special, load_tokenizer
+
+ROW = {"instruction": "Add them.", "input": "1, 2", "output": "3"}
+BARE = {"instruction": "Say hi.", "input": "", "output": "hi"}
+
+
+def joined(row: dict, name: str) -> tuple[str, str]:
+    prompt, completion = render(row, load_template(name), "</s>", "</s>")
+    return "".join(prompt), "".join(completion)
+
+
+def test_course_is_the_lab_s_text():
+    """REFERENCE.md: `### Instruction:\\n{i}\\n\\n### Response:\\n{o}`, template `### Response:\\n`."""
+    assert joined(BARE, "course") == ("### Instruction:\nSay hi.\n\n### Response:\n", "hi")
+    assert joined(ROW, "course") == ("### Instruction:\nAdd them.\n\n### Input:\n1, 2\n\n### Response:\n", "3")
+
+
+def test_alpaca_is_stanford_s_text():
+    assert joined(ROW, "alpaca")[0] == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nAdd them.\n\n### Input:\n1, 2\n\n"
+        "### Response:"
+    )
+    assert joined(BARE, "alpaca")[0] == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSay hi.\n\n### Response:"
+    )
+
+
+def test_dialogue_and_none():
+    assert joined(BARE, "dialogue") == ("\n\nHuman: Say hi.\n\nAssistant: ", "hi")
+    assert joined(ROW, "dialogue") == ("\n\nHuman: Add them.\n\n1, 2\n\nAssistant: ", "3")
+    assert joined(BARE, "none") == ("Say hi.", "hi")
+
+
+def test_response_templates():
+    found = {name: template.response_template for name, template in TEMPLATES.items()}
+    assert found == {"course": "### Response:\n", "alpaca": "### Response:", "dialogue": "Assistant: ", "none": ""}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompt_rows_are_used_as_they_are(name):
+    row = {"prompt": "{instruction} </s>", "completion": "{x}"}
+    assert render(row, TEMPLATES[name], "</s>", None) == (["{instruction} </s>"], ["{x}"])
+    assert render({"prompt": "a", "response": "b"}, TEMPLATES[name], "</s>", None) == (["a"], ["b"])
+
+
+def test_a_row_needs_no_response_to_be_a_prompt():
+    assert "".join(render_prompt({"instruction": "Go."}, TEMPLATES["course"], "</s>", None)).endswith("### Response:\n")
+    assert render_prompt({"prompt": "Go."}, TEMPLATES["course"], "</s>", None) == ["Go."]
+
+
+def test_braces_are_text_in_rows_and_in_templates(tmp_path):
+    """Code is full of braces: str.format would raise KeyError on these, or fill a row's own text in again."""
+    path = tmp_path / "template.txt"
+    path.write_text("{{x}} {0} {instruction} {output} {}: {response} }\n")
+    row = {"instruction": "f'{response} {input}' % {instruction}", "input": "", "output": "{bos} {'a': 1}"}
+    prompt, completion = render(row, load_template(str(path)), "</s>", "<s>")
+    assert "".join(prompt) == "{{x}} {0} f'{response} {input}' % {instruction} {output} {}: "
+    assert "".join(completion) == "{bos} {'a': 1} }"
+    assert not any(isinstance(piece, Special) for piece in prompt + completion)
+
+
+def test_a_template_file_carries_over_to_another_tokenizer(tmp_path, tokenizer_directory, gpt2_tokenizer_directory):
+    path = tmp_path / "template.txt"
+    path.write_text("{bos}Q: {instruction} {input}{eos}A: {response}{eos}\n")
+    template = load_template(str(path))
+    for directory in (tokenizer_directory, gpt2_tokenizer_directory):
+        tokenizer = load_tokenizer(directory)
+        prompt, completion = render(ROW, template, tokenizer.eos_token, tokenizer.bos_token)
+        ids = tokenizer.encode(prompt + completion)
+        eos = tokenizer.eos_token_id
+        assert [place for place, token in enumerate(ids) if token == eos] == [0, ids.index(eos, 1), len(ids) - 1]
+        assert tokenizer.decode(ids) == "Q: Add them. 1, 2A: 3"
+    with pytest.raises(UserError, match="names no BOS token"):
+        render(ROW, template, "</s>", None)
+
+
+def test_json_template_has_both_forms(tmp_path):
+    path = tmp_path / "template.json"
+    path.write_text(
+        json.dumps({"with_input": "{instruction}|{input}|{response}", "without_input": "{instruction}>{response}"})
+    )
+    assert joined(ROW, str(path)) == ("Add them.|1, 2|", "3")
+    assert joined(BARE, str(path)) == ("Say hi.>", "hi")
+    assert load_template(str(path)).response_template == ">"
+
+
+def test_plain_template_file_loses_its_last_line_end_only(tmp_path):
+    path = tmp_path / "template.txt"
+    path.write_bytes(b"{instruction}\r\n>\r\n{response}\n\r\n")
+    assert joined(BARE, str(path)) == ("Say hi.\n>\n", "hi\n")
+
+
+def test_an_input_is_never_dropped_silently(tmp_path):
+    path = tmp_path / "template.txt"
+    path.write_text("{instruction}{response}")
+    assert joined(BARE, str(path)) == ("Say hi.", "hi")
+    with pytest.raises(UserError, match="--no-input-only"):
+        joined(ROW, str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("coarse", None, "no such file, expected one of course, alpaca, dialogue, none, or a file"),
+        ("a.txt", "{instruction}", "expected {response} once, found it 0 times"),
+        ("a.txt", "{instruction}{response}{response}", "found it 2 times"),
+        ("a.txt", "{response}", "expected {instruction} before {response}"),
+        ("a.txt", "{response}{instruction}", "expected {instruction} before {response}"),
+        ("a.txt", "{instruction}{response}{input}", "belong before {response}"),
+        ("a.txt", b"\xff\xfe{", "not UTF-8"),
+        ("a.json", "{", "not valid JSON"),
+        ("a.json", "[]", "two strings"),
+        ("a.json", '{"with_input": "{instruction}{input}{response}"}', "two strings"),
+        ("a.json", '{"with_input": 1, "without_input": 2}', "two strings"),
+        (
+            "a.json",
+            '{"with_input": "{instruction}{response}", "without_input": "{instruction}{response}"}',
+            "has no {input}",
+        ),
+    ],
+)
+def test_bad_templates_end_in_one_line(tmp_path, name, content, expected):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        load_template(str(path))
+    message = str(caught.value)
+    assert expected in message and message.startswith(f"--template {path}") and "\n" not in message
+
+
+def test_a_directory_is_no_template(tmp_path):
+    with pytest.raises(UserError, match="a directory, expected one of"):
+        load_template(str(tmp_path))
+
+
+def test_copies_of_an_instruction_under_other_names_are_not_used():
+    row = {"instruction": "Add.", "output": "3", "prompt": "rendered", "text": "rendered"}
+    prompt, completion = render(row, TEMPLATES["course"], "</s>", "</s>")
+    assert "".join(prompt) == "### Instruction:\nAdd.\n\n### Response:\n" and completion == ["3"]
+    row = {"instruction": "Add.", "prompt": "rendered", "completion": "3"}
+    assert render(row, TEMPLATES["course"], "</s>", "</s>") == (["rendered"], ["3"])

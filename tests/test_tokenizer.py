@@ -1,0 +1,278 @@
+"""The tokenizer against transformers' own, on strings made to be hard."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from minift.errors import UserError
+from minift.tokenizer import Special, check_fits, load_tokenizer
+
+CODE = [
+    "def f(x):\n    return x",
+    "\n\n",
+    "\n",
+    "\t",
+    " ",
+    "   ",
+    "{",
+    "}",
+    "'s",
+    "'ll",
+    "123",
+    "\r\n",
+    "a",
+    "B",
+    "word",
+]
+UNICODE = [
+    "é",
+    "e\u0301",
+    "中文",
+    "😀",
+    "👩\u200d👩\u200d👧",
+    "\U0001f1e9\U0001f1ea",
+    "ﬁ",
+    "\0",
+    "\u200b",
+    "\ufeff",
+    "\u2028",
+]
+NAMES = ["</s>", "<pad>", "<s>", "<unk>", "<mask>", "<|endoftext|>", "</ s>"]
+
+
+def hard_strings(count: int = 300) -> list[str]:
+    rng = random.Random(0)
+    glued = ["".join(rng.choices(CODE + UNICODE + NAMES, k=rng.randrange(12))) for _ in range(count)]
+    blocks = [(0, 0x80), (0x80, 0xD800), (0xE000, 0x110000)]
+    codes = [[rng.randrange(*rng.choice(blocks)) for _ in range(rng.randrange(20))] for _ in range(count)]
+    return ["", " ", "\0", "</s>", *glued, *("".join(map(chr, code)) for code in codes)]
+
+
+def as_pieces(text: str, names: list[str]) -> list[str]:
+    """The pieces the reference sees in a text, where every special token's name is the token."""
+    parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
+    # The first part is plain, "" if need be: a BOS that pieces begin with counts as the one `encode` puts in front.
+    return [Special(part) if part in names else part for part in parts]
+
+
+def assert_equal_to_reference(directory: Path) -> None:
+    reference, ours = AutoTokenizer.from_pretrained(directory), load_tokenizer(directory)
+    assert (ours.eos_token, ours.eos_token_id) == (reference.eos_token, reference.eos_token_id)
+    assert ours.vocab_size == max(reference.get_vocab().values()) + 1
+    for text in hard_strings():
+        ids = reference(text).input_ids
+        assert ours.encode(as_pieces(text, reference.all_special_tokens)) == ids, repr(text)
+        for skip in (True, False):
+            expected = reference.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+            assert ours.decode(ids, skip_special_tokens=skip) == expected, repr(text)
+
+
+def test_equal_to_reference_from_vocab_and_merges(tokenizer_directory):
+    assert_equal_to_reference(tokenizer_directory)
+
+
+def test_equal_to_reference_from_tokenizer_json(tokenizer_directory, gpt2_tokenizer_directory, tmp_path):
+    assert_equal_to_reference(gpt2_tokenizer_directory)
+    AutoTokenizer.from_pretrained(tokenizer_directory).save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists() and not (tmp_path / "vocab.json").exists()
+    assert_equal_to_reference(tmp_path)
+
+
+def test_equal_to_reference_on_opt_itself(real_data):
+    assert_equal_to_reference(real_data / "opt_tokenizer")
+    opt = load_tokenizer(real_data / "opt_tokenizer")
+    assert (opt.bos_token_id, opt.eos_token_id, opt.pad_token_id, opt.vocab_size) == (2, 2, 1, 50265)
+    assert [opt.encode(text) for text in ("", "Hello world", "\0")] == [[2], [2, 31414, 232], [2, 50108]]
+    assert opt.decode([31414, 50265, 50271]) == "Hello"
+
+
+def test_text_that_spells_a_special_token_is_text(tokenizer, gpt2_tokenizer_directory):
+    """A row could end its own response: with the reference, `</s>` in a row's text becomes id 2."""
+    gpt2 = load_tokenizer(gpt2_tokenizer_directory)
+    for ours, name in ((tokenizer, "</s>"), (tokenizer, "<pad>"), (gpt2, "<|endoftext|>")):
+        text = f"print('{name}')"
+        ids = ours.encode(text)[ours.bos_token_id is not None :]
+        (token,) = ours.encode(["", Special(name)])[ours.bos_token_id is not None :]
+        assert token not in ids
+        assert ours.decode(ids) == text
+
+
+def test_special_pieces_are_one_token_and_plain_pieces_join(tokenizer):
+    text = "def add(first, second):\n    return first"
+    assert tokenizer.encode(list(text)) == tokenizer.encode(text)
+    assert len(tokenizer.encode(list(text))) < len(text), "no merge took place, so this shows nothing"
+    ids = tokenizer.encode(["def", " add", Special("<pad>"), Special("</s>"), " add"])
+    assert ids == [*tokenizer.encode("def add"), 1, 2, *tokenizer.encode(" add")[1:]]
+    with pytest.raises(ValueError, match="no token '<nothing>'"):
+        tokenizer.encode([Special("<nothing>")])
+
+
+def test_bos_is_neither_missing_nor_doubled(tokenizer, gpt2_tokenizer_directory):
+    gpt2 = load_tokenizer(gpt2_tokenizer_directory)
+    assert tokenizer.bos_token_id == 2 and gpt2.bos_token_id is None
+    for name, ours in (("</s>", tokenizer), ("<|endoftext|>", gpt2)):
+        ids = ours.encode([Special(name), "x"])
+        assert ids == [ours.eos_token_id, *ours.encode("x")[-1:]]
+    # With OPT's BOS and EOS the same, an empty text and its end token are two tokens, not one.
+    assert tokenizer.encode(["", Special("</s>")]) == [2, 2]
+    assert tokenizer.encode([]) == [2] and gpt2.encode("") == []
+
+
+def test_pad_falls_back_to_eos(tokenizer, gpt2_tokenizer_directory):
+    assert tokenizer.pad_token_id == 1
+    assert load_tokenizer(gpt2_tokenizer_directory).pad_token_id == 0
+
+
+def test_offsets_cover_every_character(tokenizer_directory, gpt2_tokenizer_directory):
+    """GPT-2's own post-processor trims spaces off: then no token holds the ones between two words."""
+    for directory in (tokenizer_directory, gpt2_tokenizer_directory):
+        ours = load_tokenizer(directory)
+        for text in hard_strings(150):
+            ids, offsets = ours.encode_with_offsets(text)
+            assert ids == ours.encode(text) and len(ids) == len(offsets)
+            held = {place for start, end in offsets for place in range(start, end)}
+            assert held == set(range(len(text))), repr(text)
+    ids, offsets = load_tokenizer(tokenizer_directory).encode_with_offsets("a 😀")
+    assert offsets[0] == (0, 0) and offsets[-1] == (2, 3) and ids[0] == 2
+
+
+def test_lone_surrogates_are_named(tokenizer):
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(ValueError, match=r"lone surrogate U\+D83D at character 3"):
+            encode("ab\ud83d")
+
+
+def test_save_is_byte_for_byte(tokenizer_directory, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(tokenizer_directory, source)
+    (source / "special_tokens_map.json").write_text('{"eos_token":   {"content": "</s>", "lstrip": false}}')
+    (source / "added_tokens.json").write_text("{}")
+    (source / "config.json").write_text("{}")
+    ours = load_tokenizer(source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    shutil.rmtree(source)  # whatever happens to the source while a run goes on
+    ours.save(tmp_path / "run")
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert saved == {name: content for name, content in before.items() if name != "config.json"}
+
+
+def test_vocab_alone_is_taken_for_opt_and_saved_so_that_the_reference_agrees(tokenizer_directory, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tokenizer_directory / name, tmp_path)
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("x") == load_tokenizer(tokenizer_directory).encode("x")
+    ours.save(tmp_path / "run")
+    assert_equal_to_reference(tmp_path / "run")
+
+
+def test_special_tokens_from_each_file(tokenizer_directory, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(tokenizer_directory / name, tmp_path)
+    # The layout of facebook/opt-350m: objects in one file, strings or nothing in the other.
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "tokenizer_class": "GPT2Tokenizer"}')
+    tokens = {f"{kind}_token": {"content": "</s>", "normalized": True} for kind in ("bos", "eos", "unk")}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens | {"pad_token": "<pad>"}))
+    ours = load_tokenizer(tmp_path)
+    assert (ours.bos_token_id, ours.eos_token, ours.pad_token_id) == (2, "</s>", 1)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<extra>": ours.vocab_size}))
+    assert_equal_to_reference(tmp_path)
+    assert load_tokenizer(tmp_path).encode("a<extra>")[-1] == ours.vocab_size
+
+
+def test_which_file_counts_where_they_disagree(tokenizer_directory, tmp_path):
+    shutil.copytree(tokenizer_directory, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"eos_token": "<unk>"}
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    decoder = {"1": {"content": "<pad>", "special": True}, "2": {"content": "</s>", "special": True}}
+    for settings, eos_token in ((config, "</s>"), (config | {"added_tokens_decoder": decoder}, "<unk>")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        assert load_tokenizer(tmp_path).eos_token == eos_token
+        assert_equal_to_reference(tmp_path)
+
+
+def test_config_json_names_the_eos_where_nothing_else_does(gpt2_tokenizer_directory, tmp_path):
+    """Galactica's files: tokenizer.json, and no word about special tokens beside it."""
+    shutil.copy(gpt2_tokenizer_directory / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    assert load_tokenizer(tmp_path).eos_token == "<|endoftext|>"
+
+
+def test_a_token_that_is_special_by_name_only_stays_safe(gpt2_tokenizer_directory, tmp_path):
+    shutil.copytree(gpt2_tokenizer_directory, tmp_path, dirs_exist_ok=True)
+    backend = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in backend["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    assert 0 not in load_tokenizer(tmp_path).encode("a<|endoftext|>b")
+
+
+def broken_copies(source: Path, gpt2: Path, target: Path):
+    """(what was done, the message expected) for each way to break a directory, which lies at `target` meanwhile."""
+
+    def fresh(original: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(original, target)
+
+    shutil.rmtree(target, ignore_errors=True)
+    yield "no directory", "no such directory"
+    target.mkdir()
+    yield "empty directory", "no tokenizer here"
+    fresh(source)
+    (target / "merges.txt").unlink()
+    yield "no merges", "no tokenizer here"
+    fresh(source)
+    (target / "merges.txt").write_text("#version: 0.2\nqqqq zzzz\n")
+    yield "merges of another vocabulary", "can't be read"
+    fresh(source)
+    (target / "vocab.json").write_text((source / "vocab.json").read_text()[:500])
+    yield "cut vocab.json", "can't be read"
+    fresh(source)
+    vocabulary = json.loads((source / "vocab.json").read_text())
+    (target / "vocab.json").write_text(json.dumps({k: v for k, v in vocabulary.items() if k != "Ā"}))
+    (target / "merges.txt").write_text("#version: 0.2\n")
+    yield "a byte missing", "1 of the 256 byte symbols are missing"
+    fresh(source)
+    (target / "tokenizer_config.json").write_text("{")
+    yield "cut tokenizer_config.json", "tokenizer_config.json: not valid JSON"
+    (target / "tokenizer_config.json").write_text("[]")
+    yield "a list for an object", "expected a JSON object"
+    (target / "tokenizer_config.json").write_text('{"eos_token": 2}')
+    yield "an id for a name", "can't be read"
+    (target / "tokenizer_config.json").write_text("{}")
+    yield "no EOS", "no EOS token: none is named"
+    (target / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    yield "an EOS that is no token", "'<eos>' is not in its vocabulary"
+    (target / "tokenizer_config.json").write_text('{"eos_token": "</s>", "add_bos_token": true}')
+    yield "BOS without a name", "no bos_token is named"
+    fresh(source)
+    (target / "added_tokens.json").write_text('{"<extra>": 9000}')
+    yield "a gap in the ids", "can't have id 9000"
+    fresh(gpt2)
+    (target / "tokenizer.json").write_text("{}")
+    yield "an empty tokenizer.json", "can't be read"
+    backend = tokenizers.Tokenizer.from_file(str(gpt2 / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing("$A <|endoftext|>", None, [("<|endoftext|>", 0)])
+    backend.save(str(target / "tokenizer.json"))
+    yield "a post-processor that adds an EOS", "at most one token in front"
+
+
+def test_broken_files_end_in_one_line(tokenizer_directory, gpt2_tokenizer_directory, tmp_path):
+    target = tmp_path / "model"
+    for what, expected in broken_copies(tokenizer_directory, gpt2_tokenizer_directory, target):
+        with pytest.raises(UserError) as caught:
+            load_tokenizer(target)
+        message = str(caught.value)
+        assert expected in message and str(target) in message and "\n" not in message, (what, message)
+
+
+def test_check_fits(tokenizer):
+    check_fits(tokenizer, tokenizer.vocab_size, "model")
+    with pytest.raises(UserError, match="model: its tokenizer doesn't fit"):
+        check_fits(tokenizer, tokenizer.vocab_size - 1, "model")
