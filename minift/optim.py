@@ -1,0 +1,40 @@
+"""AdamW's groups, and the learning rate as a pure function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the reference's betas, eps and groups.
+
+    Decay acts on every trainable parameter but biases and LayerNorms; embeddings decay too, as in transformers'
+    `Trainer`. The learning rate is set by the loop before each step.
+    """
+    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
+    decayed, exempt = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (exempt if name.endswith("bias") or id(parameter) in norms else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
+    """The learning rate that optimiser step `step`, counted from 0, uses.
+
+    It rises linearly from 0 over `warmup_steps`, then falls to 0 at `total_steps` along a line or half a cosine, or
+    stays. As the reference's, the first step of a warm-up has rate 0 and the last step before `total_steps` a little
+    more than 0 (transformers' `get_linear_schedule_with_warmup` and its siblings).
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}, expected one of {SCHEDULES}")
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return peak * (1 - progress) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * progress))

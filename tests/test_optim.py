@@ -1,0 +1,60 @@
+"""Schedules and decay groups against transformers' own."""
+
+import pytest
+import torch
+import transformers
+from transformers import OPTConfig as ReferenceConfig
+from transformers import OPTForCausalLM
+
+from minift.model import OPT, OPTConfig
+from minift.optim import adamw, learning_rate
+
+SHAPE = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 10), (3, 10), (1, 1), (10, 10), (12, 10)])
+def test_learning_rate_is_the_reference_schedulers(schedule, warmup, total):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    reference = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    for step in range(total):
+        ours = learning_rate(step, peak=2e-3, schedule=schedule, warmup_steps=warmup, total_steps=total)
+        assert ours == pytest.approx(reference.get_last_lr()[0], rel=1e-12, abs=1e-18)
+        optimizer.step()
+        reference.step()
+
+
+def test_learning_rate_by_hand():
+    def rates(schedule, warmup):
+        return [learning_rate(s, peak=1.0, schedule=schedule, warmup_steps=warmup, total_steps=4) for s in range(4)]
+
+    assert rates("linear", 0) == [1.0, 0.75, 0.5, 0.25]
+    assert rates("linear", 2) == [0.0, 0.5, 1.0, 0.5]
+    assert rates("constant", 2) == [0.0, 0.5, 1.0, 1.0]
+    assert rates("cosine", 0)[2] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="schedule is 'linaer'"):
+        rates("linaer", 0)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_decay_acts_on_what_the_reference_trainer_decays(projected):
+    shape = SHAPE | {"word_embed_proj_dim": 4 if projected else 8, "do_layer_norm_before": not projected}
+    model = OPT(OPTConfig.from_dict(shape))
+    reference = OPTForCausalLM(ReferenceConfig(**shape))
+    names = transformers.Trainer.get_decay_parameter_names(None, reference)  # self is not used
+    expected = {name.removeprefix("model.") for name in names if name != "lm_head.weight"}  # the embedding, tied
+    optimizer = adamw(model, weight_decay=0.1)
+    decayed = {id(parameter) for group in optimizer.param_groups[:1] for parameter in group["params"]}
+    assert {name for name, parameter in model.named_parameters() if id(parameter) in decayed} == expected
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.9, 0.999), 1e-8)}
+
+
+def test_frozen_parameters_are_left_out():
+    model = OPT(OPTConfig.from_dict(SHAPE))
+    model.requires_grad_(False)
+    model.decoder.layers[0].fc1.requires_grad_(True)
+    groups = adamw(model, 0.0).param_groups
+    fc1 = model.decoder.layers[0].fc1
+    assert [[id(p) for p in group["params"]] for group in groups] == [[id(fc1.weight)], [id(fc1.bias)]]

@@ -1,0 +1,264 @@
+"""The loop against independent loops: transformers' model stepped by hand, other ways to accumulate, a killed run."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import OPTConfig as ReferenceConfig
+from transformers import OPTForCausalLM, get_linear_schedule_with_warmup
+
+from minift import checkpoint
+from minift.batching import Sampler, collate
+from minift.config import Config
+from minift.errors import UserError
+from minift.losses import completion_cross_entropy
+from minift.model import OPT, OPTConfig, initialise, set_dropout
+from minift.trainer import Task, pick_device, train
+from minift.weights import save_model
+
+SHAPE = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 48,
+    "word_embed_proj_dim": 16,
+    "max_position_embeddings": 64,
+    "do_layer_norm_before": False,
+}
+
+
+def some_rows(count: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    """Rows of 2 to 60 tokens, their first part unsupervised: means of means would be far off."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for index in range(count):
+        length = [2, 60, 5, 33, 3, 48, 9, 17][index % 8]
+        ids = torch.randint(4, 60, (length,), generator=generator).tolist()
+        prompt = 1 + index % max(1, length - 1)
+        rows.append((ids, [-100] * min(prompt, length - 1) + ids[min(prompt, length - 1) :]))
+    return rows
+
+
+ROWS = some_rows(19, seed=1)  # a tail that no batch size below divides
+HELD_OUT = some_rows(7, seed=2)
+
+
+def run(folder, *, dtype=torch.float32, dropout=0.0, steps=6, break_at=None, **values) -> tuple[OPT, list[dict]]:
+    """Train a small model from fixed weights; give it and the lines of metrics.jsonl."""
+    config = Config(**{"lr": 1e-3, "batch_size": 8, "device": "cpu", **values})
+    model = OPT(OPTConfig.from_dict(SHAPE))
+    initialise(model, 0)
+    model.to(dtype)
+    set_dropout(model, dropout)
+    sampler = Sampler(len(ROWS), config.batch_size, config.grad_accum, config.seed, config.order == "shuffled")
+
+    def micro_batches(step):
+        if step == break_at:
+            raise KeyboardInterrupt
+        return [collate([ROWS[i] for i in numbers]) for numbers in sampler.micro_batches(step)]
+
+    def loss(batch):
+        hidden = model(batch.input_ids, batch.positions, batch.rows)
+        return *completion_cross_entropy(hidden, model.head, batch.labels, batch.positions), {}
+
+    task = Task(
+        model=model,
+        loss=loss,
+        micro_batches=micro_batches,
+        eval_batches=lambda: [collate(HELD_OUT[:5]), collate(HELD_OUT[5:])],
+        total_steps=steps,
+        write_model=lambda path: save_model(model, path),
+        counted="supervised_tokens",
+    )
+    folder.mkdir(exist_ok=True)
+    train(task, config, folder)
+    return model, read_metrics(folder)
+
+
+def read_metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def largest_difference(a: torch.nn.Module, b: torch.nn.Module, but_not: str = " ") -> float:
+    theirs = b.state_dict()
+    return max(
+        (x - theirs[name]).abs().max().item() for name, x in a.state_dict().items() if not name.endswith(but_not)
+    )
+
+
+def without_seconds(lines: list[dict]) -> list[dict]:
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_accumulation_equals_the_big_batch(tmp_path, dtype, tolerance):
+    models, logs = zip(
+        *(
+            run(tmp_path / f"{batch}x{accumulate}", dtype=dtype, batch_size=batch, grad_accum=accumulate, lr=1e-4)
+            for batch, accumulate in [(1, 8), (2, 4), (8, 1)]
+        ),
+        strict=True,
+    )
+    for model, log in zip(models[1:], logs[1:], strict=True):
+        # Softmax does not feel a shift of its row, so the exact gradient of k_proj.bias is 0, and Adam, which divides a
+        # gradient by its own size, makes steps of float32's rounding there. In float64 it stays under eps.
+        noise = "k_proj.bias" if dtype == torch.float32 else " "
+        assert largest_difference(models[0], model, but_not=noise) <= tolerance
+        for ours, theirs in zip(logs[0], log, strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
+            assert (ours["step"], ours["tokens"]) == (theirs["step"], theirs["tokens"])
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.05, 100.0])
+def test_follows_a_loop_written_by_hand_around_the_reference_model(tmp_path, max_grad_norm):
+    """float64, padded batches of transformers' model: loss, gradient norm, rate at each step, and the last weights."""
+    values = {"max_grad_norm": max_grad_norm, "weight_decay": 0.1, "warmup_steps": 2, "batch_size": 3, "grad_accum": 2}
+    steps = 9  # more than two epochs of four, the last of each smaller
+    ours, log = run(tmp_path / "ours", dtype=torch.float64, steps=steps, **values)
+
+    reference = OPTForCausalLM(ReferenceConfig(**SHAPE, dropout=0.0, pad_token_id=1)).double()
+    start = OPT(OPTConfig.from_dict(SHAPE))
+    initialise(start, 0)
+    reference.model.load_state_dict(start.double().state_dict())
+    decayed = [p for name, p in reference.named_parameters() if "bias" not in name and "layer_norm" not in name]
+    exempt = [p for name, p in reference.named_parameters() if "bias" in name or "layer_norm" in name]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, foreach=False)
+    schedule = get_linear_schedule_with_warmup(optimizer, 2, steps)
+    order = []
+    for epoch in range(3):
+        rows = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(42 + epoch)).tolist()
+        order += [rows[start : start + 6] for start in range(0, len(rows), 6)]
+    trained = [line for line in log if line["split"] == "train"]
+    for numbers, line in zip(order[:steps], trained, strict=True):
+        width = max(len(ROWS[i][0]) for i in numbers)
+        ids = torch.tensor([ROWS[i][0] + [1] * (width - len(ROWS[i][0])) for i in numbers])
+        labels = torch.tensor([ROWS[i][1] + [-100] * (width - len(ROWS[i][1])) for i in numbers])
+        mask = torch.tensor([[1] * len(ROWS[i][0]) + [0] * (width - len(ROWS[i][0])) for i in numbers])
+        logits = reference(input_ids=ids, attention_mask=mask).logits  # its own loss is rounded to float32
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), max_grad_norm)
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-10)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-9)
+        assert line["lr"] == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    assert largest_difference(ours, reference.model) < 1e-9
+
+
+@pytest.mark.parametrize("log_every", [1, 3])  # a line after the last checkpoint, and steps waiting for their line
+def test_a_killed_and_resumed_run_is_the_run_that_was_not(tmp_path, log_every):
+    values = {"dropout": 0.1, "save_every": 2, "eval_every": 3, "log_every": log_every, "steps": 8}
+    whole, whole_log = run(tmp_path / "whole", **values)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", break_at=5, **values)
+    resumed, log = run(tmp_path / "killed", resume=True, **values)
+    assert largest_difference(whole, resumed) == 0.0
+    assert without_seconds(log) == without_seconds(whole_log)
+
+
+def test_evaluating_more_often_changes_nothing(tmp_path):
+    often, log = run(tmp_path / "often", dropout=0.1, eval_every=1)
+    seldom, _ = run(tmp_path / "seldom", dropout=0.1)
+    assert largest_difference(often, seldom) == 0.0
+    assert [line["step"] for line in log if line["split"] == "eval"] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_dropout_depends_on_seed_and_step_alone(tmp_path):
+    first, _ = run(tmp_path / "first", dropout=0.1)
+    torch.manual_seed(999)
+    again, _ = run(tmp_path / "again", dropout=0.1)
+    other, _ = run(tmp_path / "other", dropout=0.1, seed=43, order="sequential")
+    assert largest_difference(first, again) == 0.0
+    assert largest_difference(first, other) > 1e-5
+
+
+def test_evaluation_is_a_mean_over_tokens(tmp_path):
+    model, log = run(tmp_path / "run", dtype=torch.float64, steps=1)
+    model.eval()
+    batch = collate(HELD_OUT)
+    hidden = model(batch.input_ids, batch.positions, batch.rows)
+    total, count = completion_cross_entropy(hidden, model.head, batch.labels, batch.positions)
+    assert log[-1]["split"] == "eval"
+    assert log[-1]["loss"] == pytest.approx((total / count).item(), rel=1e-12)
+
+
+def test_logged_loss_and_counters_cover_every_step(tmp_path):
+    _, each = run(tmp_path / "each")
+    _, some = run(tmp_path / "some", log_every=4)
+    each = [line for line in each if line["split"] == "train"]
+    some = [line for line in some if line["split"] == "train"]
+    assert [line["step"] for line in some] == [4, 6]
+    counts = [each[0]["supervised_tokens"]]
+    counts += [b["supervised_tokens"] - a["supervised_tokens"] for a, b in zip(each, each[1:], strict=False)]
+    expected = sum(line["loss"] * count for line, count in zip(each[:4], counts, strict=False)) / sum(counts[:4])
+    assert some[0]["loss"] == pytest.approx(expected, rel=1e-6)
+    epoch = sum(len(ids) for ids, _ in ROWS)
+    assert each[2]["tokens"] == epoch  # three steps of up to eight rows are an epoch of nineteen
+    assert each[2]["supervised_tokens"] == sum(label != -100 for _, labels in ROWS for label in labels)
+
+
+def test_last_and_best_are_whole_checkpoints(tmp_path):
+    run(tmp_path / "run", lr=0.05, steps=40, eval_every=4, save_every=1)
+    log = [line for line in read_metrics(tmp_path / "run") if line["split"] == "eval" and line["step"]]
+    best = min(log, key=lambda line: line["loss"])
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert best["step"] < 40, "this run should overfit, or the test shows nothing"
+    assert (checkpoints / "best").resolve().name == f"step-{best['step']:06d}"
+    assert (checkpoints / "last").resolve().name == "step-000040"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == [f"step-{best['step']:06d}", "step-000040"]
+    loaded = OPTForCausalLM.from_pretrained(checkpoints / "best")
+    loss, count = 0.0, 0
+    for ids, labels in HELD_OUT:
+        kept = sum(label != -100 for label in labels[1:])
+        loss += loaded(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * kept
+        count += kept
+    assert loss / count == pytest.approx(best["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("fails_at", ["save_file", "rename"])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at):
+    run(tmp_path / "run", steps=2)
+    target = checkpoint if fails_at == "save_file" else checkpoint.Path
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(target, fails_at, full)
+    with pytest.raises(OSError, match="No space"):
+        run(tmp_path / "run", steps=4, resume=True)
+    monkeypatch.undo()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert (checkpoints / "last").resolve().name == "step-000002"
+    assert not [path for path in checkpoints.iterdir() if "unfinished" in path.name]
+    whole, _ = run(tmp_path / "whole", steps=4, schedule="constant")
+    run(tmp_path / "cut", steps=2, schedule="constant")
+    resumed, _ = run(tmp_path / "cut", steps=4, schedule="constant", resume=True)
+    assert largest_difference(whole, resumed) == 0.0
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match="--lr 1e\\+20: the loss is"):
+        run(tmp_path / "run", lr=1e20, steps=20)
+
+
+def test_resume_says_what_is_wrong_with_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        run(tmp_path / "none", resume=True)
+    run(tmp_path / "run", steps=1)
+    file = tmp_path / "run" / "checkpoints" / "last" / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(UserError, match="is damaged"):
+        run(tmp_path / "run", steps=2, resume=True)
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UserError, match="--device cuda"):
+        pick_device("cuda")
+    assert pick_device("auto").type == "cpu"
