@@ -1,0 +1,204 @@
+"""Write data/instructions.jsonl and data/heldout.jsonl: small Python tasks whose answers have been executed.
+
+    python data/make_instructions.py [--seed 0] [--out data]
+
+Training rows carry instruction, input, output and family. Held-out rows also carry `kind`: "new combination" (a family
+of the training rows with other parameters) or "new family" (never trained on). `generate` gives the rows together with
+their checks, and `passes` runs code against them.
+"""
+
+import argparse
+import ast
+import builtins
+import contextlib
+import dataclasses  # noqa: F401  (imported here, so that an answer's import costs no traced steps)
+import io
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+from families import KNOWN, UNSEEN, Check, Task
+
+TRAINING_ROWS_PER_FAMILY = 62
+NEW_COMBINATIONS_PER_FAMILY = 2
+NEW_FAMILY_ROWS_PER_FAMILY = 12
+
+
+class Row(NamedTuple):
+    instruction: str
+    input: str
+    output: str
+    family: str
+    split: str  # "training", "new combination" or "new family"
+    checks: list[Check]
+
+
+# ---------------------------------------------------------------- running answers
+
+STEPS_ALLOWED = 20_000  # traced lines and calls; the answers need a few hundred
+MODULES_ALLOWED = {"dataclasses", "math", "re", "string", "collections", "itertools", "functools", "datetime", "typing"}
+NOT_ALLOWED = {"open", "input", "exec", "compile", "breakpoint", "exit", "quit", "help", "BaseException"}
+
+
+class TooLong(BaseException):
+    """Not an Exception, so that an answer's own `except` does not swallow it."""
+
+
+def limited_import(name: str, *args: Any) -> Any:
+    if name not in MODULES_ALLOWED:
+        raise ImportError(name)
+    return __import__(name, *args)
+
+
+BUILTINS = {name: value for name, value in vars(builtins).items() if name not in NOT_ALLOWED}
+BUILTINS["__import__"] = limited_import
+
+
+def printed(function: Callable) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as captured:
+        function()
+    return captured.getvalue()
+
+
+def error_of(function: Callable) -> str:
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def passes(code: str, checks: list[Check]) -> bool:
+    """Whether the answer `code` meets every check.
+
+    It runs without output to the terminal, in a fresh namespace, and once more for each check with a `before` of its
+    own; more than `STEPS_ALLOWED` steps fail. This guards against accidents such as endless loops, not against malice:
+    a single huge computation still runs.
+    """
+    answer = code.strip()
+    compiled = None
+    if any(check.expression != "ANSWER" for check in checks):
+        try:
+            tree = ast.parse(code)
+            compiled = compile(tree, "<answer>", "exec")
+        except (SyntaxError, ValueError):
+            return False
+        if any(isinstance(node, ast.ExceptHandler) and node.type is None for node in ast.walk(tree)):
+            return False  # a bare except in an endless loop would swallow TooLong too
+    steps = 0
+
+    def count_steps(*_: Any) -> Callable:
+        nonlocal steps
+        steps += 1
+        if steps > STEPS_ALLOWED:
+            raise TooLong
+        return count_steps
+
+    helpers = {
+        "__builtins__": BUILTINS,
+        "__name__": "answer",
+        "ANSWER": answer,
+        "printed": printed,
+        "error_of": error_of,
+    }
+    names, names_before = {}, None
+    tracer = sys.gettrace()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            for check in checks:
+                if check.expression == "ANSWER":
+                    if answer != check.expected:
+                        return False
+                    continue
+                steps = 0
+                sys.settrace(count_steps)
+                if check.before != names_before:
+                    names, names_before = dict(helpers), check.before
+                    exec(check.before, names)
+                    exec(compiled, names)
+                value = eval(check.expression, names)
+                if type(value) is not type(check.expected) or not bool(value == check.expected):
+                    return False
+    except (Exception, TooLong, SystemExit):
+        return False
+    finally:
+        sys.settrace(tracer)
+    return True
+
+
+# ---------------------------------------------------------------- rows and splits
+
+
+def combination(family: str, task: Task) -> tuple[str, str, str]:
+    """What makes a row new: other words for the same thing do not."""
+    return family, task.input, task.output
+
+
+def draw_rows(family: Callable, rng: Random, wanted: list[tuple[str, int]]) -> list[Row]:
+    """For each (split, count) that many rows; no instruction occurs twice, no combination in two splits."""
+    rows, instructions, split_of = [], set(), {}
+    for split, count in wanted:
+        found = attempts = 0
+        while found < count:
+            task = family(rng)
+            name = family.__name__
+            attempts += 1
+            if attempts > 200 * count:
+                raise RuntimeError(f"{name} has too few combinations")
+            new = (task.instruction, task.input) not in instructions
+            if not new or split_of.setdefault(combination(name, task), split) != split:
+                continue
+            instructions.add((task.instruction, task.input))
+            rows.append(Row(task.instruction, task.input, task.output, name, split, task.checks))
+            found += 1
+    return rows
+
+
+def generate(seed: int) -> list[Row]:
+    """All rows of all splits, shuffled. Each family draws from a generator of its own."""
+    rows = []
+    for family in KNOWN:
+        wanted = [("new combination", NEW_COMBINATIONS_PER_FAMILY), ("training", TRAINING_ROWS_PER_FAMILY)]
+        rows += draw_rows(family, Random(f"{seed} {family.__name__}"), wanted)
+    for family in UNSEEN:
+        rows += draw_rows(family, Random(f"{seed} {family.__name__}"), [("new family", NEW_FAMILY_ROWS_PER_FAMILY)])
+    Random(seed).shuffle(rows)
+    return rows
+
+
+def as_lines(rows: list[Row], held_out: bool) -> str:
+    lines = []
+    for row in rows:
+        if (row.split == "training") == held_out:
+            continue
+        fields = {"instruction": row.instruction, "input": row.input, "output": row.output, "family": row.family}
+        lines.append(json.dumps(fields | ({"kind": row.split} if held_out else {}), ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write instructions.jsonl and heldout.jsonl.", allow_abbrev=False)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="an existing directory")
+    arguments = parser.parse_args()
+    if not arguments.out.is_dir():
+        parser.error(f"--out {arguments.out}: expected an existing directory; make it first")
+    rows = generate(arguments.seed)
+    write_whole(arguments.out / "instructions.jsonl", as_lines(rows, held_out=False))
+    write_whole(arguments.out / "heldout.jsonl", as_lines(rows, held_out=True))
+    print(f"{len(rows)} rows of {len(KNOWN) + len(UNSEEN)} families written to {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The shipped instructions: reproducible, executed, without overlap between splits, and with checks that can fail."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+DATA = Path(__file__).parent.parent / "data"
+sys.path.insert(0, str(DATA))
+from families import KNOWN, UNSEEN, Check  # noqa: E402
+from make_instructions import Row, generate, passes  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return generate(0)
+
+
+@pytest.fixture(scope="module")
+def training() -> list[dict]:
+    return [json.loads(line) for line in (DATA / "instructions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[dict]:
+    return [json.loads(line) for line in (DATA / "heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+SIGNATURE = re.compile(r"def (\w+)\((.*?)\)")
+
+
+def is_code(row: Row) -> bool:
+    return row.checks[0].expression != "ANSWER"
+
+
+def test_the_script_writes_the_committed_files_byte_for_byte(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONHASHSEED": "12345"}
+    command = [sys.executable, str(DATA / "make_instructions.py"), "--out", str(tmp_path)]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heldout.jsonl", "instructions.jsonl"]
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (DATA / path.name).read_bytes(), path.name
+
+
+def test_another_seed_gives_other_rows(rows: list[Row]) -> None:
+    mine = {row.instruction for row in rows}
+    others = [row.instruction for row in generate(1)]
+    assert sum(instruction in mine for instruction in others) < 0.2 * len(others)
+
+
+def test_every_answer_passes_its_checks(rows: list[Row]) -> None:
+    for row in rows:
+        assert row.checks, row
+        assert passes(row.output, row.checks), row
+        if is_code(row):
+            ast.parse(row.output)
+
+
+def test_fields_and_sizes(training: list[dict], held_out: list[dict]) -> None:
+    assert all(list(row) == ["instruction", "input", "output", "family"] for row in training)
+    assert all(list(row) == ["instruction", "input", "output", "family", "kind"] for row in held_out)
+    assert 7_500 <= len(training) <= 8_500
+    assert (DATA / "instructions.jsonl").stat().st_size < 2_500_000
+    for row in training + held_out:
+        assert 20 <= len(row["instruction"]) <= 210, row
+        assert 1 <= len(row["output"]) <= 400, row
+        assert row["output"] == row["output"].strip()
+        assert not row["instruction"].count("`") % 2, row
+        assert "  " not in row["instruction"] or "  " in row["output"], row
+    with_input = sum(row["input"] != "" for row in training) / len(training)
+    assert 0.2 <= with_input <= 0.3
+
+
+def test_families_and_kinds(training: list[dict], held_out: list[dict]) -> None:
+    known, unseen = {family.__name__ for family in KNOWN}, {family.__name__ for family in UNSEEN}
+    assert len(known) == len(KNOWN) >= 110 and len(unseen) == len(UNSEEN) == 12
+    assert known.isdisjoint(unseen)
+    assert {row["family"] for row in training} == known
+    by_kind = defaultdict(set)
+    for row in held_out:
+        by_kind[row["kind"]].add(row["family"])
+    assert by_kind == {"new combination": known, "new family": unseen}
+    counts = Counter(row["kind"] for row in held_out)
+    assert counts["new combination"] >= 250 and counts["new family"] >= 140 and len(counts) == 2
+
+
+def test_splits_share_no_instruction_and_no_combination(training: list[dict], held_out: list[dict]) -> None:
+    asked = Counter((row["instruction"], row["input"]) for row in training + held_out)
+    assert max(asked.values()) == 1
+    # The same answer to the same input in other words would be the same task.
+    trained = {(row["family"], row["input"], row["output"]) for row in training}
+    assert not [row for row in held_out if (row["family"], row["input"], row["output"]) in trained]
+    code = {row["output"] for row in training if "\n" in row["output"] and row["input"] == ""}
+    shared = [row for row in held_out if "\n" in row["output"] and row["input"] == "" and row["output"] in code]
+    assert len(shared) < 0.02 * len(held_out)  # two families may happen to have the same answer
+
+
+def test_phrasing_varies(training: list[dict]) -> None:
+    openings = Counter(" ".join(row["instruction"].split()[:2]) for row in training)
+    assert openings.most_common(1)[0][1] < 0.25 * len(training)
+    shapes, outputs = defaultdict(set), defaultdict(set)
+    for row in training:
+        # Without what stands in backticks and without numbers, what is left is the phrasing.
+        words = row["instruction"].split("`")[::2]
+        shapes[row["family"]].add("".join(character for character in "".join(words) if not character.isdigit()))
+        outputs[row["family"]].add((row["input"], row["output"]))
+    assert min(map(len, shapes.values())) >= 3
+    assert min(map(len, outputs.values())) >= 45
+
+
+def test_the_answer_of_another_row_fails(rows: list[Row]) -> None:
+    """Renamed to what the row asks for, so that it is not the name that fails."""
+    by_family = defaultdict(list)
+    for row in rows:
+        if row.output.startswith("def "):
+            by_family[row.family].append(row)
+    tried = failed = 0
+    for members in by_family.values():
+        for row, other in zip(members[:10], members[10:20], strict=False):
+            name, arguments = SIGNATURE.match(row.output).groups()
+            other_name, other_arguments = SIGNATURE.match(other.output).groups()
+            code = other.output.replace(other_name, name)
+            if arguments.count(",") != other_arguments.count(",") or code == row.output:
+                continue
+            tried += 1
+            failed += not passes(code, row.checks)
+    assert tried > 50
+    assert failed > 0.95 * tried
+
+
+SWAPPED = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.FloorDiv: ast.Mod, ast.Pow: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
+    "min": "max", "max": "min", "any": "all", "all": "any", "upper": "lower", "lower": "upper",
+    "startswith": "endswith", "endswith": "startswith",
+}  # fmt: skip
+
+
+def subtle_bugs(code: str) -> Iterator[str]:
+    """The code with one operator or name swapped, one number off by one, or one string cut by a character."""
+    for place in range(sum(1 for _ in ast.walk(ast.parse(code)))):
+        tree = ast.parse(code)
+        node = list(ast.walk(tree))[place]
+        match node:
+            case ast.Constant(value=bool() | None):
+                continue
+            case ast.Constant(value=int()):
+                node.value += 1
+            case ast.Constant(value=str()) if node.value:
+                node.value = node.value[:-1]
+            case ast.Compare(ops=[operator]) if type(operator) in SWAPPED:
+                node.ops = [SWAPPED[type(operator)]()]
+            case ast.BinOp(op=operator) | ast.AugAssign(op=operator) | ast.BoolOp(op=operator) if (
+                type(operator) in SWAPPED
+            ):
+                node.op = SWAPPED[type(operator)]()
+            case ast.Name() if node.id in SWAPPED:
+                node.id = SWAPPED[node.id]
+            case ast.Attribute() if node.attr in SWAPPED:
+                node.attr = SWAPPED[node.attr]
+            case _:
+                continue
+        yield ast.unparse(tree)
+
+
+def test_answers_with_a_subtle_bug_fail(rows: list[Row]) -> None:
+    by_family = defaultdict(list)
+    for row in filter(is_code, rows):
+        by_family[row.family].append(row)
+    tried, survived = 0, []
+    for family in sorted(by_family):
+        for row in Random(family).sample(by_family[family], 4):
+            for code in subtle_bugs(row.output):
+                tried += 1
+                if passes(code, row.checks):
+                    survived.append(code)
+    assert tried > 1_000
+    # What is left are mostly changes without effect, such as range(0, 64, 6) for range(0, 63, 6).
+    assert len(survived) < 0.03 * tried, survived
+
+
+def test_cut_off_answers_fail(rows: list[Row]) -> None:
+    lines = [row.output.split("\n") for row in rows]
+    # Without its last line `return None` a function does the same.
+    cut = ["\n".join(own[:-1]) if own[-1].strip() != "return None" else "" for own in lines]
+    chosen = [(code, row) for code, row in zip(cut, rows, strict=True) if code and is_code(row)][:500]
+    assert len(chosen) == 500
+    assert not [code for code, row in chosen if passes(code, row.checks)]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True:\n    pass",
+        "def f(x):\n    while True:\n        try:\n            x += 1\n        except BaseException:\n            pass",
+        "def f(x):\n    while True:\n        try:\n            x += 1\n        except:\n            pass",
+        "def f(x):\n    return f(x)",
+        "def f(x):\n    return sum(1 for _ in iter(int, 1))",
+        "def f(x):\n    raise SystemExit",
+        "def f(x):\n    return open('/etc/hostname').read()",
+        "import os\n\n\ndef f(x):\n    return x + 1",
+        "def f(x):\n    return True",
+        "def f(x:",
+        "def f(x):\n    return '\0'",
+        "",
+    ],
+)
+def test_passes_says_no_and_comes_back(code: str, capsys: pytest.CaptureFixture) -> None:
+    tracer = sys.gettrace()
+    assert not passes(code, [Check("f(0)", 1)])
+    assert sys.gettrace() is tracer
+    assert capsys.readouterr() == ("", "")
+
+
+def test_passes_says_yes_silently(capsys: pytest.CaptureFixture) -> None:
+    code = "import math\n\nprint('loud')\n\n\ndef f(x):\n    print(x)\n    return math.floor(x) + y"
+    assert passes(
+        code, [Check("f(0)", 1, "y = 1"), Check("f(0)", 2, "y = 2"), Check("printed(lambda: f(5))", "5\n", "y = 0")]
+    )
+    assert passes("  42\n", [Check("ANSWER", "42")])
+    assert not passes("43", [Check("ANSWER", "42")])
+    assert capsys.readouterr() == ("", "")
