@@ -7,14 +7,12 @@ of the training rows with other parameters) or "new family" (never trained on). 
 their checks, and `passes` runs code against them.
 """
 
-import argparse
 import ast
 import builtins
 import contextlib
 import dataclasses  # noqa: F401  (imported here, so that an answer's import costs no traced steps)
 import io
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 from families import KNOWN, UNSEEN, Check, Task
+
+from minift.errors import CommandParser, run_command
+from minift.files import write_text
 
 TRAINING_ROWS_PER_FAMILY = 62
 NEW_COMBINATIONS_PER_FAMILY = 2
@@ -181,24 +182,16 @@ def as_lines(rows: list[Row], held_out: bool) -> str:
     return "".join(lines)
 
 
-def write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write instructions.jsonl and heldout.jsonl.", allow_abbrev=False)
+    parser = CommandParser("data/make_instructions.py", description="Write instructions.jsonl and heldout.jsonl.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="an existing directory")
     arguments = parser.parse_args()
-    if not arguments.out.is_dir():
-        parser.error(f"--out {arguments.out}: expected an existing directory; make it first")
     rows = generate(arguments.seed)
-    write_whole(arguments.out / "instructions.jsonl", as_lines(rows, held_out=False))
-    write_whole(arguments.out / "heldout.jsonl", as_lines(rows, held_out=True))
+    write_text(arguments.out / "instructions.jsonl", as_lines(rows, held_out=False))
+    write_text(arguments.out / "heldout.jsonl", as_lines(rows, held_out=True))
     print(f"{len(rows)} rows of {len(KNOWN) + len(UNSEEN)} families written to {arguments.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,14 +1,15 @@
 """Make `data/model`: an OPT of a few million parameters, a plain language model of Python's own standard library.
 
-    .venv/bin/python data/pretrain.py                     the model that ships (an hour on two cores)
+    .venv/bin/python data/pretrain.py --dtype bfloat16                 the model that ships
     .venv/bin/python data/pretrain.py --steps 0 --out runs/random      the same shape and tokenizer, random weights
 
 The corpus is the source of the standard library of the Python that runs this script, tests included: every installation
 has it. The tokenizer is a byte-level BPE trained on it and laid out as OPT's (vocab.json, merges.txt); the model is
-trained by minift's own loop. Both are the same for the same Python, seed, dtype and machine.
+trained by minift's own loop on 10.6 million tokens. The model that ships was made with Python 3.11.7 (the script prints
+the corpus's SHA-256: c5348b6827d6cb7c…) in 43 minutes on two cores with AVX512-BF16; its held-out loss went from 8.756
+to 2.702 nats a token. Another Python, dtype or processor gives another model of the same kind.
 """
 
-import argparse
 import hashlib
 import json
 import sysconfig
@@ -20,7 +21,7 @@ from tokenizers import ByteLevelBPETokenizer
 
 from minift.batching import Batch, Sampler, collate
 from minift.config import Config
-from minift.errors import run_command
+from minift.errors import CommandParser, run_command
 from minift.losses import completion_cross_entropy
 from minift.model import OPT, OPTConfig, initialise
 from minift.tokenizer import Tokenizer, load_tokenizer
@@ -48,7 +49,7 @@ CONFIG = OPTConfig(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = CommandParser("data/pretrain.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/model"))
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -45,9 +45,11 @@ ROWS = some_rows(19, seed=1)  # a tail that no batch size below divides
 HELD_OUT = some_rows(7, seed=2)
 
 
-def run(folder, *, dtype=torch.float32, dropout=0.0, steps=6, break_at=None, **values) -> tuple[OPT, list[dict]]:
+def run(
+    folder, *, dtype=torch.float32, arithmetic="auto", dropout=0.0, steps=6, break_at=None, **values
+) -> tuple[OPT, list[dict]]:
     """Train a small model from fixed weights; give it and the lines of metrics.jsonl."""
-    config = Config(**{"lr": 1e-3, "batch_size": 8, "device": "cpu", **values})
+    config = Config(**{"lr": 1e-3, "batch_size": 8, "device": "cpu", "dtype": arithmetic, **values})
     model = OPT(OPTConfig.from_dict(SHAPE))
     initialise(model, 0)
     model.to(dtype)
@@ -168,6 +170,15 @@ def test_evaluating_more_often_changes_nothing(tmp_path):
     assert [line["step"] for line in log if line["split"] == "eval"] == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_bfloat16_is_the_arithmetic_of_the_forward_pass_and_not_of_the_weights(tmp_path):
+    _, expected = run(tmp_path / "float32")
+    model, log = run(tmp_path / "bfloat16", arithmetic="bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert log[-1]["loss"] != expected[-1]["loss"]
+    for ours, theirs in zip(log, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+
+
 def test_dropout_depends_on_seed_and_step_alone(tmp_path):
     first, _ = run(tmp_path / "first", dropout=0.1)
     torch.manual_seed(999)
@@ -262,3 +273,13 @@ def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="--device cuda"):
         pick_device("cuda")
     assert pick_device("auto").type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-2)])
+def test_a_gpu_trains_as_the_cpu_does(tmp_path, dtype, tolerance):
+    _, expected = run(tmp_path / "cpu")
+    model, log = run(tmp_path / "gpu", device="cuda", arithmetic=dtype)
+    assert next(model.parameters()).dtype == torch.float32
+    for ours, theirs in zip(log, expected, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
