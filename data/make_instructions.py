@@ -140,34 +140,37 @@ def combination(family: str, task: Task) -> tuple[str, str, str]:
     return family, task.input, task.output
 
 
-def draw_rows(family: Callable, rng: Random, wanted: list[tuple[str, int]]) -> list[Row]:
-    """For each (split, count) that many rows; no instruction occurs twice, no combination in two splits."""
-    rows, instructions, split_of = [], set(), {}
-    for split, count in wanted:
-        found = attempts = 0
-        while found < count:
-            task = family(rng)
-            name = family.__name__
-            attempts += 1
-            if attempts > 200 * count:
-                raise RuntimeError(f"{name} has too few combinations")
-            new = (task.instruction, task.input) not in instructions
-            if not new or split_of.setdefault(combination(name, task), split) != split:
-                continue
-            instructions.add((task.instruction, task.input))
+def draw_rows(family: Callable, rng: Random, split: str, count: int, split_of: dict, questions: set) -> list[Row]:
+    """So many rows of a family: no question twice, no instruction and no combination in two splits.
+
+    Some instructions leave all that is particular to the input ("Negate the condition."): one split gets such a phrase.
+    """
+    rows = []
+    name = family.__name__
+    for _ in range(200 * count):
+        if len(rows) == count:
+            return rows
+        task = family(rng)
+        question, marks = (task.instruction, task.input), (task.instruction, combination(name, task))
+        if question not in questions and all(split_of.get(mark, split) == split for mark in marks):
+            questions.add(question)
+            split_of.update(dict.fromkeys(marks, split))
             rows.append(Row(task.instruction, task.input, task.output, name, split, task.checks))
-            found += 1
-    return rows
+    raise RuntimeError(f"{name} has too few combinations")
 
 
 def generate(seed: int) -> list[Row]:
-    """All rows of all splits, shuffled. Each family draws from a generator of its own."""
-    rows = []
-    for family in KNOWN:
-        wanted = [("new combination", NEW_COMBINATIONS_PER_FAMILY), ("training", TRAINING_ROWS_PER_FAMILY)]
-        rows += draw_rows(family, Random(f"{seed} {family.__name__}"), wanted)
-    for family in UNSEEN:
-        rows += draw_rows(family, Random(f"{seed} {family.__name__}"), [("new family", NEW_FAMILY_ROWS_PER_FAMILY)])
+    """All rows of all splits, shuffled. Each family draws from a generator of its own, held-out rows first."""
+    generators = {family: Random(f"{seed} {family.__name__}") for family in KNOWN + UNSEEN}
+    wanted = [
+        ("new combination", KNOWN, NEW_COMBINATIONS_PER_FAMILY),
+        ("new family", UNSEEN, NEW_FAMILY_ROWS_PER_FAMILY),
+        ("training", KNOWN, TRAINING_ROWS_PER_FAMILY),
+    ]
+    split_of, questions, rows = {}, set(), []
+    for split, families, count in wanted:
+        for family in families:
+            rows += draw_rows(family, generators[family], split, count, split_of, questions)
     Random(seed).shuffle(rows)
     return rows
 

@@ -88,6 +88,7 @@ def missing_colon(rng: Random) -> Task:
         "This code has a syntax error. Correct it.",
         "Repair this function so that Python accepts it.",
         "Why does this not run? Give the corrected code.",
+        "Correct the syntax of this code.",
     )
     checks = [
         Check(f"printed(lambda: {name}({v}))", "".join(f"{u}\n" for u in v if test.holds(u)))
@@ -190,6 +191,7 @@ def loop_to_comprehension(rng: Random) -> Task:
         "Turn this loop into a list comprehension.",
         "Replace the loop by one list comprehension.",
         "Shorten this code with a list comprehension.",
+        "Write this as a list comprehension instead.",
     )
     checks = [Check("'append' in ANSWER", False, f"{source} = []")]
     checks += [
@@ -215,6 +217,9 @@ def comprehension_to_loop(rng: Random) -> Task:
         "Rewrite this list comprehension as a for loop.",
         "Turn this comprehension into a loop with `append`.",
         "Write the same with an ordinary for loop.",
+        "Replace the comprehension by a for loop.",
+        "Expand this list comprehension into a loop.",
+        "Use a for loop and `append` here instead.",
     )
     checks = [Check(f"'{result}.append(' in ANSWER", True, f"{source} = []")]
     checks += [
@@ -230,6 +235,9 @@ def lambda_to_def(rng: Random) -> Task:
         "Rewrite this lambda as a function with `def`.",
         "Turn the lambda into a normal function.",
         "Write this with `def` instead of a lambda.",
+        "Replace this lambda by a `def`.",
+        "Convert the lambda to a named function with `def`.",
+        "Use `def` for this function.",
     )
     checks = [Check("'lambda' in ANSWER", False), Check(f"{name}.__name__", name), *calls(name, reference, cases)]
     return Task(rng.choice(ask), f"{name} = lambda {x}: {code}", define(name, x, f"return {code}"), checks)
@@ -241,6 +249,9 @@ def def_to_lambda(rng: Random) -> Task:
         "Rewrite this function as a lambda.",
         "Turn this function into a lambda assigned to the same name.",
         "Write this as a lambda instead of a `def`.",
+        "Replace this function by a lambda.",
+        "Convert this `def` to a lambda.",
+        "Make this function a lambda.",
     )
     checks = [Check(f"{name}.__name__", "<lambda>"), *calls(name, reference, cases)]
     return Task(rng.choice(ask), define(name, x, f"return {code}"), f"{name} = lambda {x}: {code}", checks)
@@ -307,6 +318,9 @@ def if_to_expression(rng: Random) -> Task:
         "Rewrite this as a conditional expression.",
         "Write this if statement in one line with a conditional expression.",
         "Shorten this to a single assignment.",
+        "Turn this if statement into a conditional expression.",
+        "Replace the if and else by one assignment.",
+        "Use `... if ... else ...` for this.",
     )
     block = f"if {test.code}:\n    {result} = {a}\nelse:\n    {result} = {b}"
     checks = [Check("len(ANSWER.splitlines())", 1, f"{x} = 0")]
@@ -326,6 +340,9 @@ def to_f_string(rng: Random) -> Task:
         "Rewrite this with an f-string.",
         "Use an f-string instead of the concatenation.",
         "Replace the string concatenation by an f-string.",
+        "Turn this concatenation into an f-string.",
+        "Write the string with an f-string instead.",
+        "Convert this to an f-string.",
     )
     given = f"{a}, {b} = 'abc', 7"
     checks = [Check("'f\"' in ANSWER", True, given), Check(result, f"abc{middle}7{end}", given)]
@@ -369,6 +386,9 @@ def negate_condition(rng: Random) -> Task:
         "Change this function to return the opposite.",
         "Negate the condition in this function.",
         "Make the function return True exactly when it now returns False.",
+        "Invert what this function returns.",
+        "Turn the result of this function into its opposite.",
+        "Let this function return the negated condition.",
     )
     checks = calls(name, lambda v: not holds(v), around(n))
     return Task(
@@ -428,6 +448,9 @@ def print_to_return(rng: Random) -> Task:
         "Make this function return the value instead of printing it.",
         "Replace the print by a return.",
         "Change this function so that it returns its result.",
+        "Return the value here instead of printing it.",
+        "Let this function return what it now prints.",
+        "Use return instead of print in this function.",
     )
     return Task(
         rng.choice(ask),
@@ -443,6 +466,9 @@ def return_to_print(rng: Random) -> Task:
         "Make this function print the value instead of returning it.",
         "Replace the return by a print.",
         "Change this function so that it prints its result.",
+        "Print the value here instead of returning it.",
+        "Let this function print what it now returns.",
+        "Use print instead of return in this function.",
     )
     checks = [Check(f"printed(lambda: {name}({v}))", f"{reference(v)}\n") for (v,) in cases]
     return Task(rng.choice(ask), define(name, x, f"return {code}"), define(name, x, f"print({code})"), checks)

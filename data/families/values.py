@@ -17,6 +17,13 @@ EVALUATE = (
     "Give the value of the following expression.",
     "What is the result of this expression?",
     "What value does Python print for this expression?",
+    "Work out the value of this expression.",
+    "Compute the value of this Python expression.",
+    "What would Python give for the following expression?",
+    "State the value of this expression.",
+    "What is the value of the following Python expression?",
+    "Find the value of this Python expression.",
+    "Evaluate the following expression.",
 )
 
 
@@ -62,6 +69,9 @@ PRINTS = (
     "What is the output of this code?",
     "What will be printed when this code runs?",
     "Tell me what this prints.",
+    "Write down what this code prints.",
+    "Give the output of the following code.",
+    "Which lines does this code print?",
 )
 
 
@@ -94,6 +104,8 @@ def type_of_value(rng: Random) -> Task:
         "Name the Python type of this expression.",
         "Which type does this expression have?",
         "What would `type(...).__name__` be for this?",
+        "Give the name of the type of this expression.",
+        "Tell me the type of this value.",
     )
     return value_task(rng, ask, code, kind)
 
