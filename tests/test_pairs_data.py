@@ -1,0 +1,197 @@
+"""The shipped preference pairs: executed, reproducible, of five kinds, held-out prompts apart, no cheap way to tell."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+
+DATA = Path(__file__).parent.parent / "data"
+sys.path.insert(0, str(DATA))
+import make_pairs  # noqa: E402
+from make_instructions import Check, Row, generate, passes  # noqa: E402
+from make_pairs import FILES, KINDS, prompt_of  # noqa: E402
+
+FILE_NAMES = list(FILES.values())
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return generate(0)
+
+
+@pytest.fixture(scope="module")
+def row_of(rows: list[Row]) -> dict[str, Row]:
+    return {prompt_of(row): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, list[dict]]:
+    lines = {file: (DATA / file).read_text(encoding="utf-8").split("\n") for file in FILE_NAMES}
+    return {file: [json.loads(line) for line in lines[file] if line] for file in FILE_NAMES}
+
+
+@pytest.mark.parametrize("file", FILE_NAMES)
+def test_every_chosen_answer_passes_and_every_rejected_one_fails(file: str, pairs: dict, row_of: dict) -> None:
+    for pair in pairs[file]:
+        checks = row_of[pair["prompt"]].checks
+        assert passes(pair["chosen"], checks), pair
+        assert not passes(pair["rejected"], checks), pair
+
+
+@pytest.mark.parametrize("file", FILE_NAMES)
+def test_code_inside_prose_fails_by_itself(file: str, pairs: dict, row_of: dict) -> None:
+    found = 0
+    for pair in pairs[file]:
+        if pair["kind"] != "rambling":
+            continue
+        # Every run of lines: whatever a reader could take for the code.
+        lines = pair["rejected"].split("\n")
+        runs = ["\n".join(lines[i:j]) for i in range(len(lines)) for j in range(i + 1, len(lines) + 1)]
+        found += any("def " in run or "class " in run for run in runs)
+        assert not any(passes(run, row_of[pair["prompt"]].checks) for run in runs), pair
+    assert found > 0.1 * KINDS["rambling"].held_out
+
+
+@pytest.mark.parametrize("file", FILE_NAMES)
+def test_bugs_and_other_answers_are_code_that_runs(file: str, pairs: dict, row_of: dict) -> None:
+    for pair in pairs[file]:
+        row = row_of[pair["prompt"]]
+        if pair["kind"] == "subtle bug":
+            befores = {check.before for check in row.checks}
+            assert passes(pair["rejected"], [Check("True", True, before) for before in befores]), pair
+        elif pair["kind"] == "other task" and row.checks[0].expression != "ANSWER":
+            ast.parse(pair["rejected"])
+
+
+@pytest.mark.parametrize("file", FILE_NAMES)
+def test_fields_and_counts(file: str, pairs: dict) -> None:
+    for pair in pairs[file]:
+        assert list(pair) == ["prompt", "chosen", "rejected", "kind"]
+        assert all(isinstance(text, str) and text.strip() for text in pair.values())
+        assert pair["chosen"] != pair["rejected"]
+    place = 0 if file == FILES["training"] else 1
+    assert Counter(pair["kind"] for pair in pairs[file]) == {kind: count[place] for kind, count in KINDS.items()}
+    assert len({tuple(pair.values()) for pair in pairs[file]}) == len(pairs[file])
+
+
+def test_at_least_five_kinds_with_a_hundred_held_out_pairs_each() -> None:
+    assert len(KINDS) >= 5
+    assert min(count.held_out for count in KINDS.values()) >= 100
+
+
+def test_held_out_prompts_are_held_out_instructions(pairs: dict) -> None:
+    """Those of SFT's held-out file, both of its kinds, and none that SFT or the reward model trains on."""
+    splits = {}
+    for file in ("instructions.jsonl", "heldout.jsonl"):
+        for line in (DATA / file).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            prompt = f"{row['instruction']}\n\n{row['input']}" if row["input"] else row["instruction"]
+            splits[prompt] = (row.get("kind", "training"), row["output"])
+    for pair in pairs[FILES["training"]]:
+        assert splits[pair["prompt"]] == ("training", pair["chosen"])
+    held_out = Counter(splits[pair["prompt"]][0] for pair in pairs[FILES["held out"]])
+    assert set(held_out) == {"new combination", "new family"}
+    assert min(held_out.values()) > 0.2 * held_out.total()
+    assert not {pair["prompt"] for pair in pairs[FILES["training"]]} & {
+        pair["prompt"] for pair in pairs[FILES["held out"]]
+    }
+
+
+def test_held_out_rambling_uses_no_sentence_of_the_training_pairs(pairs: dict) -> None:
+    for sentences in (make_pairs.OPENERS, make_pairs.MIDDLES, make_pairs.CLOSERS):
+        for place, sentence in enumerate(sentences):
+            constant = max(re.split(r"\{\w+\}", sentence), key=len)
+            if len(constant) < 15:
+                continue
+            used_in = {
+                file
+                for file in FILE_NAMES
+                for pair in pairs[file]
+                if pair["kind"] == "rambling" and constant in pair["rejected"]
+            }
+            assert used_in == {FILES["held out" if place % 4 == 3 else "training"]}, sentence
+
+
+@pytest.mark.parametrize("kind", ["subtle bug", "other task"])
+def test_length_does_not_tell(kind: str, pairs: dict) -> None:
+    """Neither "the longer one" nor "the shorter one" is right much more often than a coin."""
+    both = [pair for file in FILE_NAMES for pair in pairs[file] if pair["kind"] == kind]
+    longer = sum((len(p["chosen"]) > len(p["rejected"])) + 0.5 * (len(p["chosen"]) == len(p["rejected"])) for p in both)
+    assert 0.4 < longer / len(both) < 0.6
+
+
+def test_the_files_are_small_and_have_one_object_a_line() -> None:
+    texts = [(DATA / file).read_bytes() for file in FILE_NAMES]
+    assert sum(map(len, texts)) < 2_500_000
+    for text, count in zip(texts, zip(*KINDS.values(), strict=True), strict=True):
+        assert text.endswith(b"\n") and b"\r" not in text and text.count(b"\n") == sum(count)
+
+
+def test_the_script_writes_the_committed_files_byte_for_byte(tmp_path: Path) -> None:
+    """All but the base model's answers follows from the seed: those are read back from the files it replaces."""
+    for file in FILE_NAMES:
+        kept = [line for line in (DATA / file).read_text().splitlines() if json.loads(line)["kind"] == "base model"]
+        (tmp_path / file).write_text("\n".join(kept))
+    environment = os.environ | {"PYTHONHASHSEED": "12345"}
+    command = [sys.executable, str(DATA / "make_pairs.py"), "--out", str(tmp_path)]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    for file in FILE_NAMES:
+        assert (tmp_path / file).read_bytes() == (DATA / file).read_bytes(), file
+
+
+def test_without_stored_answers_the_script_says_what_to_do(tmp_path: Path) -> None:
+    command = [sys.executable, str(DATA / "make_pairs.py"), "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: ") and "--ask-base-model" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_stored_base_answers_are_what_the_shipped_model_says(pairs: dict, rows: list[Row]) -> None:
+    """Asked again, greedily and for few tokens. Another machine may round a sum the other way now and then."""
+    stored = {p["prompt"]: p["rejected"] for p in pairs[FILES["held out"]] if p["kind"] == "base model"}
+    count = KINDS["base model"].held_out
+    asked = make_pairs.base_rows(make_pairs.rows_of(rows, "held out"), "0 held out", count)
+    setting = make_pairs.SETTINGS[0]
+    assert setting == (24, 0.0)
+    again = [row for row in asked[:: len(make_pairs.SETTINGS)] if prompt_of(row) in stored]
+    answers = make_pairs.ask_base_model(again, [setting])
+    equal = sum(stored[prompt_of(row)] == answer for row, answer in zip(again, answers, strict=True))
+    assert len(again) > 10 and equal >= 0.8 * len(again)
+
+
+def test_an_edit_that_changes_nothing_is_no_bug() -> None:
+    """`subtle_bug` keeps only what the checks can tell: here every edit is harmless, so it finds none."""
+    row = Row("Do anything.", "", "value = 1", "family", "training", [Check("True", True)])
+    assert make_pairs.subtle_bug(row, [row], Random(0)) is None
+
+
+@pytest.mark.parametrize(
+    "rule, code, prompt, expected",
+    [
+        ("flipped_comparison", "f = lambda x: x >= 3", "", {"f = lambda x: x > 3", "f = lambda x: x < 3"}),
+        ("wrong_operator", "y = x - 1", "", {"y = x + 1"}),
+        ("swapped", "def f(a, b):\n    return a - b", "", {"def f(a, b):\n    return b - a"}),
+        ("swapped", "def f(a, b):\n    return a", "", {"def a(f, b):\n    return a", "def f(b, a):\n    return a"}),
+        ("negation", 'y = "a" in x', "", {'y = "a" not in x'}),
+        (
+            "left_out",
+            "def f(x):\n    return x + 1",
+            "",
+            {"def f(x):\n    x + 1", "def f(x):\n    return x"},
+        ),
+        ("left_out", "y = [x for x in z if len(x) > 2]", "", {"y = [x for x in z]", "y = [x for x in z if x > 2]"}),
+    ],
+)
+def test_rules(rule: str, code: str, prompt: str, expected: set[str]) -> None:
+    found = set()
+    for seed in range(30):
+        found |= set(getattr(make_pairs, rule)(code, prompt, Random(seed)))
+    assert found & expected == expected
