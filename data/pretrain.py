@@ -1,7 +1,7 @@
 """Make `data/model`: an OPT of a few million parameters, a plain language model of Python's own standard library.
 
     .venv/bin/python data/pretrain.py --dtype bfloat16                 the model that ships
-    .venv/bin/python data/pretrain.py --steps 0 --out runs/random      the same shape and tokenizer, random weights
+    .venv/bin/python data/pretrain.py --untrained --out runs/random    the same shape and tokenizer, random weights
 
 The corpus is the source of the standard library of the Python that runs this script, tests included: every installation
 has it. The tokenizer is a byte-level BPE trained on it and laid out as OPT's (vocab.json, merges.txt); the model is
@@ -56,7 +56,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--dtype", default="float32", help="bfloat16 is faster on CPUs with AVX512-BF16 or AMX only")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in runs/pretrain")
+    parser.add_argument("--untrained", action="store_true", help="random weights beside the tokenizer of data/model")
     flags = parser.parse_args()
+
+    model = OPT(CONFIG)
+    initialise(model, flags.seed)
+    print(f"parameters: {sum(parameter.numel() for parameter in model.parameters()):,}")
+    if flags.untrained:
+        load_tokenizer("data/model").save(flags.out)
+        save_model(model, flags.out, dtype=torch.float16)
+        return
 
     texts = standard_library()
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
@@ -69,16 +78,12 @@ def main() -> None:
     eval_rows, train_rows = ([rows[i] for i in part] for part in (order[:EVAL_ROWS], order[EVAL_ROWS:]))
     print(f"tokens: {len(rows) * ROW_LENGTH:,} in rows of {ROW_LENGTH}, {EVAL_ROWS} rows held out")
 
-    model = OPT(CONFIG)
-    initialise(model, flags.seed)
-    print(f"parameters: {sum(parameter.numel() for parameter in model.parameters()):,}")
-    if flags.steps:
-        run = Path("runs/pretrain")
-        run.mkdir(parents=True, exist_ok=True)
-        train_language_model(model, train_rows, eval_rows, flags, run)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        held_out = {line["step"]: round(line["loss"], 3) for line in lines if line["split"] == "eval"}
-        print("held-out loss by step:", held_out)
+    run = Path("runs/pretrain")
+    run.mkdir(parents=True, exist_ok=True)
+    train_language_model(model, train_rows, eval_rows, flags, run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held_out = {line["step"]: round(line["loss"], 3) for line in lines if line["split"] == "eval"}
+    print("held-out loss by step:", held_out)
     save_model(model, flags.out, dtype=torch.float16)
 
 

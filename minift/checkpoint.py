@@ -6,6 +6,7 @@ anyone can load it, `training.safetensors` (the trained parameters and AdamW's m
 so there is no generator state to keep.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -31,29 +32,38 @@ MAY_DIFFER = {"recipe", "out", "resume", "device", "log_every", "eval_every", "s
 def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path:
     """Make a run's folder with `record`, its resolved values and fingerprints, in run.json.
 
-    A run that was there before is kept beside it, as `<folder>-previous`. With `resume` the folder stays as it is, and
-    must have been made with the same values, data and weights. Raises UserError if it was not, or if the folder holds
-    something else.
+    A run that was there before is kept beside it, as `<folder>-1` or the first number that is free. With `resume` the
+    folder stays as it is, and must have been made with the same values, data and weights. Raises UserError if it was
+    not, if the folder holds something else, or if it can't be made.
     """
     before = folder / "run.json"
     if resume:
         if not before.exists():
             raise UserError(f"--resume: {before} does not exist, expected a run to go on with; leave --resume out")
-        earlier = json.loads(before.read_text(encoding="utf-8"))
+        if not (folder / "checkpoints" / "last").exists():
+            raise UserError(f"--resume: {folder} has no checkpoint to go on from; leave --resume out to start afresh")
+        try:
+            earlier = json.loads(before.read_text(encoding="utf-8"))
+            earlier["values"].items(), earlier["fingerprints"].items()
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"--resume: {before} is damaged; leave --resume out to start afresh") from None
         for part in ("values", "fingerprints"):
             for name, value in record[part].items():
                 if name not in MAY_DIFFER and earlier[part].get(name) != value:
                     what = f"--{name.replace('_', '-')}" if part == "values" else f"the {name}"
                     raise UserError(f"--resume: {what} was {earlier[part].get(name)} in {folder}, and is now {value}")
         return folder
-    if folder.exists() and any(folder.iterdir()):
-        if not before.exists():
-            raise UserError(f"--out {folder}: not empty and no earlier run, expected a new folder or a run's")
-        previous = folder.with_name(folder.name + "-previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        folder.rename(previous)
-        print(f"the run before is kept in {previous}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            if not before.exists():
+                raise UserError(f"--out {folder}: not empty and no earlier run, expected a new folder or a run's")
+            names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
+            previous = next(name for name in names if not name.exists())
+            folder.rename(previous)
+            print(f"the run before is kept in {previous}")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}, expected a folder that can be made") from None
     write_text(before, json.dumps(record, indent=1) + "\n")
     return folder
 
@@ -94,7 +104,8 @@ def save(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
-    for name in ("last", "best") if is_best else ("last",):
+    # `best` first: `last` is what a resumed run believes.
+    for name in ("best", "last") if is_best else ("last",):
         link = checkpoints / f".{name}.new"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)

@@ -1,6 +1,7 @@
 """How a command ends when something is wrong: one line on stderr, status 2 for the user, 1 for the machine."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -35,13 +36,20 @@ def run_command(main: Callable[[], None]) -> None:
         _end(2, f"error: {error}")
     except KeyboardInterrupt:
         _end(130, "interrupted")
+    except BrokenPipeError:
+        # Whoever read the output (`| head`) has had enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (OSError, MemoryError) as error:
         _end(1, f"error: the machine failed: {error or type(error).__name__}")
-    except RuntimeError as error:
+    except Exception as error:
         # torch reports memory as a RuntimeError: OutOfMemoryError on a GPU, "DefaultCPUAllocator: …" on a CPU.
-        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
-            raise
-        _end(1, f"error: out of memory, try a smaller --batch-size: {error}")
+        # A full disk is a SafetensorError where safetensors writes.
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+            _end(1, f"error: out of memory, try a smaller --batch-size: {error}")
+        if type(error).__name__ == "SafetensorError":
+            _end(1, f"error: the machine failed: {error}")
+        raise
 
 
 def _end(status: int, line: str) -> None:

@@ -429,7 +429,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     args = _parser().parse_args(arguments)
     options = _options(args)
-    _check_out(args.out)
+    _check_out(args.out, args.prompts)
     template = load_template(args.template)
     rows = load_rows(args.prompts, PROMPT_KINDS, mixed=True)
     device = pick_device(args.device)
@@ -516,8 +516,10 @@ def _about_flag(error: ValueError) -> UserError:
     return UserError(f"--{name.replace('_', '-')} {rest}" if name in Options.__dataclass_fields__ else str(error))
 
 
-def _check_out(path: str | None) -> None:
+def _check_out(path: str | None, prompts: str) -> None:
     """Before the work, not after it."""
+    if path is not None and Path(path).resolve() == Path(prompts).resolve():
+        raise UserError(f"--out {path}: that is --prompts itself, expected another file")
     if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
         raise UserError(f"--out {path}: expected a file's name in a directory that exists")
 

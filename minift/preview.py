@@ -32,8 +32,7 @@ def show(examples: Sequence[Example], tokenizer: Tokenizer, how_many: int, strea
         count = sum(label != UNSUPERVISED for label in example.labels)
         lines.append(f"\n── example {number} of {len(examples):,}: {len(example.input_ids)} tokens, {count} supervised")
         lines.append(mark(example, tokenizer, colour))
-    encoding = stream.encoding or "utf-8"
-    stream.write("\n".join([*lines, ""]).encode(encoding, "backslashreplace").decode(encoding))
+    stream.write(_encodable("\n".join([*lines, ""]), stream))
 
 
 def mark(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
@@ -50,7 +49,7 @@ def mark(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
             if is_special:
                 text += "".join(f"⟨{tokenizer.decode([token], skip_special_tokens=False)}⟩" for token in run)
             else:
-                text += _visible(tokenizer.decode(list(run), skip_special_tokens=False))
+                text += _spelled_out(tokenizer.decode(list(run), skip_special_tokens=False)).replace("\n", "↵\n")
         marked.append(open_mark + text + close_mark if is_supervised else GREY + text + PLAIN if colour else text)
     return "".join(marked)
 
@@ -78,18 +77,27 @@ def main(arguments: list[str] | None = None) -> None:
         supervise=args.supervise,
         source=args.data,
     )
+    if args.out is not None and Path(args.out).resolve() == Path(args.data).resolve():
+        raise UserError(f"--out {args.out}: that is --data itself, expected another file")
     if args.out is not None:
         write_examples(examples, kept, args.out)
     show(examples, tokenizer, args.rows, sys.stdout)
     print("\n" + "\n".join(report.lines()))
 
 
-def _visible(text: str) -> str:
-    """A ↵ before every line end, and control characters spelled out: a row must not be able to move the cursor."""
-    shown = (
-        character if character.isprintable() or character in "\n\t" else repr(character)[1:-1] for character in text
-    )
-    return "".join(shown).replace("\n", "↵\n")
+def safe(text: str, stream: TextIO) -> str:
+    """Somebody's text as a terminal may have it: control characters, and what `stream` can't encode, spelled out."""
+    return _encodable(_spelled_out(text), stream)
+
+
+def _spelled_out(text: str) -> str:
+    # A row must not be able to move the cursor.
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _read_config(directory: str) -> dict[str, int]:

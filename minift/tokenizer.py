@@ -260,4 +260,7 @@ def _read_object(directory: Path, name: str, content: bytes) -> dict[str, Any]:
 
 def _content(token: str | dict[str, Any]) -> str:
     """A token's name: the files hold either the string itself or an object with it as "content"."""
-    return token if isinstance(token, str) else token["content"]
+    name = token["content"] if isinstance(token, dict) else token
+    if not isinstance(name, str):
+        raise ValueError(f"a special token is {token!r}, expected its text")
+    return name

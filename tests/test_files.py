@@ -4,6 +4,7 @@ import os
 import stat
 
 import pytest
+from safetensors import SafetensorError
 
 from minift import files
 from minift.errors import CommandParser, UserError, run_command
@@ -76,6 +77,7 @@ def test_json_lines_are_counted_as_an_editor_counts_them():
         (OSError(28, "No space left on device"), 1, "error: the machine failed: [Errno 28] No space left on device\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, None),
+        (SafetensorError("I/O error: File too large"), 1, "error: the machine failed: I/O error: File too large\n"),
         (None, 2, "error: unrecognized arguments: --n 1 (see prog --help)\n"),
     ],
 )
