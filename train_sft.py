@@ -5,21 +5,19 @@ import sys
 from pathlib import Path
 
 import torch
-from huggingface_hub.utils import tqdm
 
+from minift.answers import answer, bleu_by_kind, questions
 from minift.batching import Batch, Sampler, collate
-from minift.bleu import corpus_bleu
 from minift.checkpoint import open_run, versions
-from minift.config import describe, parse, to_dict
+from minift.config import describe, length_limit, parse, to_dict
 from minift.datasets import drop_rows_with_input, fingerprint, load_rows, split
-from minift.encode import encode_rows, prompt_ids_and_reference
+from minift.encode import encode_rows
 from minift.errors import UserError, run_command
 from minift.files import write_text
-from minift.generate import Options, generate
 from minift.lora import add_lora, merge, num_adapter_parameters, unmerge
 from minift.losses import completion_cross_entropy
 from minift.model import set_dropout
-from minift.preview import show
+from minift.preview import safe, show
 from minift.prompts import load_template
 from minift.report import write_report
 from minift.tokenizer import check_fits, load_tokenizer
@@ -51,18 +49,19 @@ def main() -> None:
         print(f"LoRA: {num_adapter_parameters(model):,} parameters to train")
 
     # 2. Rows to learn from, and rows held out.
-    rows = load_rows(config.data)
-    if config.no_input_only:
-        rows = drop_rows_with_input(rows)
+    def read(path: str):
+        return drop_rows_with_input(load_rows(path)) if config.no_input_only else load_rows(path)
+
+    rows = read(config.data)
     train_indices, eval_indices = split(len(rows), config.eval_fraction, config.seed)
     train_rows, eval_rows = [rows[i] for i in train_indices], [rows[i] for i in eval_indices]
     if config.eval_data:
-        eval_rows = load_rows(config.eval_data)
+        eval_rows = read(config.eval_data)
 
     # 3. Text becomes ids and labels: the completion and its end token are supervised, the prompt is not.
     template = load_template(config.template)
     options = {
-        "max_length": config.max_length,
+        "max_length": length_limit(config, model.config.max_position_embeddings),
         "positions": model.config.max_position_embeddings,
         "response_template": config.response_template,
         "supervise": config.supervise,
@@ -98,26 +97,16 @@ def main() -> None:
         unmerge(model, adapters)
         tokenizer.save(folder)
 
-    # 5. The examination: held-out prompts answered greedily, in no more tokens than the longest reference has.
-    ends = [example.labels[-1] == tokenizer.eos_token_id for example in eval_examples]
-    asked = [row for row, is_whole in zip(eval_rows, ends, strict=True) if is_whole][: config.bleu_samples]
-    questions = [prompt_ids_and_reference(row, tokenizer, template, config.response_template) for row in asked]
-    prompts, references = [ids for ids, _ in questions], [reference for _, reference in questions]
-
-    def answer_all(description: str) -> list[str]:
-        room = model.config.max_position_embeddings - max(len(ids) for ids in prompts)
-        longest = max(len(tokenizer.encode(reference)) for reference in references)
-        options = Options(max_new_tokens=min(room, longest), eos_token_id=tokenizer.eos_token_id)
-        with tqdm(total=len(prompts), desc=description, unit="answer") as bar:
-            completions = generate(model, prompts, options, on_progress=bar.update)
-        return [tokenizer.decode(ids) for (ids,) in completions]
-
-    def bleu(answers: list[str]) -> dict[str, float]:
-        scores = {}
-        for kind in ["all", *sorted({row["kind"] for row in asked if "kind" in row})]:
-            chosen = [i for i, row in enumerate(asked) if kind in ("all", row.get("kind"))]
-            scores[kind] = corpus_bleu([answers[i] for i in chosen], [[references[i] for i in chosen]]).score
-        return scores
+    # 5. The examination: held-out prompts, answered before and after.
+    asked = questions(
+        eval_rows,
+        tokenizer,
+        template,
+        config.response_template,
+        how_many=config.bleu_samples,
+        positions=model.config.max_position_embeddings,
+        plain_text=config.supervise == "all",
+    )
 
     # 6. Train.
     files = {"data": config.data, "eval_data": config.eval_data}
@@ -129,7 +118,7 @@ def main() -> None:
         "fingerprints": fingerprints | {"weights": weights_fingerprint(source)},
     }
     run = open_run(Path(config.out), record, resume=config.resume)
-    before = answer_all("before") if asked else []
+    before = answer(model, tokenizer, asked, "before") if asked else []
     train(
         Task(
             model=model,
@@ -149,23 +138,24 @@ def main() -> None:
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in metrics if line["split"] == "eval"]
     results = {"eval_loss": {"before": losses[0], "after": losses[-1]}} if losses else {}
+    samples = []
     if asked:
         merge(model)
-        after = answer_all("after")
-        results["bleu"] = {"before": bleu(before), "after": bleu(after)}
-        samples = [
-            {"kind": row.get("kind"), "prompt": tokenizer.decode(ids), "reference": reference, "before": b, "after": a}
-            for row, (ids, reference), b, a in zip(asked, questions, before, after, strict=True)
-        ]
+        after = answer(model, tokenizer, asked, "after")
+        results["bleu"] = {"before": bleu_by_kind(asked, before), "after": bleu_by_kind(asked, after)}
+        for question, was, became in zip(asked, before, after, strict=True):
+            prompt = tokenizer.decode(question.prompt_ids)
+            texts = {"prompt": prompt, "reference": question.reference, "before": was, "after": became}
+            samples.append({"kind": question.kind, **texts})
         write_text(run / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
-        for sample in samples[:SHOWN]:
-            for part in ("prompt", "before", "after", "reference"):
-                lines = sample[part].strip().splitlines() or ["(nothing)"]
-                print("", f"── {part}", *lines[:LINES], *(["…"] if len(lines) > LINES else []), sep="\n")
     write_text(run / "run.json", json.dumps(record | {"results": results}, indent=1) + "\n")
     write_report(run)
+    for sample in samples[:SHOWN]:
+        for part in ("prompt", "before", "after", "reference"):
+            lines = safe(sample[part], sys.stdout).strip().splitlines() or ["(nothing)"]
+            print("", f"── {part}", *lines[:LINES], *(["…"] if len(lines) > LINES else []), sep="\n")
     print_results(results)
-    print(f"\nleft in {run}: the model, metrics.jsonl, samples.jsonl, report.html")
+    print(f"\nleft in {run}: {', '.join(sorted(path.name for path in run.iterdir()))}")
 
 
 def print_results(results: dict) -> None:

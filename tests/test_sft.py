@@ -139,8 +139,35 @@ def test_a_second_run_keeps_the_first(tmp_path):
     for _ in range(2):
         done = execute(*flags)
         assert done.returncode == 0, done.stderr[-2000:]
-    first, second = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "run-previous", out))
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "run-1", out))
     assert first == second  # the same seed
+
+
+def test_epochs_win_over_the_recipes_steps(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n}", "completion": "x", "kind": kind} for n, kind in enumerate(["a", "all", 3, ["b"], "b"])]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--data", data, "--eval-data", data, "--epochs", 2, "--batch-size", 2, "--out", tmp_path / "run"]
+    done = execute(*flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 6
+    # A `kind` that is no text, or spells the total's name, is none.
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["results"]["bleu"]["after"].keys() == {
+        "all",
+        "a",
+        "b",
+    }
+
+
+def test_text_learned_whole_asks_no_questions(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"hello {n}\x1b[2J"}) + "\n" for n in range(8)))
+    flags = ["--data", data, "--supervise", "all", "--max-steps", 1, "--batch-size", 2, "--out", tmp_path / "run"]
+    done = execute(*flags, "--eval-fraction", 0.25)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "run" / "samples.jsonl").exists() and "BLEU " not in done.stdout
+    assert "\x1b[2J" not in done.stdout and "\\x1b[2J" in done.stdout
 
 
 def test_text_rows_and_their_response_template(tmp_path):
@@ -178,6 +205,8 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(refused, tmp_path):
     wrong.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": 3}\n')
     masked = tmp_path / "masked.jsonl"
     masked.write_text(json.dumps({"text": "no answer here"}) + "\n")
+    cut_off = tmp_path / "cut_off.jsonl"
+    cut_off.write_text(json.dumps({"instruction": "word " * 100, "output": "b"}) + "\n")
     folder = tmp_path / "no-model"
     folder.mkdir()
     model = tmp_path / "model"
@@ -198,7 +227,12 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(refused, tmp_path):
     assert f"{malformed}:2" in refused("--out", out, "--data", malformed)
     assert f"{wrong}:2" in (message := refused("--out", out, "--data", wrong)) and "output" in message
     assert str(empty) in refused("--out", out, "--data", empty)
-    assert "no" in refused("--out", out, "--data", masked, "--eval-fraction", 0, "--response-template", "### R:")
+    message = refused("--out", out, "--data", masked, "--eval-fraction", 0, "--response-template", "### R:")
+    assert f"{masked}: none of its 1 rows" in message and "(line 1)" in message
+    message = refused("--out", out, "--data", cut_off, "--eval-fraction", 0, "--max-length", 20)
+    assert "no supervised token within the first 20 tokens" in message
+    assert f"--out {masked}" in refused("--out", masked) and f"--out {masked}/x" in refused("--out", f"{masked}/x")
+    assert "--device cuda:99" in refused("--out", out, "--device", "cuda:99")
     assert "--max-length 5000" in refused("--out", out, "--max-length", 5000)
     assert "--batch-size" in refused("--out", out, "--batch-size", 0)
     assert "--learning-rate" in refused("--out", out, "--learning-rate", 1)

@@ -1,10 +1,12 @@
 """The loop against independent loops: transformers' model stepped by hand, other ways to accumulate, a killed run."""
 
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from transformers import OPTConfig as ReferenceConfig
 from transformers import OPTForCausalLM, get_linear_schedule_with_warmup
 
@@ -52,7 +54,7 @@ def run(
     config = Config(**{"lr": 1e-3, "batch_size": 8, "device": "cpu", "dtype": arithmetic, **values})
     model = OPT(OPTConfig.from_dict(SHAPE))
     initialise(model, 0)
-    model.to(dtype)
+    model.to(pick_device(config.device), dtype)
     set_dropout(model, dropout)
     sampler = Sampler(len(ROWS), config.batch_size, config.grad_accum, config.seed, config.order == "shuffled")
 
@@ -231,16 +233,16 @@ def test_last_and_best_are_whole_checkpoints(tmp_path):
     assert loss / count == pytest.approx(best["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("fails_at", ["save_file", "rename"])
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at):
+@pytest.mark.parametrize(("fails_at", "error"), [("save_file", SafetensorError), ("rename", OSError)])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at, error):
     run(tmp_path / "run", steps=2)
     target = checkpoint if fails_at == "save_file" else checkpoint.Path
 
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error("No space left on device")
 
     monkeypatch.setattr(target, fails_at, full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(error, match="No space"):
         run(tmp_path / "run", steps=4, resume=True)
     monkeypatch.undo()
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -253,8 +255,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    with pytest.raises(UserError, match="--lr 1e\\+20: the loss is"):
-        run(tmp_path / "run", lr=1e20, steps=20)
+    with pytest.raises(UserError, match="--lr 1e\\+20: the loss or its gradient is nan in step 2"):
+        run(tmp_path / "run", lr=1e20, steps=20, log_every=20, schedule="constant")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(UserError, match="--lr 1e\\+30"):
+        run(tmp_path / "short", lr=1e30, steps=1)
+    assert not (tmp_path / "short" / "checkpoints").exists()
+    lines = read_metrics(tmp_path / "run") + read_metrics(tmp_path / "short")
+    assert all(math.isfinite(line["loss"]) for line in lines)
 
 
 def test_resume_says_what_is_wrong_with_a_checkpoint(tmp_path):
