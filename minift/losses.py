@@ -25,6 +25,30 @@ def completion_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, posit
     return total, torch.tensor(len(where), device=hidden.device)
 
 
+def bradley_terry(
+    better: Tensor, worse: Tensor, margins: Tensor, weights: Tensor, center: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """How badly rewards explain which of two responses was preferred: (sum of nats, number of prompts).
+
+    Bradley & Terry (1952): a response of strength s > 0 is preferred to another with probability s / (s + s'). With
+    s = exp(reward) that is 1 / (1 + exp(r' - r)) = σ(r - r'), so a preference costs -log σ(r - r') nats (Ouyang et al.
+    2022, arXiv 2203.02155, equation 1). A margin is how much better it was said to be: -log σ(r - r' - margin) asks for
+    that much more (Touvron et al. 2023, arXiv 2307.09288, equation 2). Only differences count, so all rewards may drift
+    together; `center` adds center · (r + r')², which holds them around 0 (Eisenstein et al. 2023, arXiv 2312.09244).
+
+    Rewards, margins and weights are all `(P,)`, one of each for every pair; ValueError if they are not, since a
+    `(P, 1)` among them would make `(P, P)` pairs without a word. A prompt's weights add up to 1, and a prompt with many
+    pairs counts as much as one with a single pair. Computed in float32 at least; finite whatever the difference.
+    """
+    shapes = {tuple(values.shape) for values in (better, worse, margins, weights)}
+    if len(shapes) > 1 or better.dim() != 1:
+        raise ValueError(f"shapes {sorted(shapes)}, expected one (pairs,) for rewards, margins and weights")
+    dtype = torch.promote_types(better.dtype, torch.float32)
+    better, worse, margins, weights = (values.to(dtype) for values in (better, worse, margins, weights))
+    nats = -F.logsigmoid(better - worse - margins) + center * (better + worse).square()  # (P,)
+    return (weights * nats).sum(), weights.sum().round().long()  # three weights of 1/3 may fall just short of 1
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Σ cross entropy of `hidden (M, E) @ head.T` against `targets (M,)`, in chunks.
 

@@ -232,6 +232,33 @@ class OPT(nn.Module):
         return F.linear(hidden, self.head)
 
 
+class RewardModel(nn.Module):
+    """OPT with one number in place of logits: how good a whole row is (Stiennon et al. 2020, arXiv 2009.01325).
+
+    Parameters are named as in the reference's `OPTForSequenceClassification` with one label, less a leading `model.`.
+    """
+
+    def __init__(self, config: OPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder(config)
+        self.score = nn.Linear(config.word_embed_proj_dim, 1, bias=False)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """The rewards `(R,)` of packed rows, each read at its row's last token; arguments as for `OPT`.
+
+        The last token follows from the row's length, never from a search for pads: the reference takes the last token
+        that is not a pad, which is the wrong one when a text ends in that id, as every text does if EOS serves as pad.
+        """
+        hidden = self.decoder(input_ids, positions, rows, None)  # (N, E)
+        lengths = (rows >= 0).sum(1, keepdim=True)  # (R, 1)
+        last = rows.gather(1, lengths - 1).squeeze(1)  # (R,)
+        # Outside autocast: near 10 bfloat16 knows no number between 10 and 10.0625, so close rewards would be ties.
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden.index_select(0, last).to(self.decoder.embed_tokens.weight.dtype)  # (R, E)
+            return self.score(hidden).squeeze(1)
+
+
 def set_dropout(model: nn.Module, dropout: float) -> None:
     """Train with this dropout after attention and feed-forward, and at most this much inside attention.
 

@@ -13,13 +13,14 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from minift import checkpoint
-from minift.batching import Batch
+from minift.batching import Batch, PairBatch
 from minift.config import Config
 from minift.errors import UserError
+from minift.files import write_text
 from minift.optim import adamw, learning_rate
 
 # A batch -> its loss and its metrics as sums, and how many items (tokens, pairs) they are sums over.
-LossFunction = Callable[[Batch], tuple[Tensor, Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[Batch | PairBatch], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
 class Task(NamedTuple):
@@ -27,8 +28,8 @@ class Task(NamedTuple):
 
     model: nn.Module
     loss: LossFunction
-    micro_batches: Callable[[int], Iterable[Batch]]  # optimiser step, from 0 -> the micro-batches it accumulates
-    eval_batches: Callable[[], Iterable[Batch]]
+    micro_batches: Callable[[int], Iterable[Batch | PairBatch]]  # optimiser step, from 0 -> what it accumulates
+    eval_batches: Callable[[], Iterable[Batch | PairBatch]]
     total_steps: int
     write_model: Callable[[Path], None]  # a folder -> the model in it, as the ecosystem's files
     counted: str  # what the loss counts: "supervised_tokens" or "pairs"
@@ -38,10 +39,10 @@ def pick_device(name: str) -> torch.device:
     """`auto` is the GPU if there is one; a GPU asked for by name must exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, expected cpu or auto")
-    return device
+    known = {"cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))}
+    if name not in known or (name == "cuda" and len(known) == 2):
+        raise UserError(f"--device {name}: expected auto, cpu or a GPU of the {len(known) - 2} here, as in cuda:0")
+    return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -57,15 +58,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def train(task: Task, config: Config, folder: Path) -> None:
-    """Train `task.model` in place for `task.total_steps` optimiser steps; leave metrics and checkpoints in `folder`.
+    """Train `task.model` where it is for `task.total_steps` optimiser steps; leave metrics and checkpoints in `folder`.
 
     Each optimiser step follows the gradient of sum / count over all its micro-batches: the mean over every item of the
     step, however the items are spread over micro-batches. Everything random in a step is seeded by (seed, step), so
     evaluating more often or resuming changes nothing.
     """
-    device = pick_device(config.device)
+    model = task.model
+    device = next(model.parameters()).device
     dtype = pick_dtype(config.dtype, device)
-    model = task.model.to(device)
     optimizer = adamw(model, config.weight_decay)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     metrics_file = folder / "metrics.jsonl"
@@ -77,55 +78,54 @@ def train(task: Task, config: Config, folder: Path) -> None:
         metrics_file.write_text("")
         _log(metrics_file, progress, task.counted, "eval", evaluate(task, device, dtype))
 
-    bar = tqdm(total=task.total_steps, initial=progress["step"], unit="step", mininterval=0.5)
     sums = Counter(progress["sums"])  # of the steps since the last line in metrics.jsonl
     clock = time.perf_counter() - progress["seconds"]
     tokens_before = progress["tokens"]
     started = time.perf_counter()
-    for step in range(progress["step"], task.total_steps):
-        torch.manual_seed((config.seed << 32) + step)  # dropout
-        step_sums = accumulate_gradient(task, step, device, dtype)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        torch._foreach_div_(gradients, step_sums["count"])
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        lr = learning_rate(
-            step,
-            peak=config.lr,
-            schedule=config.schedule,
-            warmup_steps=config.warmup_steps,
-            total_steps=task.total_steps,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
+    with tqdm(total=task.total_steps, initial=progress["step"], unit="step", mininterval=0.5) as bar:
+        for step in range(progress["step"], task.total_steps):
+            torch.manual_seed((config.seed << 32) + step)  # dropout
+            step_sums = accumulate_gradient(task, step, device, dtype)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            torch._foreach_div_(gradients, step_sums["count"])
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+            _refuse_divergence(config, step, step_sums["loss"] + grad_norm)
+            lr = learning_rate(
+                step,
+                peak=config.lr,
+                schedule=config.schedule,
+                warmup_steps=config.warmup_steps,
+                total_steps=task.total_steps,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad()
 
-        done = step + 1
-        last = done == task.total_steps
-        sums.update(step_sums)
-        progress["tokens"] += step_sums["tokens"]
-        progress[task.counted] += step_sums["count"]
-        progress.update(step=done, seconds=time.perf_counter() - clock)
-        if done % config.log_every == 0 or last:
-            means = _means(sums)
-            if not math.isfinite(means["loss"]):
-                raise UserError(f"--lr {config.lr}: the loss is {means['loss']} at step {done}, try a lower one")
-            _log(metrics_file, progress, task.counted, "train", {**means, "lr": lr, "grad_norm": grad_norm.item()})
-            rate = (progress["tokens"] - tokens_before) / (time.perf_counter() - started)
-            bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
-            sums = Counter()
-        bar.update()
+            done = step + 1
+            last = done == task.total_steps
+            sums.update(step_sums)
+            progress["tokens"] += step_sums["tokens"]
+            progress[task.counted] += step_sums["count"]
+            progress.update(step=done, seconds=time.perf_counter() - clock)
+            if done % config.log_every == 0 or last:
+                means = _means(sums)
+                _log(metrics_file, progress, task.counted, "train", {**means, "lr": lr, "grad_norm": grad_norm})
+                rate = (progress["tokens"] - tokens_before) / (time.perf_counter() - started)
+                bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
+                sums = Counter()
+            bar.update()
 
-        is_best = False
-        if last or (config.eval_every and done % config.eval_every == 0):
-            means = evaluate(task, device, dtype)
-            _log(metrics_file, progress, task.counted, "eval", means)
-            is_best = bool(means) and (progress["best"] is None or means["loss"] < progress["best"])
-            progress["best"] = means["loss"] if is_best else progress["best"]
-        if last or is_best or (config.save_every and done % config.save_every == 0):
-            progress["sums"] = dict(sums)
-            checkpoint.save(folder / "checkpoints", model, optimizer, progress, task.write_model, is_best=is_best)
-    bar.close()
+            is_best = False
+            if last or (config.eval_every and done % config.eval_every == 0):
+                means = evaluate(task, device, dtype)
+                _refuse_divergence(config, step, means.get("loss", 0.0))
+                _log(metrics_file, progress, task.counted, "eval", means)
+                is_best = bool(means) and (progress["best"] is None or means["loss"] < progress["best"])
+                progress["best"] = means["loss"] if is_best else progress["best"]
+            if last or is_best or (config.save_every and done % config.save_every == 0):
+                progress["sums"] = dict(sums)
+                checkpoint.save(folder / "checkpoints", model, optimizer, progress, task.write_model, is_best=is_best)
 
 
 def accumulate_gradient(task: Task, step: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
@@ -153,6 +153,12 @@ def evaluate(task: Task, device: torch.device, dtype: torch.dtype) -> dict[str, 
     return _means(sums)
 
 
+def _refuse_divergence(config: Config, step: int, value: float) -> None:
+    # Before anything is written: the last checkpoint stays a good one.
+    if not math.isfinite(value):
+        raise UserError(f"--lr {config.lr}: the loss or its gradient is {value} in step {step + 1}, try a lower one")
+
+
 def _arithmetic(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -177,4 +183,4 @@ def _keep_lines_until(path: Path, step: int) -> None:
     """Drop what a killed run logged after its last checkpoint: those steps are about to be taken again."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))

@@ -1,4 +1,4 @@
-"""A model's folder → OPT, and back: config.json beside safetensors or `.bin` weights, as the hub lays them out."""
+"""A model's folder → OPT or a reward model, and back: config.json and safetensors or `.bin` weights, as on the hub."""
 
 import hashlib
 import json
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from minift.errors import UserError
 from minift.files import read_text, write_text, written_whole
-from minift.model import OPT, OPTConfig
+from minift.model import OPT, OPTConfig, RewardModel
 
 # The first of these that a folder holds is its weights.
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 EMBEDDING = "decoder.embed_tokens.weight"
 HEAD = "lm_head.weight"
+SCORE = "score.weight"
+REWARD_ARCHITECTURE = "OPTForSequenceClassification"
 STRAY = {"decoder.version"}  # fairseq's file version, which the first conversions carried along
 
 
@@ -41,19 +43,50 @@ def load_model(model: str | Path, *, dtype: torch.dtype = torch.float32, revisio
     never in memory twice. No code in a checkpoint runs.
     """
     folder = resolve(model, revision)
-    config = read_config(folder / "config.json")
+    path = folder / "config.json"
+    if REWARD_ARCHITECTURE in str(_read_json(path).get("architectures")):
+        raise UserError(f"{path}: this is a reward model ({REWARD_ARCHITECTURE}), expected a language model")
     with torch.device("meta"):
-        opt = OPT(config)
-    expected = {name: tensor.shape for name, tensor in opt.state_dict().items()}
-    opt.load_state_dict(_read_state(weight_files(folder), expected, dtype), assign=True)
+        opt = OPT(read_config(path))
+    _fill(opt, folder, dtype)
     return opt
 
 
+def load_reward_model(
+    model: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> RewardModel:
+    """A reward model on the CPU, as `save_model` or transformers (`OPTForSequenceClassification`, one label) left it.
+
+    Raises UserError as `load_model` does, and for a language model: it has no head that could score anything.
+    """
+    folder = resolve(model, revision)
+    with torch.device("meta"):
+        reward_model = RewardModel(read_config(folder / "config.json"))
+    _fill(reward_model, folder, dtype)
+    return reward_model
+
+
+def new_reward_model(
+    model: str | Path, *, seed: int, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> RewardModel:
+    """A reward model to train: the body of a language model under a fresh head, or a reward model to go on from.
+
+    The head is drawn from N(0, init_std²), as the reference draws it, by a generator of its own seeded with `seed`: so
+    small that training starts from hardly an opinion, a loss near ln 2. Raises UserError as `load_model` does.
+    """
+    folder = resolve(model, revision)
+    config = read_config(folder / "config.json")
+    with torch.device("meta"):
+        reward_model = RewardModel(config)
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.randn(1, config.word_embed_proj_dim, generator=generator) * config.init_std
+    _fill(reward_model, folder, dtype, fresh={SCORE: head.to(dtype)})
+    return reward_model
+
+
 def read_config(path: Path) -> OPTConfig:
-    """Read a language model's config.json; UserError if it is absent, malformed, or some other model's."""
+    """Read an OPT's config.json; UserError if it is absent, malformed, or some other kind of model's."""
     values = _read_json(path)
-    if "OPTForSequenceClassification" in str(values.get("architectures")):
-        raise UserError(f"{path}: this is a reward model (OPTForSequenceClassification), expected a language model")
     try:
         return OPTConfig.from_dict(values)
     except ValueError as error:
@@ -82,21 +115,28 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def save_model(model: OPT, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write config.json and model.safetensors as transformers' `OPTForCausalLM` reads them, each whole or not at all.
+def save_model(model: OPT | RewardModel, directory: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write config.json and model.safetensors, each whole or not at all, as transformers reads them.
 
+    A language model becomes an `OPTForCausalLM`, a reward model an `OPTForSequenceClassification` with one label.
     Weights are stored as `dtype`, or as they are. The tied head is not stored: transformers ties it again.
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {f"model.{name}": tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    stored = str(model.head.dtype if dtype is None else dtype).removeprefix("torch.")
+    state = {
+        name if name == SCORE else f"model.{name}": tensor.to("cpu", dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    stored = str(model.decoder.embed_tokens.weight.dtype if dtype is None else dtype).removeprefix("torch.")
     with written_whole(folder / "model.safetensors") as path:
         try:
             save_file(state, path, metadata={"format": "pt"})
         except SafetensorError as error:  # how a full disk looks here
             raise OSError(f"{folder / 'model.safetensors'}: {error}") from error
     config = model.config.to_dict() | {"dtype": stored}
+    if isinstance(model, RewardModel):
+        # The names of the labels are how transformers counts them: without them it would expect a head of two.
+        config |= {"architectures": [REWARD_ARCHITECTURE], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -110,7 +150,16 @@ def fingerprint(model: str | Path, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _read_state(files: list[Path], expected: dict[str, torch.Size], dtype: torch.dtype) -> dict[str, Tensor]:
+def _fill(model: OPT | RewardModel, folder: Path, dtype: torch.dtype, fresh: dict[str, Tensor] | None = None) -> None:
+    """Give a model on the meta device the weights of a folder, and `fresh` ones for those the folder may lack."""
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    state = _read_state(weight_files(folder), expected, dtype, fresh or {})
+    model.load_state_dict(state, assign=True)
+
+
+def _read_state(
+    files: list[Path], expected: dict[str, torch.Size], dtype: torch.dtype, fresh: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Copies of the expected weights, found in `files` with or without a leading `model.`; UserError for any others."""
     state: dict[str, Tensor] = {}
     unexpected, misshapen = [], {}
@@ -133,14 +182,17 @@ def _read_state(files: list[Path], expected: dict[str, torch.Size], dtype: torch
     head = state.pop(HEAD, None)
     if head is not None and not torch.equal(state.setdefault(EMBEDDING, head), head):
         raise UserError(f"{files[-1].parent}: lm_head.weight differs from embed_tokens.weight, expected a tied head")
+    state = fresh | state
     missing = [name for name in expected if name not in state and name not in misshapen]
+    where = files[0] if len(files) == 1 else files[0].parent
+    if missing == [SCORE]:
+        raise UserError(f"{where}: no {SCORE}: this is a language model; train a reward model from it with train_rm.py")
     problems = [
         f"{len(names)} {problem} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
         for problem, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", [*misshapen.values()]))
         if names
     ]
     if problems:
-        where = files[0] if len(files) == 1 else files[0].parent
         raise UserError(f"{where}: weights do not fit the model of config.json: {'; '.join(problems)}")
     return state
 
