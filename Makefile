@@ -14,19 +14,23 @@ FLAGS = set --; \
 	set -- "$$@" $(ARGS)
 PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help sft test clean
+.PHONY: help sft rm test clean
 
 help:
 	@echo "make sft                 tune the model in data/ on the instructions in data/; leaves runs/sft/"
 	@echo "make sft RECIPE=course   the course's own run: facebook/opt-350m on CodeAlpaca-20k, from the hub"
 	@echo "make sft MODEL=… DATA=… ARGS=\"--lr 1e-4\"   anything else; ARGS takes every flag of train_sft.py"
 	@echo "make sft ARGS=--help     lists these flags"
+	@echo "make rm                  a reward model from the pairs in data/; leaves runs/rm/; RECIPE, MODEL, DATA, ARGS alike"
 	@echo "make test                check the style, run the tests"
 	@echo "make clean               remove .venv and the caches; runs/ stays"
 	@echo "PYTHON=python3.12 after make chooses the Python that .venv is made with"
 
 sft: .venv/installed
 	@$(FLAGS); printf '%s\n' ".venv/bin/python train_sft.py $$*"; exec .venv/bin/python train_sft.py "$$@"
+
+rm: .venv/installed
+	@$(FLAGS); printf '%s\n' ".venv/bin/python train_rm.py $$*"; exec .venv/bin/python train_rm.py "$$@"
 
 test: .venv/installed-for-tests
 	.venv/bin/python -m ruff check .

@@ -59,10 +59,10 @@ class Config:
     # fmt: off
     # What is trained on what
     recipe: str = _flag("tiny", _choice("tiny", "course"), "values for all other flags; a flag given beside it wins")
-    model: str = _flag("", TEXT, "directory or hub id of an OPT model; if given without --recipe, the recipe's "
+    model: str = _flag("", TEXT, "directory of an OPT model; if given without --recipe, the recipe's "
                        "optimiser values, which suit its own model, no longer hold")
     revision: str | None = _flag(None, TEXT, "branch, tag or commit of a hub model; main if left out")
-    data: str = _flag("", TEXT, "JSON, JSONL or parquet file, or hub id of a data set; if given, the recipe's "
+    data: str = _flag("", TEXT, "JSON or JSONL file; if given, the recipe's "
                       "--eval-data and --no-input-only, which speak of its own data, no longer hold")
     eval_data: str | None = _flag(None, TEXT, "file of held-out rows; without one, --eval-fraction holds")
     eval_fraction: float = _flag(0.1, SHARE, "share of --data to hold out (if given, the recipe's --eval-data no "
@@ -79,6 +79,8 @@ class Config:
     max_length: int = _flag(1024, _whole(2), "tokens a row may have")
     margin_field: str | None = _flag(None, TEXT, "field that holds a pair's margin; no margin if left out", RM)
     center_rewards: float = _flag(0.0, ZERO_OR_MORE, "weight in the loss of a pair's squared sum of rewards", RM)
+    shuffle_labels: bool = _flag(False, SWITCH, "forget which side was chosen in training: the control experiment, "
+                                 "which should learn nothing", RM)
 
     # The loop
     epochs: int = _flag(3, _whole(1), "passes over the training rows")
@@ -161,9 +163,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "eval_data": "data/heldout_pairs.jsonl",
             "out": "runs/rm",
             "max_length": 256,
-            "epochs": 3,
+            "center_rewards": 0.01,
+            "max_steps": 400,
             "batch_size": 16,
-            "lr": 1e-3,
+            "lr": 7e-4,
+            "warmup_steps": 20,
+            "dropout": 0.0,
             "eval_every": 100,
         },
         "course": {
@@ -230,7 +235,8 @@ def parse(task: str, argv: list[str] | None = None) -> Config:
     given = {item.name: _value(item, getattr(texts, item.name)) for item in _flags(task) if hasattr(texts, item.name)}
 
     recipe = dict(RECIPES[task][given.get("recipe", defaults["recipe"])])
-    foreign = ABOUT_ITS_DATA if "data" in given else ()
+    foreign = ("max_steps",) if "epochs" in given else ()
+    foreign += ABOUT_ITS_DATA if "data" in given else ()
     foreign += ABOUT_ITS_MODEL if "model" in given and "recipe" not in given else ()
     recipe = {name: value for name, value in recipe.items() if name not in foreign}
     if given.get("eval_fraction") and "eval_data" in given:
@@ -242,6 +248,11 @@ def parse(task: str, argv: list[str] | None = None) -> Config:
     if values["eval_data"] is not None:
         values["eval_fraction"], sources["eval_fraction"] = 0.0, sources["eval_data"]
     return Config(**values, sources=sources)
+
+
+def length_limit(config: Config, positions: int) -> int:
+    """`--max-length` as given; one that was not asked for is no longer than the model's positions."""
+    return config.max_length if config.sources.get("max_length") == "flag" else min(config.max_length, positions)
 
 
 def flag_of(name: str) -> str:

@@ -24,6 +24,16 @@ PROMPT_KINDS = {
     "instruction": ("instruction",),
     "prompt": ("prompt",),
 }
+# A "prompt" is optional: whole dialogues (hh-rlhf) begin alike instead. "responses" is a list of strings, best first.
+PAIR_KINDS = {
+    "pair": ("chosen", "rejected"),
+    "ranking": ("responses",),
+}
+SCORE_KINDS = {
+    "pair": ("chosen", "rejected"),
+    "response": ("prompt", "response"),
+}
+OPTIONAL_FIELDS = {"instruction": ("input",), "pair": ("prompt",), "ranking": ("prompt",)}
 
 
 class Row(dict[str, Any]):
@@ -165,13 +175,19 @@ def _check_row(value: Any, kinds: dict[str, tuple[str, ...]], where: str) -> str
     if kind is None or kind == "text":
         # "text" counts only where no other kind was begun: beside an "instruction" it doesn't make up for an "output".
         kind = begun
-    fields = kinds[kind] + (("input",) if kind == "instruction" and "input" in value else ())
+    fields = kinds[kind] + tuple(field for field in OPTIONAL_FIELDS.get(kind, ()) if field in value)
     for field in fields:
         if field not in value:
             raise UserError(f"{where}: field '{field}' is missing")
-        if not isinstance(value[field], str):
-            raise UserError(f"{where}: field '{field}' is {_type_name(value[field])}, expected a string")
-        _check_unicode(value[field], f"{where}: field '{field}'")
+        texts = [value[field]]
+        if field == "responses":
+            if not isinstance(value[field], list) or len(value[field]) < 2:
+                raise UserError(f"{where}: field 'responses', expected a list of two or more strings, best first")
+            texts = value[field]
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"{where}: field '{field}' is {_type_name(text)}, expected a string")
+            _check_unicode(text, f"{where}: field '{field}'")
     return kind
 
 

@@ -1,14 +1,15 @@
 """Rows to ids and labels: the only place that decides what is supervised."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from minift.errors import UserError
-from minift.prompts import Template, render
+from minift.prompts import Template, render, render_prompt
 from minift.tokenizer import Special, Tokenizer
 
 UNSUPERVISED = -100
@@ -23,6 +24,13 @@ class Example(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
+
+
+class Ranking(NamedTuple):
+    """Two or more responses to one prompt, best first, each the ids of its whole row: a pair is (chosen, rejected)."""
+
+    responses: list[list[int]]
+    margin: float
 
 
 @dataclass
@@ -213,6 +221,117 @@ def prompt_ids_and_reference(
         )
     prompt, completion = pieces
     return tokenizer.encode(prompt), "".join(piece for piece in completion if not isinstance(piece, Special))
+
+
+@dataclass
+class PairReport:
+    """What became of some pairs, as `Report` has it for rows."""
+
+    source: str
+    rows: int
+    max_length: int
+    kept: int = 0
+    tokens: int = 0
+    identical: list[str] = field(default_factory=list)
+    too_long: list[str] = field(default_factory=list)
+    filled: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For people: a line of totals, then one for each thing that befell a pair."""
+        lines = [f"{self.source}: {self.kept:,} of {self.rows:,} pairs kept, {self.tokens:,} tokens"]
+        for places, what in (
+            (self.identical, "dropped: its sides are equal"),
+            (self.too_long, f"dropped: a side is longer than {self.max_length} tokens"),
+            (self.filled, f"dropped: the prompt alone fills the {self.max_length} tokens"),
+            (self.empty, "with an empty response: its reward is that of the end token"),
+        ):
+            if places:
+                named = ", ".join(places[:NAMED_PLACES]) + (", …" if len(places) > NAMED_PLACES else "")
+                lines.append(f"  {len(places):,} pair{'s' if len(places) > 1 else ''} {what} ({named})")
+        return lines
+
+
+def encode_rankings(
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    max_length: int,
+    positions: int,
+    margin_field: str | None = None,
+    source: str = "rows",
+) -> tuple[list[Ranking], list[int], PairReport]:
+    """Encode pairs and rankings (`datasets.PAIR_KINDS`): those that can be learned from, their indices in `rows`, and a
+    report on all rows.
+
+    Equal sides teach nothing, and of a side over `max_length` the end, where its reward is read, would be missing: such
+    rows are dropped and reported. `margin_field` names the field of a row's margin, 0 without one.
+
+    Raises UserError if no row is left, `max_length` is more than the model's `positions`, or a margin is no number.
+    """
+    if max_length > positions:
+        raise UserError(f"--max-length {max_length}: more than the model's {positions} positions")
+    report = PairReport(source, len(rows), max_length)
+    rankings: list[Ranking] = []
+    kept: list[int] = []
+    for index, row in enumerate(rows):
+        place = getattr(row, "place", f"row {index + 1}")
+        responses = responses_of(row)
+        try:
+            sides = [encode_response(row.get("prompt"), response, tokenizer, template) for response in responses]
+        except ValueError as error:
+            raise UserError(f"{source}: {place}: {error}") from None
+        margin = 0.0 if margin_field is None else _margin(row, margin_field, f"{source}: {place}")
+        if len({tuple(side) for side in sides}) < len(sides):
+            report.identical.append(place)
+        elif max(map(len, sides)) > max_length:
+            is_filled = min(map(len, sides)) > max_length and _prompt_length(row, tokenizer, template) >= max_length
+            (report.filled if is_filled else report.too_long).append(place)
+        else:
+            if "" in responses:
+                report.empty.append(place)
+            rankings.append(Ranking(sides, margin))
+            kept.append(index)
+    report.kept = len(kept)
+    report.tokens = sum(len(side) for ranking in rankings for side in ranking.responses)
+    if not kept:
+        reasons = "; ".join(line.strip() for line in report.lines()[1:])
+        raise UserError(f"{source}: none of its {len(rows)} pairs can be learned from: {reasons}")
+    return rankings, kept, report
+
+
+def responses_of(row: Mapping[str, Any]) -> list[str]:
+    """The responses of a pair or a ranking, best first."""
+    return row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
+
+
+def encode_response(prompt: str | None, response: str, tokenizer: Tokenizer, template: Template) -> list[int]:
+    """The ids of a response after its prompt, which goes through the template as an instruction, and an EOS.
+
+    Without a prompt the response is a whole dialogue, used as it is.
+
+    >>> encode_response("Hi", "Yo", opt_tokenizer, TEMPLATES["dialogue"])  # "\n\nHuman: Hi\n\nAssistant: Yo"
+    [2, 50118, 50118, 33837, 35, 12289, 50118, 50118, 46184, 35, 17514, 2]
+    """
+    fields = {"prompt": "", "completion": response} if prompt is None else {"instruction": prompt, "output": response}
+    before, after = split_row(fields, tokenizer, template, "")
+    return tokenizer.encode([*before, *after])
+
+
+def _margin(row: Mapping[str, Any], name: str, where: str) -> float:
+    margin = row.get(name)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        what = f"{margin!r}, expected a number" if name in row else "missing"
+        raise UserError(f"{where}: field '{name}', its --margin-field, is {what}")
+    return float(margin)
+
+
+def _prompt_length(row: Mapping[str, Any], tokenizer: Tokenizer, template: Template) -> int:
+    if row.get("prompt") is None:
+        return 0
+    pieces = render_prompt({"instruction": row["prompt"]}, template, tokenizer.eos_token, tokenizer.bos_token)
+    return len(tokenizer.encode(pieces))
 
 
 def is_text_row(row: Mapping[str, str]) -> bool:

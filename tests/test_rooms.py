@@ -28,6 +28,19 @@ ROOMS = {
     "checkpoint": {"torch", "safetensors"},
     "generate": {"torch", "numpy", "minift.model", "minift.batching"},
     "bleu": set(),
+    "answers": {
+        "huggingface_hub",
+        "minift.bleu",
+        "minift.encode",
+        "minift.generate",
+        "minift.model",
+        "minift.prompts",
+        "minift.tokenizer",
+    },  # fmt: skip
+    "scoring": {"torch", "minift.model", "minift.weights", "minift.tokenizer", "minift.prompts", "minift.encode"}
+    | {"minift.batching"},
+    "score": set(),
+    "winrate": set(),
     "report": set(),
     "config": set(),
     "preview": {"minift.tokenizer", "minift.prompts", "minift.datasets", "minift.encode"},

@@ -1,0 +1,132 @@
+"""Two language models answer the same prompts, and a reward model says which one wins how often.
+
+`python -m minift.winrate --model-a A --model-b B --judge RM --prompts F`
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from minift.errors import CommandParser, UserError, run_command
+from minift.files import write_text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    import torch
+    from huggingface_hub.utils import tqdm
+
+    from minift.datasets import PROMPT_KINDS, load_rows
+    from minift.generate import Options, check_prompt, generate
+    from minift.prompts import load_template, render_prompt
+    from minift.scoring import load_judge, score_rows, win_rate
+    from minift.tokenizer import check_fits, load_tokenizer
+    from minift.trainer import pick_device
+    from minift.weights import load_model, resolve
+
+    args = _parser().parse_args(arguments)
+    template = load_template(args.template)
+    try:  # here, so that a bad flag is told of before any file is read
+        load_template(args.judge_template)
+    except UserError as error:
+        raise UserError(f"--judge-{str(error).removeprefix('--')}") from None
+    device, dtype = pick_device(args.device), getattr(torch, args.dtype)
+    if args.out is not None and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
+        raise UserError(f"--out {args.out}: expected a file's name in a directory that exists")
+    rows = load_rows(args.prompts, PROMPT_KINDS, mixed=True)[: args.limit]
+    judge = load_judge(resolve(args.judge), args.judge_template, device=device, dtype=dtype)
+
+    def answer_all(name: str, flag: str) -> list[str]:
+        tokenizer = load_tokenizer(resolve(name))
+        model = load_model(name, dtype=dtype).to(device)
+        check_fits(tokenizer, model.config.vocab_size, name)
+        prompts = []
+        for row in rows:
+            try:
+                fields = row if "instruction" in row else {"instruction": row["prompt"]}
+                prompts.append(
+                    tokenizer.encode(render_prompt(fields, template, tokenizer.eos_token, tokenizer.bos_token))
+                )
+                check_prompt(prompts[-1], "the prompt", args.max_new_tokens, model.config.max_position_embeddings)
+            except (ValueError, UserError) as error:
+                raise UserError(f"{args.prompts}: {row.place}: {flag}: {error}") from None
+        options = Options(
+            max_new_tokens=args.max_new_tokens, eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size
+        )
+        with tqdm(total=len(prompts), desc=flag, unit="answer") as bar:
+            return [tokenizer.decode(ids) for (ids,) in generate(model, prompts, options, bar.update)]
+
+    answers = {"a": answer_all(args.model_a, "--model-a"), "b": answer_all(args.model_b, "--model-b")}
+    encoded = []
+    for number, row in enumerate(rows):
+        for side in ("a", "b"):
+            try:
+                encoded.append(judge.encode(_query(row), answers[side][number]))
+            except ValueError as error:
+                raise UserError(f"{args.prompts}: {row.place}: --model-{side}'s answer: {error}") from None
+    scores = score_rows(judge.model, encoded, judge.batch_size)
+    score_a, score_b = scores[::2], scores[1::2]
+
+    rate = win_rate(a - b for a, b in zip(score_a, score_b, strict=True))
+    found = {
+        "model_a": args.model_a,
+        "model_b": args.model_b,
+        "judge": args.judge,
+        "prompts": rate.pairs,
+        "wins_a": rate.wins,
+        "wins_b": rate.pairs - rate.wins - rate.ties,
+        "ties": rate.ties,
+        "win_rate_a": rate.rate,
+        "interval_95": [rate.low, rate.high],
+        "mean_score_a": sum(score_a) / len(rows),
+        "mean_score_b": sum(score_b) / len(rows),
+    }
+    if args.out is not None:
+        columns = zip(rows, answers["a"], answers["b"], score_a, score_b, strict=True)
+        names = ("answer_a", "answer_b", "score_a", "score_b")
+        lines = [json.dumps(row | dict(zip(names, rest, strict=True))) + "\n" for row, *rest in columns]
+        write_text(args.out, "".join(lines))
+    print(json.dumps(found))
+    print(
+        f"{args.model_a} wins {rate.rate:.1%} of {rate.pairs:,} prompts (95%: {rate.low:.1%} to {rate.high:.1%}), "
+        f"{args.model_b} {found['wins_b'] / rate.pairs:.1%}, {rate.ties} ties",
+        file=sys.stderr,
+    )
+
+
+def _query(row: dict[str, Any]) -> str:
+    """What the judge is told was asked: the instruction, and its input after a blank line, as `dialogue` has it."""
+    if "instruction" not in row:
+        return row["prompt"]
+    return row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Two language models answer the same prompts greedily; a reward model says which wins how often."
+    parser = CommandParser("python -m minift.winrate", description=about)
+    add = parser.add_argument
+    add("--model-a", required=True, help="a language model's directory, such as runs/sft")
+    add("--model-b", required=True, help="another one's, such as data/model")
+    add("--judge", required=True, help="a reward model's directory, such as runs/rm")
+    add("--prompts", required=True, help='JSON or JSONL: {"prompt": …} or {"instruction": …, "input": …}; both go '
+        "through the templates")  # fmt: skip
+    add("--out", help="JSONL: the prompts with `answer_a`, `answer_b`, `score_a` and `score_b`")
+    add("--limit", type=_positive, help="only the first so many prompts")
+    add("--template", default="course", help="what the language models were tuned with (%(default)s)")
+    add("--judge-template", default="dialogue", help="what the reward model was trained with (%(default)s)")
+    add("--max-new-tokens", type=_positive, default=128, help="the most tokens of an answer (%(default)s)")
+    add("--batch-size", type=_positive, default=64, help="prompts answered at a time (%(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:N; auto takes a GPU if there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(%(default)s)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_command(main)

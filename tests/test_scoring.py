@@ -1,0 +1,275 @@
+"""What a reward model is used for, against transformers' scores and counts worked out by hand."""
+
+import json
+import math
+from pathlib import Path
+from statistics import NormalDist
+
+import pytest
+import torch
+from transformers import AutoTokenizer, OPTForSequenceClassification
+
+from minift import score, winrate
+from minift.datasets import SCORE_KINDS, load_rows
+from minift.errors import UserError
+from minift.model import OPT, OPTConfig, RewardModel, initialise
+from minift.scoring import Judge, calibration, examine, load_judge, table, wilson_interval, win_rate
+from minift.weights import save_model
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 16}
+CONFIG = OPTConfig(vocab_size=480, max_position_embeddings=64, do_layer_norm_before=False, **SIZES)
+ANSWERS = [
+    ("Add 1 and 2.", "3"),
+    ("Add 1 and 2.", "def add(first, second):\n    return first + second"),
+    ("What is a list?", "A list holds values, in order."),
+    ("What is a list?", ""),
+    (None, "\n\nHuman: Hi\n\nAssistant: Hello."),
+    ("A", "for number in range(10): print(number)"),
+]
+
+
+def saved(kind: type, folder: Path, seed: int, tokenizer) -> Path:
+    model = kind(CONFIG)
+    initialise(model, seed)
+    save_model(model, folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer) -> Path:
+    return saved(RewardModel, tmp_path_factory.mktemp("reward"), 0, tokenizer)
+
+
+@pytest.fixture
+def judge(folder) -> Judge:
+    return load_judge(folder, batch_size=4)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- counts by hand ----
+
+
+@pytest.mark.parametrize("wins, n", [(0, 7), (1, 1), (8, 10), (55, 110), (495, 550), (7, 7)])
+def test_the_wilson_interval_is_where_the_normal_test_just_fails_to_reject(wins, n):
+    z = NormalDist().inv_cdf(0.975)
+    low, high = wilson_interval(wins, n)
+    assert 0 <= low <= wins / n <= high <= 1
+    for end in (low, high):
+        # Of a share of 0 or 1 one end is that share itself.
+        assert math.isclose(abs(wins / n - end), z * math.sqrt(end * (1 - end) / n), rel_tol=1e-9, abs_tol=1e-9)
+    assert high - low > 0.001
+
+
+def test_the_wilson_interval_as_printed_in_textbooks():
+    assert wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-7)  # R: binom.confint(8, 10, wilson)
+
+
+def test_a_tie_is_no_win():
+    rate = win_rate([1.0, 0.0, -2.0, 1e-9])
+    assert (rate.wins, rate.ties, rate.pairs, rate.rate) == (2, 1, 4, 0.5)
+    with pytest.raises(ValueError, match="no pairs"):
+        win_rate([])
+
+
+def test_calibration_by_hand():
+    nine_to_one = math.log(0.9 / 0.1)
+    error, brier = calibration([nine_to_one] * 9 + [-nine_to_one])
+    assert error == pytest.approx(0, abs=1e-12)
+    assert brier == pytest.approx(0.9 * 0.1**2 + 0.1 * 0.9**2)
+    # Half right at a confidence of 0.9, and, in another bin, all right at 0.6.
+    six_to_four = math.log(0.6 / 0.4)
+    error, brier = calibration([nine_to_one, -nine_to_one, six_to_four, six_to_four])
+    assert error == pytest.approx((abs(0.9 - 0.5) * 2 + abs(0.6 - 1) * 2) / 4)
+    assert brier == pytest.approx((0.01 + 0.81 + 0.16 + 0.16) / 4)
+    assert calibration([1e4, -1e4]) == (0.5, 0.5)  # certain, and half right
+
+
+def test_an_examination_by_kind_with_ties_and_rankings():
+    exam = examine([[2.0, 1.0], [0.5, 0.5], [1.0, 3.0], [3.0, 1.0, 2.0]], ["easy", "easy", "hard", None])
+    assert exam["pairs"] == {"all": 6, "easy": 2, "hard": 1}
+    assert exam["accuracy"] == {"all": 0.5, "easy": 0.5, "hard": 0.0}  # the ranking: 3 > 1, 3 > 2, but not 1 > 2
+    assert exam["ties"] == 1
+    assert exam["interval"]["easy"] == [*wilson_interval(1, 2)]
+    lines = table({"before": exam, "after": exam})
+    assert lines[1].split()[:4] == ["accuracy,", "6", "pairs", "50.0%"] and any(
+        "hard, 1 pairs" in line for line in lines
+    )
+
+
+# ---- a judge ----
+
+
+def test_a_score_is_the_references_of_the_rendered_text(judge, folder):
+    reference = OPTForSequenceClassification.from_pretrained(folder).eval()
+    reference_tokenizer = AutoTokenizer.from_pretrained(folder)
+    for query, response in ANSWERS:
+        text = response if query is None else f"\n\nHuman: {query}\n\nAssistant: {response}"
+        with torch.no_grad():
+            expected = reference(**reference_tokenizer(text + "</s>", return_tensors="pt")).logits.item()
+        assert judge.score(query, response) == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_do_not_depend_on_company_or_order(judge):
+    together = judge.scores(ANSWERS)
+    assert together[::-1] == judge.scores(ANSWERS[::-1])
+    assert together[2:] + together[:2] == judge.scores(ANSWERS[2:] + ANSWERS[:2])
+    assert together == pytest.approx([judge.score(*answer) for answer in ANSWERS], abs=1e-6)
+    assert len(set(together)) == len(ANSWERS)
+
+
+def test_equal_texts_tie_however_many_others_there_are(judge):
+    rate = judge.win_rate([(query, response, response) for query, response in ANSWERS])
+    assert (rate.wins, rate.ties, rate.pairs) == (0, len(ANSWERS), len(ANSWERS))
+
+
+def test_compare_win_rate_and_best_of_follow_the_scores(judge):
+    query, responses = "What is a list?", [response for _, response in ANSWERS]
+    scores = [judge.score(query, response) for response in responses]
+    expected = 1 / (1 + math.exp(scores[1] - scores[0]))
+    assert judge.compare(query, *responses[:2]) == pytest.approx(expected, abs=1e-6)
+    assert judge.compare(query, *responses[1::-1]) == pytest.approx(1 - expected, abs=1e-6)
+    assert judge.best_of(query, responses) == scores.index(max(scores))
+    pairs = [(query, a, b) for a in responses for b in responses]
+    ordered = [(a, b) for a in scores for b in scores]
+    assert judge.win_rate(pairs).wins == sum(a > b for a, b in ordered)
+
+
+def test_a_judge_trains_nothing_and_drops_nothing_out(folder):
+    judge = load_judge(folder)
+    judge.model.train()
+    assert judge.score("A", "B") == judge.score("A", "B")
+    assert judge.model.training
+
+
+def test_an_answer_longer_than_the_model_is_refused(judge):
+    with pytest.raises(ValueError, match="more than the reward model's 64 positions"):
+        judge.score("A", "B C " * 64)
+
+
+# ---- python -m minift.score ----
+
+
+def test_score_adds_scores_to_responses(folder, judge, tmp_path, capsys):
+    rows = [{"prompt": query, "response": text, "id": n} for n, (query, text) in enumerate(ANSWERS) if query]
+    data, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    score.main(["--model", str(folder), "--data", str(data), "--out", str(out), "--batch-size", "2"])
+    scored = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{name: row[name] for name in ("prompt", "response", "id")} for row in scored] == rows
+    expected = [judge.score(row["prompt"], row["response"]) for row in rows]
+    assert [row["score"] for row in scored] == pytest.approx(expected, abs=1e-6)
+    assert "5 responses" in capsys.readouterr().out
+
+
+def test_score_adds_scores_to_pairs_and_prints_the_win_rate(folder, judge, tmp_path, capsys):
+    texts = [text for _, text in ANSWERS]
+    rows = [{"prompt": "A", "chosen": a, "rejected": b, "kind": "k"} for a, b in zip(texts, texts[1:], strict=False)]
+    rows.append({"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant: C"})
+    data, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    score.main(["--model", str(folder), "--data", str(data), "--out", str(out)])
+    scored = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["score_rejected"] for row in scored[:-2]] == pytest.approx(
+        [row["score_chosen"] for row in scored[1:-1]]
+    )
+    assert scored[-1]["score_chosen"] == pytest.approx(judge.score("A", "B"), abs=1e-6)
+    wins = sum(row["score_chosen"] > row["score_rejected"] for row in scored)
+    assert f"{wins / len(rows):.1%} (" in capsys.readouterr().out
+
+
+def test_score_refuses_in_one_line(folder, tmp_path, tokenizer):
+    def refused(*flags: object, data: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            score.main(["--data", str(data), *map(str, flags)])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    good = write_rows(tmp_path / "good.jsonl", [{"prompt": "A", "response": "B"}])
+    long = write_rows(
+        tmp_path / "long.jsonl", [{"prompt": "A", "response": "B"}, {"prompt": "A", "response": "B C " * 64}]
+    )
+    half = write_rows(tmp_path / "half.jsonl", [{"prompt": "A", "chosen": "B"}])
+    language_model = saved(OPT, tmp_path / "lm", 0, tokenizer)
+    assert "this is a language model" in refused("--model", language_model, data=good)
+    assert "line 2" in (message := refused("--model", folder, data=long)) and str(long) in message
+    assert f"{half}:1" in (message := refused("--model", folder, data=half)) and "'rejected' is missing" in message
+    assert "--template" in refused("--model", folder, "--template", "nowhere", data=good)
+    assert "--batch-size" in refused("--model", folder, "--batch-size", "0", data=good)
+    assert "--out" in refused("--model", folder, "--out", tmp_path / "no" / "where", data=good)
+    assert "no-model" in refused("--model", tmp_path / "no-model", data=good)
+
+
+def test_rows_to_score_are_of_one_kind(tmp_path):
+    rows = [{"prompt": "A", "response": "B"}, {"prompt": "A", "chosen": "B", "rejected": "C"}]
+    with pytest.raises(UserError, match=r":2: this row has 'chosen' and 'rejected', but"):
+        load_rows(write_rows(tmp_path / "rows.jsonl", rows), SCORE_KINDS)
+
+
+# ---- python -m minift.winrate ----
+
+
+def test_winrate_has_both_answer_and_the_judge_decide(folder, judge, tokenizer, tmp_path, capsys):
+    model_a, model_b = (saved(OPT, tmp_path / name, seed, tokenizer) for name, seed in (("a", 1), ("b", 2)))
+    rows = [{"prompt": "Add."}, {"instruction": "Add.", "input": "1, 2"}, {"instruction": "What?"}, {"prompt": "Hi"}]
+    prompts, out = write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "out.jsonl"
+    flags = ["--judge", str(folder), "--prompts", str(prompts), "--max-new-tokens", "6", "--out", str(out)]
+    winrate.main(["--model-a", str(model_a), "--model-b", str(model_b), *flags])
+    found = json.loads(capsys.readouterr().out)
+    answered = [json.loads(line) for line in out.read_text().splitlines()]
+    queries = ["Add.", "Add.\n\n1, 2", "What?", "Hi"]
+    for side in ("a", "b"):
+        expected = [judge.score(query, row[f"answer_{side}"]) for query, row in zip(queries, answered, strict=True)]
+        assert [row[f"score_{side}"] for row in answered] == pytest.approx(expected, abs=1e-6)
+        assert found[f"mean_score_{side}"] == pytest.approx(sum(expected) / 4, abs=1e-6)
+    wins = sum(row["score_a"] > row["score_b"] for row in answered)
+    losses = sum(row["score_a"] < row["score_b"] for row in answered)
+    assert (found["wins_a"], found["wins_b"], found["ties"], found["prompts"]) == (wins, losses, 4 - wins - losses, 4)
+    assert found["interval_95"] == [*wilson_interval(wins, 4)]
+
+    # The other way round it is the other's wins; a model never beats itself.
+    winrate.main(["--model-a", str(model_b), "--model-b", str(model_a), *flags])
+    assert json.loads(capsys.readouterr().out)["wins_a"] == losses
+    winrate.main(["--model-a", str(model_a), "--model-b", str(model_a), *flags])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["wins_a"], found["wins_b"], found["ties"]) == (0, 0, 4)
+
+
+def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, monkeypatch, capsys):
+    import minift.generate
+
+    asked = []
+
+    def generate(model, prompts, options, on_progress):
+        asked.append([tokenizer.decode(ids) for ids in prompts])
+        return [[tokenizer.encode("B")[1:]] for _ in prompts]
+
+    monkeypatch.setattr(minift.generate, "generate", generate)
+    model = saved(OPT, tmp_path / "a", 1, tokenizer)
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Add."}, {"instruction": "Add.", "input": "1"}])
+    flags = ["--model-a", model, "--model-b", model, "--judge", folder, "--prompts", prompts, "--max-new-tokens", 2]
+    winrate.main([*map(str, flags)])
+    plain = "### Instruction:\nAdd.\n\n### Response:\n"
+    assert asked == [[plain, "### Instruction:\nAdd.\n\n### Input:\n1\n\n### Response:\n"]] * 2
+    asked.clear()
+    winrate.main([*map(str, flags), "--template", "none", "--limit", "1"])
+    assert asked == [["Add."]] * 2
+
+
+def test_winrate_refuses_in_one_line(folder, tokenizer, tmp_path):
+    model = saved(OPT, tmp_path / "a", 1, tokenizer)
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Add."}, {"prompt": "Add. " * 60}])
+
+    def refused(model_a: Path, model_b: Path, judge: Path, *flags: str) -> str:
+        paths = ["--model-a", model_a, "--model-b", model_b, "--judge", judge, "--prompts", prompts]
+        with pytest.raises(UserError) as caught:
+            winrate.main([*map(str, paths), *flags])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "this is a language model" in refused(model, model, model)
+    assert "this is a reward model" in refused(folder, model, folder, "--limit", "1", "--max-new-tokens", "2")
+    assert "line 2: --model-a: the prompt has" in refused(model, model, folder, "--max-new-tokens", "2")
+    assert "--judge-template" in refused(model, model, folder, "--judge-template", "nowhere")

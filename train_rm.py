@@ -1,0 +1,199 @@
+"""Reward modelling, top to bottom: `python train_rm.py` trains on the pairs in data/, `--help` lists the flags."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minift.batching import PairBatch, Sampler, collate_rankings
+from minift.checkpoint import open_run, versions
+from minift.config import describe, parse, to_dict
+from minift.datasets import PAIR_KINDS, fingerprint, load_rows, split
+from minift.encode import Ranking, encode_rankings, responses_of
+from minift.errors import UserError, run_command
+from minift.files import write_text
+from minift.lora import add_lora, merge, num_adapter_parameters, unmerge
+from minift.losses import bradley_terry
+from minift.model import set_dropout
+from minift.prompts import load_template
+from minift.report import write_report
+from minift.scoring import examine, score_rows, table
+from minift.tokenizer import Tokenizer, check_fits, load_tokenizer
+from minift.trainer import Task, pick_device, train
+from minift.weights import fingerprint as weights_fingerprint
+from minift.weights import new_reward_model, resolve, save_model
+
+SHOWN, LINES = 3, 12  # examples printed before training, scored ones after it, and at most so many lines of each
+
+
+def main() -> None:
+    config = parse("rm")
+    print(describe(config, "rm"), "\n")
+    device = pick_device(config.device)
+
+    # 1. A language model's body under a fresh head of one output, and its tokenizer.
+    source = resolve(config.model, config.revision)
+    tokenizer = load_tokenizer(source)
+    dtype = torch.float64 if config.dtype == "float64" else torch.float32
+    model = new_reward_model(source, dtype=dtype, seed=config.seed).to(device)
+    check_fits(tokenizer, model.config.vocab_size, config.model)
+    if config.dropout is not None:
+        set_dropout(model, config.dropout)
+    if config.lora_rank:
+        torch.manual_seed(config.seed)
+        try:
+            add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+        except ValueError as error:
+            raise UserError(f"--lora-targets: {error}") from None
+        model.score.requires_grad_(True)
+        print(f"LoRA: {num_adapter_parameters(model):,} parameters to train, and the head")
+
+    # 2. Pairs to learn from, and pairs held out.
+    rows = load_rows(config.data, PAIR_KINDS)
+    train_indices, eval_indices = split(len(rows), config.eval_fraction, config.seed)
+    train_rows, eval_rows = [rows[i] for i in train_indices], [rows[i] for i in eval_indices]
+    if config.eval_data:
+        eval_rows = load_rows(config.eval_data, PAIR_KINDS)
+
+    # 3. Text becomes ids: the prompt with each of its responses, best first, each closed by the end token.
+    options = {
+        "max_length": config.max_length,
+        "positions": model.config.max_position_embeddings,
+        "margin_field": config.margin_field,
+    }
+    template = load_template(config.template)
+    rankings, _, report = encode_rankings(train_rows, tokenizer, template, source=config.data, **options)
+    print("\n".join(report.lines()))
+    held_out: list[Ranking] = []
+    if eval_rows:
+        where = config.eval_data or f"held out of {config.data}"
+        held_out, kept, report = encode_rankings(eval_rows, tokenizer, template, source=where, **options)
+        eval_rows = [eval_rows[i] for i in kept]
+        print("\n".join(report.lines()))
+    if config.shuffle_labels:
+        generator = random.Random(config.seed)
+        for ranking in rankings:
+            generator.shuffle(ranking.responses)
+    show(rankings, tokenizer)
+
+    # 4. A batch is the flat list of its tokens, a prompt's once for all its responses.
+    sampler = Sampler(len(rankings), config.batch_size, config.grad_accum, config.seed, config.order == "shuffled")
+
+    def micro_batches(step: int):
+        return (collate_rankings([rankings[i] for i in numbers]) for numbers in sampler.micro_batches(step))
+
+    def eval_batches():
+        starts = range(0, len(held_out), config.batch_size)
+        return (collate_rankings(held_out[start : start + config.batch_size]) for start in starts)
+
+    def loss(batch: PairBatch):
+        rewards = model(batch.input_ids, batch.positions, batch.rows)  # (R,)
+        better, worse = rewards[batch.better], rewards[batch.worse]  # (P,)
+        metrics = {
+            "accuracy": better > worse,  # a tie is wrong
+            "margin": better - worse,
+            "reward_chosen": better,
+            "reward_rejected": worse,
+        }
+        sums = {name: (batch.weights * values.detach()).sum() for name, values in metrics.items()}
+        return *bradley_terry(better, worse, batch.margins, batch.weights, config.center_rewards), sums
+
+    def write_model(folder: Path) -> None:
+        adapters = merge(model)
+        save_model(model, folder)
+        unmerge(model, adapters)
+        tokenizer.save(folder)
+
+    # 5. The examination: which side of each held-out pair gets the higher reward.
+    def rewards_held_out() -> list[list[float]]:
+        responses = [response for ranking in held_out for response in ranking.responses]
+        rewards = iter(score_rows(model, responses, 2 * config.batch_size))
+        return [[next(rewards) for _ in ranking.responses] for ranking in held_out]
+
+    # 6. Train.
+    files = {"data": config.data, "eval_data": config.eval_data}
+    fingerprints = {name: fingerprint(file) for name, file in files.items() if file}
+    record = {
+        "task": "rm",
+        "values": to_dict(config, "rm"),
+        "versions": versions(),
+        "fingerprints": fingerprints | {"weights": weights_fingerprint(source)},
+    }
+    run = open_run(Path(config.out), record, resume=config.resume)
+    before = rewards_held_out()
+    train(
+        Task(
+            model=model,
+            loss=loss,
+            micro_batches=micro_batches,
+            eval_batches=eval_batches,
+            total_steps=config.max_steps or config.epochs * sampler.steps_per_epoch,
+            write_model=write_model,
+            counted="pairs",
+        ),
+        config,
+        run,
+    )
+    write_model(run)
+
+    # 7. What it learned.
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in metrics if line["split"] == "eval"]
+    results = {"eval_loss": {"before": losses[0], "after": losses[-1]}} if losses else {}
+    if held_out:
+        merge(model)
+        after = rewards_held_out()
+        kinds = [row.get("kind") for row in eval_rows]
+        exams = {"before": examine(before, kinds), "after": examine(after, kinds)}
+        results |= {name: {when: exam[name] for when, exam in exams.items()} for name in exams["after"]}
+        samples = [
+            {name: row[name] for name in ("kind", "prompt") if name in row}
+            | named(responses_of(row))
+            | {"rewards_before": earlier, "rewards_after": later}
+            for row, earlier, later in zip(eval_rows, before, after, strict=True)
+        ]
+        write_text(run / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+        for row, earlier, later in list(zip(eval_rows, before, after, strict=True))[:SHOWN]:
+            print_part("prompt", row.get("prompt", "(in the responses)"))
+            for (name, text), first, last in zip(named(responses_of(row)).items(), earlier, later, strict=True):
+                print_part(f"{name}: reward {first:.2f} before, {last:.2f} after", text)
+    write_text(run / "run.json", json.dumps(record | {"results": results}, indent=1) + "\n")
+    write_report(run)
+    if held_out:
+        print("", *table(exams), sep="\n")
+        print(f"{'eval loss':30}" + "".join(f"{value:24.3f}" for value in results["eval_loss"].values()))
+    print(f"\nleft in {run}: the model, metrics.jsonl, samples.jsonl, report.html")
+
+
+def named(responses: Sequence) -> dict[str, Any]:
+    """Responses, best first, by what they are called."""
+    names = [f"response {place}" for place in range(1, len(responses) + 1)]
+    return dict(zip(["chosen", "rejected"] if len(names) == 2 else names, responses, strict=True))
+
+
+def show(rankings: Sequence[Ranking], tokenizer: Tokenizer) -> None:
+    """Print what the loss compares, and what it saves that a prompt is computed once for all its responses."""
+    lengths = [sum(map(len, ranking.responses)) for ranking in rankings]
+    computed = [len(collate_rankings([ranking]).input_ids) for ranking in rankings]
+    saved = [length - fewer for length, fewer in zip(lengths, computed, strict=True)]
+    share = sum(saved) / sum(lengths)
+    print(f"  {sum(saved):,} tokens ({share:.0%}) saved: what a prompt's responses begin with is computed once for all")
+    print("\nWhat the loss compares: rewards, read at each response's last token; the chosen one's should be higher.")
+    for number, ranking in enumerate(rankings[:SHOWN]):
+        shared = saved[number] // (len(ranking.responses) - 1)
+        first = tokenizer.decode(ranking.responses[0][:shared], skip_special_tokens=False)
+        print_part(f"pair {number + 1} of {len(rankings):,}: {shared} tokens that all responses begin with", first)
+        for name, ids in named(ranking.responses).items():
+            print_part(f"{name}: {len(ids) - shared} more", tokenizer.decode(ids[shared:], skip_special_tokens=False))
+
+
+def print_part(title: str, text: str) -> None:
+    lines = text.strip("\n").splitlines() or ["(nothing)"]
+    print("", f"── {title}", *lines[:LINES], *(["…"] if len(lines) > LINES else []), sep="\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
