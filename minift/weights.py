@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,7 +217,8 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):  # torch's own, about a pickle it then refuses
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle fails in whatever way its bytes say
