@@ -296,8 +296,10 @@ def _about_unknown(text: str, task: str) -> str:
     other = "rm" if task == "sft" else "sft"
     if name not in known and name in [flag_of(item.name) for item in _flags(other)]:
         return f"unknown flag {text}: only {SCRIPTS[other]} has it"
-    near = [TRL_NAMES[name]] if name in TRL_NAMES else get_close_matches(name, known, n=1)
-    return f"unknown flag {text}" + (f", did you mean {near[0]}?" if near else f" (see {SCRIPTS[task]} --help)")
+    # Without the dashes, which make all flags alike.
+    near = get_close_matches(name[2:], [flag[2:] for flag in known], n=1)
+    near = TRL_NAMES.get(name, f"--{near[0]}" if near else None)
+    return f"unknown flag {text}" + (f", did you mean {near}?" if near else f" (see {SCRIPTS[task]} --help)")
 
 
 def _show(value: Any) -> str:
