@@ -30,6 +30,7 @@ SHOWN, LINES = 3, 12  # examples printed before training, scored ones after it, 
 
 
 def main() -> None:
+    """From a language model and pairs to a reward model, examined before and after."""
     config = parse("rm")
     print(describe(config, "rm"), "\n")
     device = pick_device(config.device)

@@ -29,6 +29,7 @@ SHOWN, LINES = 3, 12  # examples printed before training, answers after it, and 
 
 
 def main() -> None:
+    """From a pre-trained model and rows to a tuned model, examined before and after."""
     config = parse("sft")
     print(describe(config, "sft"), "\n")
     device = pick_device(config.device)

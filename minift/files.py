@@ -56,6 +56,16 @@ def _refuse_constant(name: str) -> None:
 JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
+def check_out(path: str | None, flag: str, source: str) -> None:
+    """Refuse, before any work, an --out that can't become a file or is `source`, the file that `flag` names."""
+    if path is None:
+        return
+    if Path(path).resolve() == Path(source).resolve():
+        raise UserError(f"--out {path}: that is {flag} itself, expected another file")
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise UserError(f"--out {path}: expected a file's name in a directory that exists")
+
+
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path`; what was written under it takes the place of `path` if the block ends well.

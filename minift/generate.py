@@ -14,7 +14,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from minift.batching import lay_out_rows
 from minift.errors import CommandParser, UserError, run_command
-from minift.files import write_text
+from minift.files import check_out, write_text
 from minift.model import OPT
 
 OUT_OF_THE_RACE = -1e9  # score of a search's beams 2, 3, … before its first token: they are copies of the first
@@ -111,6 +110,7 @@ def generate(
 
 
 def check_prompt(prompt: Sequence[int], name: str, max_new_tokens: int, positions: int) -> None:
+    """Raise ValueError, calling the prompt `name`, if it is empty or leaves no room for the new tokens."""
     if not prompt:
         raise ValueError(f"{name} is empty, and this tokenizer puts no BOS in front: expected at least one token")
     if len(prompt) + max_new_tokens > positions:
@@ -419,6 +419,7 @@ def _check_choice(best: Tensor) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command: prompts in, completions out, in the prompts' order."""
     from huggingface_hub.utils import tqdm
 
     from minift.datasets import PROMPT_KINDS, load_rows
@@ -429,7 +430,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     args = _parser().parse_args(arguments)
     options = _options(args)
-    _check_out(args.out, args.prompts)
+    check_out(args.out, "--prompts", args.prompts)
     template = load_template(args.template)
     rows = load_rows(args.prompts, PROMPT_KINDS, mixed=True)
     device = pick_device(args.device)
@@ -514,14 +515,6 @@ def _options(args: argparse.Namespace) -> Options:
 def _about_flag(error: ValueError) -> UserError:
     name, rest = str(error).split(" ", 1)
     return UserError(f"--{name.replace('_', '-')} {rest}" if name in Options.__dataclass_fields__ else str(error))
-
-
-def _check_out(path: str | None, prompts: str) -> None:
-    """Before the work, not after it."""
-    if path is not None and Path(path).resolve() == Path(prompts).resolve():
-        raise UserError(f"--out {path}: that is --prompts itself, expected another file")
-    if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-        raise UserError(f"--out {path}: expected a file's name in a directory that exists")
 
 
 if __name__ == "__main__":

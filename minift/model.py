@@ -113,6 +113,8 @@ def row_layout(rows: Tensor, num_tokens: int) -> RowLayout:
 
 
 class Attention(nn.Module):
+    """Causal multi-head attention of packed tokens: the only place where rows, and so padding, exist."""
+
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
         width = config.hidden_size
@@ -177,6 +179,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Embeddings, layers and projections: ids in, hidden states of the embedding's width out."""
+
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
         width, embedding_width = config.hidden_size, config.word_embed_proj_dim

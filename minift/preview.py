@@ -12,7 +12,7 @@ from typing import TextIO
 from minift.datasets import load_rows
 from minift.encode import UNSUPERVISED, Example, encode_rows
 from minift.errors import CommandParser, UserError, run_command
-from minift.files import written_whole
+from minift.files import check_out, written_whole
 from minift.prompts import TEMPLATES, load_template
 from minift.tokenizer import Tokenizer, check_fits, load_tokenizer
 
@@ -62,6 +62,7 @@ def write_examples(examples: Sequence[Example], kept: Sequence[int], path: str) 
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command: show some rows, write all of them if asked, and say what became of each."""
     args = _parser().parse_args(arguments)
     tokenizer = load_tokenizer(args.model)
     config = _read_config(args.model)
@@ -77,8 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         supervise=args.supervise,
         source=args.data,
     )
-    if args.out is not None and Path(args.out).resolve() == Path(args.data).resolve():
-        raise UserError(f"--out {args.out}: that is --data itself, expected another file")
+    check_out(args.out, "--data", args.data)
     if args.out is not None:
         write_examples(examples, kept, args.out)
     show(examples, tokenizer, args.rows, sys.stdout)

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from minift.errors import CommandParser, UserError, run_command
-from minift.files import write_text
+from minift.files import check_out, write_text
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command: a score for every response, and a summary over pairs."""
     import torch
 
     from minift.datasets import SCORE_KINDS, load_rows
@@ -20,8 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     load_template(args.template)  # so that a bad flag is told of before any file is read
     device = pick_device(args.device)
-    if args.out is not None and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
-        raise UserError(f"--out {args.out}: expected a file's name in a directory that exists")
+    check_out(args.out, "--data", args.data)
     rows = load_rows(args.data, SCORE_KINDS)
     folder, dtype = resolve(args.model), getattr(torch, args.dtype)
     judge = load_judge(folder, args.template, batch_size=args.batch_size, device=device, dtype=dtype)

@@ -6,14 +6,14 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from minift.errors import CommandParser, UserError, run_command
-from minift.files import write_text
+from minift.files import check_out, write_text
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command: both models answer, the judge scores, and the wins are counted with their interval."""
     import torch
     from huggingface_hub.utils import tqdm
 
@@ -32,8 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         raise UserError(f"--judge-{str(error).removeprefix('--')}") from None
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
-    if args.out is not None and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
-        raise UserError(f"--out {args.out}: expected a file's name in a directory that exists")
+    check_out(args.out, "--prompts", args.prompts)
     rows = load_rows(args.prompts, PROMPT_KINDS, mixed=True)[: args.limit]
     judge = load_judge(resolve(args.judge), args.judge_template, device=device, dtype=dtype)
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 
 from minift import files
 from minift.errors import CommandParser, UserError, run_command
-from minift.files import json_lines, read_text, write_text, written_whole
+from minift.files import check_out, json_lines, read_text, write_text, written_whole
 
 
 def test_a_block_that_fails_leaves_what_was_there(tmp_path):
@@ -34,6 +34,19 @@ def test_the_name_appears_only_when_all_is_on_the_disk(tmp_path, monkeypatch):
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~umask
+
+
+def test_an_out_that_would_lose_something_is_refused_before_the_work(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    check_out(None, "--data", str(source))
+    check_out(str(tmp_path / "new"), "--data", str(source))
+    for out, message in (
+        (f"{tmp_path}/./rows.jsonl", "that is --data itself"),
+        (str(tmp_path), "expected a file's name"),
+        (f"{tmp_path}/missing/new", "expected a file's name"),
+    ):
+        with pytest.raises(UserError, match=f"--out {out}: {message}"):
+            check_out(out, "--data", str(source))
 
 
 def test_where_nothing_can_be_written(tmp_path):
