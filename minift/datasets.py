@@ -1,4 +1,4 @@
-"""JSON and JSONL files to checked rows, and the seeded split into rows to train on and rows held out."""
+"""JSON, JSONL and parquet files to checked rows, and the seeded split into rows to train on and rows held out."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ import numpy
 
 from minift.errors import UserError
 from minift.files import JSON_DECODER, json_lines, read_text
+from minift.hub import DATA_SUFFIXES, data_files
 
 # The fields that make a row one of a kind, each a string. An "instruction" row may have an "input" besides ("" if not).
 # A row is of the first kind that it has every field of: data sets keep rendered copies in "prompt" and "text".
@@ -50,37 +51,32 @@ class Row(dict[str, Any]):
 
 
 def load_rows(
-    path: str | os.PathLike[str], kinds: dict[str, tuple[str, ...]] = TRAINING_KINDS, *, mixed: bool = False
+    data: str | os.PathLike[str], kinds: dict[str, tuple[str, ...]] = TRAINING_KINDS, *, mixed: bool = False
 ) -> list[Row]:
-    """The rows of a .json or .jsonl file, in its order: an array of objects, or one object a line.
+    """The rows of a file or of a hub data set (`hub.data_files`), in order.
 
-    All rows are of one kind (see `TRAINING_KINDS`), unless `mixed`; other fields are kept as they are.
+    A file is JSON (an array of objects, or one object a line), JSONL or parquet. All rows are of one kind (see
+    `TRAINING_KINDS`), unless `mixed`; other fields are kept as they are.
 
     Raises UserError naming the file, the line, and the row's field where one is at fault: a missing or unreadable file,
     malformed JSON, a field that is missing or no string, text that is not valid Unicode, kinds mixed, no row at all.
+    And as `hub.look_up` does.
     """
-    expected = "a .json or .jsonl file"
-    if Path(path).suffix not in (".json", ".jsonl") and not Path(path).is_dir():
-        raise UserError(f"{path}: expected {expected}")
-    text = read_text(path, expected)
-    if text.lstrip()[:1] == "[":
-        values = _array_values(text, path)
-    else:
-        lines = json_lines(text, path, "an array of objects, or one object a line")
-        values = ((f"{path}:{number}", f"line {number}", value) for number, value in lines)
+    files = data_files(data)
     rows: list[Row] = []
     first_kind = None
-    for where, place, value in values:
-        kind = _check_row(value, kinds, where)
-        first_kind = first_kind or kind
-        if kind != first_kind and not mixed:
-            raise UserError(
-                f"{where}: this row has {_quoted(kinds[kind])}, but the rows before it have "
-                f"{_quoted(kinds[first_kind])}; put the two kinds into files of their own"
-            )
-        rows.append(Row(value, place))
+    for path in files:
+        for where, place, value in _values(path):
+            kind = _check_row(value, kinds, where)
+            first_kind = first_kind or kind
+            if kind != first_kind and not mixed:
+                raise UserError(
+                    f"{where}: this row has {_quoted(kinds[kind])}, but the rows before it have "
+                    f"{_quoted(kinds[first_kind])}; put the two kinds into files of their own"
+                )
+            rows.append(Row(value, place if len(files) == 1 else f"{path.name}: {place}"))
     if not rows:
-        raise UserError(f"{path}: no rows in it, expected a JSON array of objects or one object a line")
+        raise UserError(f"{data}: no rows in it, expected a JSON array of objects or one object a line")
     return rows
 
 
@@ -113,9 +109,42 @@ def split(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     return order[held_out:], order[:held_out]
 
 
-def fingerprint(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes in hexadecimal, by which run.json says what data it was."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+def fingerprint(data: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a data set's bytes in hexadecimal, by which run.json says what data it was."""
+    digest = hashlib.sha256()
+    for path in data_files(data):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _values(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """A file's values, each with where it stands for a message and its place for `Row`."""
+    expected = f"a {', '.join(DATA_SUFFIXES[:-1])} or {DATA_SUFFIXES[-1]} file, or a hub data set (owner/name)"
+    if path.suffix not in DATA_SUFFIXES and not path.is_dir():
+        raise UserError(f"{path}: expected {expected}")
+    if path.suffix == ".parquet" and path.is_file():
+        return _parquet_values(path)
+    text = read_text(path, expected)
+    if text.lstrip()[:1] == "[":
+        return _array_values(text, path)
+    lines = json_lines(text, path, "an array of objects, or one object a line")
+    return ((f"{path}:{number}", f"line {number}", value) for number, value in lines)
+
+
+def _parquet_values(path: Path) -> Iterator[tuple[str, str, Any]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path}: reading parquet takes pyarrow: pip install -e '.[parquet]'") from None
+    try:
+        with ParquetFile(path) as file:
+            values = (value for batch in file.iter_batches() for value in batch.to_pylist())
+            for number, value in enumerate(values, start=1):
+                # Dates, bytes and the like become text: a row is to be written as JSON again.
+                yield f"{path}: row {number}", f"row {number}", json.loads(json.dumps(value, default=str))
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: no readable parquet, truncated or damaged: download it again ({error})") from None
 
 
 def _array_values(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, str, Any]]:

@@ -13,6 +13,7 @@ from minift.datasets import load_rows
 from minift.encode import UNSUPERVISED, Example, encode_rows
 from minift.errors import CommandParser, UserError, run_command
 from minift.files import check_out, written_whole
+from minift.hub import model_folder
 from minift.prompts import TEMPLATES, load_template
 from minift.tokenizer import Tokenizer, check_fits, load_tokenizer
 
@@ -64,8 +65,9 @@ def write_examples(examples: Sequence[Example], kept: Sequence[int], path: str) 
 def main(arguments: list[str] | None = None) -> None:
     """The command: show some rows, write all of them if asked, and say what became of each."""
     args = _parser().parse_args(arguments)
-    tokenizer = load_tokenizer(args.model)
-    config = _read_config(args.model)
+    folder = model_folder(args.model)
+    tokenizer = load_tokenizer(folder)
+    config = _read_config(folder)
     if "vocab_size" in config:
         check_fits(tokenizer, config["vocab_size"], args.model)
     examples, kept, report = encode_rows(
@@ -100,7 +102,7 @@ def _encodable(text: str, stream: TextIO) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _read_config(directory: str) -> dict[str, int]:
+def _read_config(directory: Path) -> dict[str, int]:
     path = Path(directory, "config.json")
     if not path.is_file():
         return {}
@@ -115,8 +117,8 @@ def _read_config(directory: str) -> dict[str, int]:
 def _parser() -> argparse.ArgumentParser:
     about = "Shows what the loss sees of some data."
     parser = CommandParser("python -m minift.preview", description=about)
-    parser.add_argument("--model", required=True, help="a model's directory; only its tokenizer and sizes are read")
-    parser.add_argument("--data", required=True, help="rows: a .json or .jsonl file")
+    parser.add_argument("--model", required=True, help="a model's directory or hub id; its weights are not read")
+    parser.add_argument("--data", required=True, help="rows: a JSON, JSONL or parquet file, or a hub data set")
     parser.add_argument("--template", default="course", help=f"one of {', '.join(TEMPLATES)}, or a file")
     parser.add_argument("--response-template", help="what the response follows in rows of text (the template's own)")
     parser.add_argument("--max-length", type=_whole(1), help="tokens kept of a row (all, up to the model's positions)")

@@ -56,9 +56,9 @@ def _print_spread(scores: list[float]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser("python -m minift.score", description="Scores responses, or both sides of pairs.")
     add = parser.add_argument
-    add("--model", required=True, help="a reward model's directory, such as runs/rm")
-    add("--data", required=True, help='JSON or JSONL: {"prompt": …, "response": …} or {"prompt": …, "chosen": …, '
-        '"rejected": …}; pairs of whole dialogues have no prompt')  # fmt: skip
+    add("--model", required=True, help="a reward model's directory or hub id, such as runs/rm")
+    add("--data", required=True, help='file or hub data set of {"prompt": …, "response": …} or {"prompt": …, '
+        '"chosen": …, "rejected": …}; pairs of whole dialogues have no prompt')  # fmt: skip
     add("--out", help="JSONL: the same rows with `score`, or `score_chosen` and `score_rejected`")
     add("--template", default="dialogue", help="the one the model was trained with (%(default)s)")
     add("--batch-size", type=_positive, default=32, help="rows scored at a time (%(default)s)")

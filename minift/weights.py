@@ -1,4 +1,4 @@
-"""A model's folder → OPT or a reward model, and back: config.json and safetensors or `.bin` weights, as on the hub."""
+"""Hub id or folder → OPT or a reward model, and back: config.json and safetensors or `.bin` weights, as on the hub."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,42 +15,54 @@ from torch import Tensor
 
 from minift.errors import UserError
 from minift.files import read_text, write_text, written_whole
+from minift.hub import fetch, look_up, model_folder
 from minift.model import OPT, OPTConfig, RewardModel
 
-# The first of these that a folder holds is its weights.
+Model = TypeVar("Model", OPT, RewardModel)
+
+# The first of these that a folder or repository holds is its weights.
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 EMBEDDING = "decoder.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SCORE = "score.weight"
 REWARD_ARCHITECTURE = "OPTForSequenceClassification"
+HARMLESS = 2**24  # so many weights get their memory, and the modules around them, before any file is read
 STRAY = {"decoder.version"}  # fairseq's file version, which the first conversions carried along
 
 
 def resolve(model: str | Path, revision: str | None = None) -> Path:
-    """The folder that holds a model's files. Raises UserError when `model` is none."""
-    folder = Path(model)
-    if not folder.is_dir():
-        raise UserError(f"{model}: no such folder, expected one with config.json and weights")
-    if revision is not None:
-        raise UserError(f"--revision {revision}: {model} is a folder, which has no revisions: leave the flag out")
+    """The folder that holds a model's files: `model` itself, or the cache's for a hub id, whose weights are fetched.
+
+    Raises UserError when `model` is neither or has no weights; ConnectionError when the hub can't be reached.
+    """
+    folder = model_folder(model, revision)
+    if not Path(model).is_dir():
+        repository = look_up(str(model), "model", revision)
+        layout = next((name for name in LAYOUTS if name in repository.files), None)
+        if layout is None:
+            raise UserError(f"{repository}: no weights, expected one of {', '.join(LAYOUTS)}")
+        fetch(repository, [layout])
+        if layout.endswith(".json"):
+            shards = _shard_names(folder / layout)
+            absent = [name for name in shards if name not in repository.files]
+            if absent:
+                raise UserError(f"{repository}: no {absent[0]} in it, though {layout} names it")
+            fetch(repository, shards)
     return folder
 
 
 def load_model(model: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> OPT:
-    """An OPT language model on the CPU with the weights of a folder, every tensor cast to `dtype` (the hub's are fp16).
+    """An OPT language model on the CPU, from a hub id or a folder, every tensor cast to `dtype` (the hub's are fp16).
 
     Raises UserError when a file is absent or damaged, and when a weight is missing, left over, of another shape, or NaN
-    or infinite in `dtype`. Tensors are copied one at a time out of one mapped file after the other, so the weights are
-    never in memory twice. No code in a checkpoint runs.
+    or infinite in `dtype`; and as `resolve` does. Tensors are copied one at a time out of one mapped file after the
+    other, so the weights are never in memory twice. No code in a checkpoint runs.
     """
     folder = resolve(model, revision)
     path = folder / "config.json"
     if REWARD_ARCHITECTURE in str(_read_json(path).get("architectures")):
         raise UserError(f"{path}: this is a reward model ({REWARD_ARCHITECTURE}), expected a language model")
-    with torch.device("meta"):
-        opt = OPT(read_config(path))
-    _fill(opt, folder, dtype)
-    return opt
+    return _load(OPT, folder, dtype)
 
 
 def load_reward_model(
@@ -60,11 +72,7 @@ def load_reward_model(
 
     Raises UserError as `load_model` does, and for a language model: it has no head that could score anything.
     """
-    folder = resolve(model, revision)
-    with torch.device("meta"):
-        reward_model = RewardModel(read_config(folder / "config.json"))
-    _fill(reward_model, folder, dtype)
-    return reward_model
+    return _load(RewardModel, resolve(model, revision), dtype)
 
 
 def new_reward_model(
@@ -77,12 +85,9 @@ def new_reward_model(
     """
     folder = resolve(model, revision)
     config = read_config(folder / "config.json")
-    with torch.device("meta"):
-        reward_model = RewardModel(config)
     generator = torch.Generator().manual_seed(seed)
     head = torch.randn(1, config.word_embed_proj_dim, generator=generator) * config.init_std
-    _fill(reward_model, folder, dtype, fresh={SCORE: head.to(dtype)})
-    return reward_model
+    return _load(RewardModel, folder, dtype, fresh={SCORE: head.to(dtype)})
 
 
 def read_config(path: Path) -> OPTConfig:
@@ -101,15 +106,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder}: no weights, expected one of {', '.join(LAYOUTS)}")
     if path.suffix != ".json":
         return [path]
-    shard_of = _read_json(path).get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise UserError(f"{path}: expected a weight_map from weights to files")
-    suffix = Path(path.name.removesuffix(".index.json")).suffix
-    for shard in shard_of.values():
-        # Nothing but a file of the same kind in this very folder: an index is as untrusted as the weights.
-        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(suffix):
-            raise UserError(f"{path}: weight_map names {shard!r}, expected a {suffix} file in the same folder")
-    files = [folder / shard for shard in sorted(set(shard_of.values()))]
+    files = [folder / shard for shard in _shard_names(path)]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file}: no such file, though {path.name} names it")
@@ -151,11 +148,35 @@ def fingerprint(model: str | Path, revision: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _fill(model: OPT | RewardModel, folder: Path, dtype: torch.dtype, fresh: dict[str, Tensor] | None = None) -> None:
-    """Give a model on the meta device the weights of a folder, and `fresh` ones for those the folder may lack."""
+def _shard_names(index: Path) -> list[str]:
+    """The files that an index names, sorted."""
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise UserError(f"{index}: expected a weight_map from weights to files")
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    for shard in shard_of.values():
+        # Nothing but a file of the same kind in this very folder: an index is as untrusted as the weights.
+        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(suffix):
+            raise UserError(f"{index}: weight_map names {shard!r}, expected a {suffix} file in the same folder")
+    return sorted(set(shard_of.values()))
+
+
+def _load(kind: type[Model], folder: Path, dtype: torch.dtype, fresh: dict[str, Tensor] | None = None) -> Model:
+    """A model of a kind with the weights of a folder, and `fresh` ones for those the folder may lack."""
+    config = read_config(folder / "config.json")
+    files = weight_files(folder)
+    width, stored = config.hidden_size, sum(path.stat().st_size for path in files)
+    # A layer's modules take the memory of some thousand weights, however narrow it is.
+    claimed = config.num_hidden_layers * max(4 * width * width + 2 * width * config.ffn_dim, 2**14)
+    claimed += config.vocab_size * config.word_embed_proj_dim + config.max_position_embeddings * width
+    if claimed > max(stored, HARMLESS):
+        where = files[0] if len(files) == 1 else folder
+        raise UserError(f"{where}: truncated or of another model: {stored:,} bytes for {claimed:,} weights and more")
+    with torch.device("meta"):
+        model = kind(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state = _read_state(weight_files(folder), expected, dtype, fresh or {})
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(_read_state(files, expected, dtype, fresh or {}), assign=True)
+    return model
 
 
 def _read_state(
@@ -166,18 +187,24 @@ def _read_state(
     unexpected, misshapen = [], {}
     shapes = expected | {HEAD: expected[EMBEDDING]}
     for path in files:
+        room = path.stat().st_size
         for full_name, tensor in _read_tensors(path):
             name = full_name.removeprefix("model.")
             if name in STRAY:
                 continue
             if name not in shapes or name in state:
                 unexpected.append(full_name)
-            elif tensor.shape != shapes[name] or not tensor.is_floating_point():
+            elif tensor.shape != shapes[name] or not _is_plain(tensor):
                 misshapen[name] = f"{full_name} {tensor.dtype} {[*tensor.shape]} for {[*shapes[name]]}"
             else:
+                # A pickle can spread one number over any shape. The head may share the embedding's bytes.
+                room -= tensor.nbytes if name != HEAD else 0
+                if room < 0:
+                    raise UserError(f"{path}: damaged: {full_name} is said to be larger than the file has room for")
                 # A copy even if nothing is cast: the tensor is a view of the mapped file.
                 state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-                if not state[name].isfinite().all():
+                # The extremes are NaN if any number is; isfinite() of all numbers would take their memory once more.
+                if not all(extreme.isfinite() for extreme in state[name].aminmax()):
                     raise UserError(f"{path}: {full_name} holds NaN or infinite numbers when read as {dtype}")
     # A tied save may keep the tensor under either name or both.
     head = state.pop(HEAD, None)
@@ -196,6 +223,10 @@ def _read_state(
     if problems:
         raise UserError(f"{where}: weights do not fit the model of config.json: {'; '.join(problems)}")
     return state
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

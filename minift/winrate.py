@@ -105,9 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     about = "Two language models answer the same prompts greedily; a reward model says which wins how often."
     parser = CommandParser("python -m minift.winrate", description=about)
     add = parser.add_argument
-    add("--model-a", required=True, help="a language model's directory, such as runs/sft")
+    add("--model-a", required=True, help="a language model's directory or hub id, such as runs/sft")
     add("--model-b", required=True, help="another one's, such as data/model")
-    add("--judge", required=True, help="a reward model's directory, such as runs/rm")
+    add("--judge", required=True, help="a reward model's directory or hub id, such as runs/rm")
     add("--prompts", required=True, help='JSON or JSONL: {"prompt": …} or {"instruction": …, "input": …}; both go '
         "through the templates")  # fmt: skip
     add("--out", help="JSONL: the prompts with `answer_a`, `answer_b`, `score_a` and `score_b`")

@@ -1,12 +1,14 @@
 """Files to rows: what is accepted, and what a wrong row is called."""
 
+import datetime
 import hashlib
 import json
 import random
+import sys
 
 import pytest
 
-from minift.datasets import PROMPT_KINDS, drop_rows_with_input, fingerprint, load_rows, split
+from minift.datasets import PAIR_KINDS, PROMPT_KINDS, drop_rows_with_input, fingerprint, load_rows, split
 from minift.errors import UserError
 
 ROW = {"instruction": "Add.", "input": "", "output": "3"}
@@ -88,7 +90,7 @@ WRONG = [
     ("d.json", f"[\n{GOOD},\n[1]]", "d.json:3: row 2: a list", ""),
     ("d.json", "[\nInfinity]", "d.json:2: row 1: malformed JSON: Infinity", ""),
     ("d.json", '{\n "data": []}', "d.json:1:2: malformed JSON", "array of objects, or one object a line"),
-    ("d.csv", "a,b", "d.csv: expected a .json or .jsonl file", ""),
+    ("d.csv", "a,b", "d.csv: expected a .json, .jsonl or .parquet file", ""),
 ]
 
 
@@ -107,6 +109,48 @@ def test_missing_file_and_directory(tmp_path):
         load_rows(tmp_path / "data.json")
     with pytest.raises(UserError, match="a directory"):
         load_rows(tmp_path)
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Writes rows to a local .parquet file; its path."""
+    pyarrow = pytest.importorskip("pyarrow", reason="the parquet extra is not installed")
+    from pyarrow.parquet import write_table
+
+    def write(rows: list[dict]):
+        write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet", row_group_size=2)
+        return tmp_path / "rows.parquet"
+
+    return write
+
+
+def test_a_local_parquet_file(parquet):
+    rows = [{"prompt": f"a{n}", "chosen": "b\u2028", "rejected": "", "margin": n / 2, "kind": None} for n in range(5)]
+    loaded = load_rows(parquet(rows), PAIR_KINDS)
+    assert loaded == rows and [row.place for row in loaded] == [f"row {n}" for n in range(1, 6)]
+
+
+def test_what_json_has_no_word_for_becomes_text(parquet):
+    row = {"text": "a", "when": datetime.date(2022, 5, 2), "raw": b"\xff", "list": [1, 2]}
+    assert load_rows(parquet([row])) == [{"text": "a", "when": "2022-05-02", "raw": "b'\\xff'", "list": [1, 2]}]
+
+
+def test_wrong_parquet_files(parquet, tmp_path, monkeypatch):
+    path = parquet([{"instruction": "a", "output": "b"}, {"instruction": "c", "output": None}])
+    with pytest.raises(UserError, match="rows.parquet: row 2: field 'output' is null, expected a string"):
+        load_rows(path)
+    whole = path.read_bytes()
+    for damaged in (b"", b"PAR1", whole[:-1], whole[: len(whole) // 2]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="rows.parquet: no readable parquet") as caught:
+            load_rows(path)
+        assert "\n" not in str(caught.value)
+    for name in ("nowhere.parquet", "someone/nowhere.parquet"):
+        with pytest.raises(UserError, match=f"{name}: no such file"):
+            load_rows(name)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pyarrow: pip install -e '.\[parquet\]'"):
+        load_rows(path)
 
 
 def test_drop_rows_with_input(tmp_path):

@@ -14,12 +14,13 @@ HERE = Path(__file__).resolve().parent.parent
 ROOMS = {
     "errors": set(),
     "files": set(),
+    "hub": {"huggingface_hub"},
     "model": {"torch"},
-    "lora": {"torch"},
-    "weights": {"torch", "safetensors", "huggingface_hub", "minift.model"},
+    "lora": {"torch", "safetensors"},
+    "weights": {"torch", "safetensors", "minift.hub", "minift.model"},
     "tokenizer": {"tokenizers"},
     "prompts": {"minift.tokenizer"},  # for `Special`, the kind of string that is one token
-    "datasets": {"numpy", "huggingface_hub"},  # numpy's generator is the reference's shuffle
+    "datasets": {"numpy", "minift.hub"},  # numpy's generator is the reference's shuffle
     "encode": {"minift.tokenizer", "minift.prompts"},
     "batching": {"torch"},
     "losses": {"torch"},
@@ -43,7 +44,7 @@ ROOMS = {
     "winrate": set(),
     "report": set(),
     "config": set(),
-    "preview": {"minift.tokenizer", "minift.prompts", "minift.datasets", "minift.encode"},
+    "preview": {"minift.tokenizer", "minift.prompts", "minift.datasets", "minift.encode", "minift.hub"},
 }
 # Within `main` and `_main…`, the wiring of `python -m minift.X`, all rooms and packages may be known: it is a script.
 PACKAGES = {"torch", "tokenizers", "safetensors", "numpy", "huggingface_hub"}

@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
 import resource
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from safetensors.torch import save_model as save_tied
 
 from minift.errors import UserError
 from minift.model import OPT, OPTConfig, initialise
-from minift.weights import fingerprint, load_model, save_model
+from minift.weights import fingerprint, load_model, read_config, save_model
 
 # Post-LN with projections, as opt-350m: the shape with the most that can go wrong.
 LAYOUTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
@@ -174,6 +178,99 @@ def test_dtypes(tmp_path):
         assert torch.equal(model.head, hub_state()[EMBEDDING].to(dtype))
 
 
+MEASURE = """
+import sys
+from pathlib import Path
+from minift.weights import load_model
+
+def status(field):  # in bytes
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+load_model(sys.argv[1])  # whatever is loaded or set up once
+for folder in sys.argv[2:]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts afresh
+    before = status("VmRSS")
+    model = load_model(folder)
+    print((status("VmHWM") - before) / sum(tensor.nbytes for tensor in model.state_dict().values()))
+    del model
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc/self/clear_refs to measure a peak by")
+def test_loading_shards_takes_the_model_once_and_a_shard(tmp_path):
+    """The peak of a process's memory, files it has mapped included, in times the model's size."""
+    config = replace(
+        CONFIG, vocab_size=6000, hidden_size=384, num_hidden_layers=6, ffn_dim=1536, word_embed_proj_dim=384
+    )
+    with torch.device("meta"):
+        shapes = {f"model.{name}": tensor.shape for name, tensor in OPT(config).state_dict().items()}
+    state = {name: torch.ones(shape) for name, shape in shapes.items()}
+    small = tmp_path / "small"
+    write_config(small)
+    write_weights(small, LAYOUTS[0], hub_state())
+    folders = [tmp_path / "safetensors", tmp_path / "bin"]
+    for folder, suffix in zip(folders, ("safetensors", "bin"), strict=True):
+        write_config(folder, **config.to_dict())
+        names = list(state)
+        shards = [f"part-{number}.{suffix}" for number in range(7)]
+        for number, shard in enumerate(shards):
+            part = {name: state[name] for name in names[number::7]}
+            save_file(part, folder / shard) if suffix == "safetensors" else torch.save(part, folder / shard)
+        index = f"{'model' if suffix == 'safetensors' else 'pytorch_model'}.{suffix}.index.json"
+        weight_map = {name: shards[place % 7] for place, name in enumerate(names)}
+        (folder / index).write_text(json.dumps({"weight_map": weight_map}))
+    command = [sys.executable, "-c", MEASURE, small, *folders]
+    # With a fixed threshold freed memory goes back to the system, so that the second model doesn't get the first one's.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root, env=environment)
+    assert done.returncode == 0, done.stderr
+    ratios = [float(line) for line in done.stdout.split()]
+    # 1 for the model, and the mapped pages of one or two shards of seven; with all of them it would be 2.
+    assert len(ratios) == 2 and all(1 < ratio < 1.6 for ratio in ratios), ratios
+
+
+# The hub's configs: hidden size (a quarter of the feed-forward's), layers, heads, embedding width, LayerNorm before.
+SIZES = {
+    "opt-125m": (768, 12, 12, 768, True, 125_239_296),
+    "opt-350m": (1024, 24, 16, 512, False, 331_196_416),
+    "opt-1.3b": (2048, 24, 32, 2048, True, None),
+    "opt-2.7b": (2560, 32, 32, 2560, True, None),
+    "opt-6.7b": (4096, 32, 32, 4096, True, None),
+    "opt-13b": (5120, 40, 40, 5120, True, None),
+    "opt-30b": (7168, 48, 56, 7168, True, None),
+    "opt-66b": (9216, 64, 72, 9216, True, None),
+    "galactica-125m": (768, 12, 12, 768, True, None),
+    "galactica-1.3b": (2048, 24, 32, 2048, True, None),
+    "galactica-6.7b": (4096, 32, 32, 4096, True, None),
+    "galactica-30b": (7168, 48, 56, 7168, True, None),
+    "galactica-120b": (10240, 96, 80, 10240, True, None),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_by_its_config(tmp_path, name):
+    """Names, shapes and the count of parameters are the reference's. No memory is taken: both on the meta device."""
+    hidden, layers, heads, width, before, count = SIZES[name]
+    values = {"model_type": "opt", "architectures": ["OPTForCausalLM"], "vocab_size": 50272, "hidden_size": hidden,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "ffn_dim": 4 * hidden, "word_embed_proj_dim": width,
+        "max_position_embeddings": 2048, "do_layer_norm_before": before, "activation_function": "relu", "dropout": 0.1,
+        "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0, "init_std": 0.02, "prefix": "</s>",
+        "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "torch_dtype": "float16"}  # fmt: skip
+    if name.startswith("galactica"):
+        values |= {"vocab_size": 50000, "activation_function": "gelu", "enable_bias": False, "bos_token_id": 0}
+        values |= {"layer_norm_elementwise_affine": False, "learned_embeddings": True, "scale_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with torch.device("meta"):
+        model = OPT(read_config(tmp_path / "config.json"))
+        reference = transformers.OPTForCausalLM(transformers.AutoConfig.from_pretrained(tmp_path))
+    shapes = {f"model.{name}": tensor.shape for name, tensor in model.state_dict().items()}
+    expected = {name: tensor.shape for name, tensor in reference.state_dict().items() if name != HEAD}
+    assert shapes == expected
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == sum(parameter.numel() for parameter in reference.parameters()) and count in (None, total)
+
+
 # ---------------------------------------------------------------------------------------------------------- refusing
 
 
@@ -239,6 +336,7 @@ def one_entry(value: float) -> torch.Tensor:
         ),
         (change(FC1, torch.ones(24, 16, dtype=torch.int8)), "1 misshapen"),
         (change(FC1, one_entry(torch.inf)), "NaN or infinite"),
+        (change(FC1, one_entry(-torch.inf)), "NaN or infinite"),
         (change(FC1, one_entry(torch.nan)), "NaN or infinite"),
         (change(HEAD, torch.zeros(50, 8)), "lm_head.weight differs"),
         (change(HEAD, torch.zeros(49, 8)), "1 misshapen (lm_head.weight"),
@@ -256,6 +354,32 @@ def test_weights_that_overflow_in_fp16(tmp_path):
     write_weights(tmp_path, "model.safetensors", hub_state() | {FC1: one_entry(1e5)})
     load_model(tmp_path)
     assert_refused(tmp_path, FC1, "torch.float16", dtype=torch.float16)
+
+
+def test_a_config_of_more_weights_than_the_files_hold(tmp_path):
+    """Refused before the model is built: a billion layers' modules alone would fill the memory."""
+    write_weights(tmp_path, "model.safetensors", hub_state())
+    for changes in ({"num_hidden_layers": 10**9}, {"num_hidden_layers": 10**6, "hidden_size": 2, "ffn_dim": 1}):
+        write_config(tmp_path, **changes)
+        assert_refused(tmp_path, "model.safetensors", "truncated or of another model", "weights and more")
+
+
+def test_one_number_spread_over_the_shapes_of_a_large_model(tmp_path):
+    """A pickle's tensor may say any shape with strides of 0: a file of some kilobytes must not become gigabytes."""
+    config = replace(CONFIG, vocab_size=200_000)
+    write_config(tmp_path, **config.to_dict())
+    with torch.device("meta"):
+        shapes = {f"model.{name}": tensor.shape for name, tensor in OPT(config).state_dict().items()}
+    torch.save({name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}, tmp_path / "pytorch_model.bin")
+    assert (tmp_path / "pytorch_model.bin").stat().st_size < 100_000
+    assert_refused(tmp_path, "pytorch_model.bin", "larger than the file has room for")
+
+
+@pytest.mark.parametrize("odd", [torch.eye(24, 16).to_sparse(), torch.ones(24, 16, device="meta")])
+def test_tensors_without_numbers_of_their_own(tmp_path, odd):
+    write_config(tmp_path)
+    torch.save(hub_state() | {FC1: odd}, tmp_path / "pytorch_model.bin")
+    assert_refused(tmp_path, "1 misshapen")
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "older pickle"])

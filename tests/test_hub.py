@@ -1,0 +1,470 @@
+"""Models and data from a hub served on 127.0.0.1: each layout, each failure, broken downloads, offline after online."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hub import Hub, serve
+from huggingface_hub import constants, utils
+from safetensors.torch import save_model as save_tied
+from test_weights import CONFIG, LAYOUTS, assert_holds, hub_state, write_config, write_weights
+
+import minift.hub
+from minift.datasets import PAIR_KINDS, fingerprint, load_rows
+from minift.errors import UserError
+from minift.hub import commit_of, data_files, look_up, model_folder
+from minift.model import OPT
+from minift.tokenizer import load_tokenizer
+from minift.weights import load_model, resolve, save_model
+
+ROOT = Path(__file__).parent.parent
+MODEL, DATA = "someone/opt-tiny", "someone/pairs"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A served hub, empty, which this process takes for the hub, with a cache of its own."""
+    with serve() as served:
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        start_afresh()
+        yield served
+    start_afresh()
+
+
+def start_afresh() -> None:
+    """Forget what this process keeps, as a new one would."""
+    utils.close_session()
+    look_up.cache_clear()
+    minift.hub._note.cache_clear()
+
+
+def go_offline(monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    start_afresh()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def model_files(folder: Path, *layouts: str, state: dict | None = None, seed: int = 0) -> dict[str, bytes]:
+    """A repository's files as facebook's have them, but for the weights, which are of CONFIG's shape."""
+    write_config(folder)
+    for layout in layouts:
+        write_weights(folder, layout, state or hub_state(seed))
+    (folder / "README.md").write_text("---\nlicense: other\n---\n")
+    (folder / "flax_model.msgpack").write_bytes(b"\x80")
+    (folder / "generation_config.json").write_text("{}")
+    return files_of(folder)
+
+
+def refused(what, *arguments: object, error: type[Exception] = UserError) -> str:
+    start_afresh()
+    with pytest.raises(error) as caught:
+        what(*arguments)
+    message = " ".join(str(caught.value).split()) if error is ConnectionError else str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prefix", ["model.", ""])  # "" is how facebook/opt-350m's own file has it
+def test_every_layout(hub, tmp_path, layout, prefix):
+    state = {prefix + name.removeprefix("model."): tensor for name, tensor in hub_state().items()}
+    commit = hub.add(MODEL, model_files(tmp_path / "made", layout, state=state))
+    folder = resolve(MODEL)
+    assert_holds(load_model(MODEL), hub_state())
+    assert commit_of(folder) == commit
+    shards = ["00001-of-00003", "00002-of-00003", "00003-of-00003"]
+    stem, suffix = layout.removesuffix(".index.json").split(".")
+    assert hub.downloads() == ([f"{stem}-{n}.{suffix}" for n in shards] if "index" in layout else [layout])
+    assert not any("msgpack" in request or "README" in request for request in hub.requests)
+
+
+def test_the_first_layout_of_the_order_is_fetched_and_no_other(hub, tmp_path):
+    for first, layout in enumerate(LAYOUTS):
+        folder = tmp_path / layout
+        for seed in range(first, 4):
+            model_files(folder, LAYOUTS[seed], seed=seed)
+        hub.add(f"someone/{first}", files_of(folder))
+        hub.requests.clear()
+        assert_holds(load_model(f"someone/{first}"), hub_state(first))
+        stem, suffix = layout.removesuffix(".index.json").split(".")
+        assert all(re.fullmatch(rf"{stem}(-.*)?\.{suffix}", name) for name in hub.downloads())
+        assert len(hub.downloads()) == (3 if "index" in layout else 1)
+
+
+def test_a_conversion_with_a_tied_alias_on_a_pull_request(hub, tmp_path):
+    """As facebook/opt-350m: `.bin` on main, safetensors in refs/pr/N only, without the embedding under its name."""
+    main = hub.add(MODEL, model_files(tmp_path / "main", "pytorch_model.bin"))
+    write_config(tmp_path / "converted")
+    tied = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(8, 50, bias=False), "model": OPT(CONFIG)})
+    tied["lm_head"].weight = tied["model"].decoder.embed_tokens.weight
+    save_tied(tied, str(tmp_path / "converted" / "model.safetensors"), {"format": "pt"})
+    converted = hub.add(MODEL, files_of(tmp_path / "converted"), "refs/pr/7")
+    assert_holds(load_model(MODEL), hub_state())
+    state = {name: tensor for name, tensor in tied.state_dict().items() if name != "lm_head.weight"}
+    assert_holds(load_model(MODEL, revision="refs/pr/7"), state)
+    assert_holds(load_model(MODEL, revision=converted), state)
+    assert (commit_of(resolve(MODEL)), commit_of(resolve(MODEL, "refs/pr/7"))) == (main, converted)
+
+
+def test_all_files_are_of_the_commit_that_was_looked_up_first(hub, tmp_path):
+    """The branch moves after each answer: a config of one commit must not meet the weights of another."""
+    first = hub.add(MODEL, model_files(tmp_path / "0", "pytorch_model.bin.index.json"))
+    versions = iter(range(1, 100))
+
+    def move(path: str) -> None:
+        if "/api/" not in path:
+            seed = next(versions)
+            hub.add(MODEL, model_files(tmp_path / str(seed), "pytorch_model.bin.index.json", seed=seed))
+
+    hub.before_answer = move
+    folder = resolve(MODEL)
+    assert_holds(load_model(folder), hub_state(0))
+    assert commit_of(folder) == first and resolve(MODEL) == folder
+    assert next(versions) > 5
+
+
+def test_the_tokenizer_comes_along_and_weights_only_when_asked_for(hub, tmp_path, tokenizer_directory):
+    files = model_files(tmp_path / "made", "pytorch_model.bin") | files_of(tokenizer_directory)
+    hub.add(MODEL, files)
+    folder = model_folder(MODEL)
+    assert hub.downloads() == []
+    assert load_tokenizer(folder).encode("a list") == load_tokenizer(tokenizer_directory).encode("a list")
+    assert resolve(MODEL) == folder
+    assert hub.downloads() == ["pytorch_model.bin"]
+
+
+# ------------------------------------------------------------------------------------------------------------ failures
+
+
+def test_a_dead_network(hub, tmp_path):
+    with serve() as dead:
+        port = dead.url.rsplit(":", 1)[1]
+    constants.ENDPOINT = f"http://127.0.0.1:{port}"  # the fixture sets it back
+    for what, name in ((resolve, MODEL), (data_files, DATA)):
+        message = refused(what, name, error=ConnectionError)
+        assert name in message and port in message and "connection" in message and "HF_HUB_OFFLINE=1" in message
+
+
+def test_a_hub_that_never_answers(hub, monkeypatch):
+    monkeypatch.setattr(minift.hub, "TIMEOUT", 0.2)
+    hub.hanging.clear()
+    assert "Timeout" in refused(resolve, MODEL, error=ConnectionError)
+    assert len(hub.requests) == 1, "tried again and again"
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_a_hub_that_is_out_of_order(hub, status):
+    hub.status = status
+    assert str(status) in refused(resolve, MODEL, error=ConnectionError)
+    assert len(hub.requests) == 1, "tried again and again"
+
+
+def test_something_else_answers(hub):
+    hub.log_in_page = True
+    assert "no proper answer" in refused(resolve, MODEL, error=ConnectionError)
+
+
+def test_what_is_not_there_or_not_for_everyone(hub, tmp_path):
+    hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin"))
+    assert "no model of that name on the hub, or a private one" in refused(resolve, "someone/else")
+    assert "no dataset of that name" in refused(data_files, "someone/else")
+    assert "no model of that name" in refused(resolve, "a--b/c")  # which huggingface_hub takes for no name at all
+    for revision in ("v2", "0" * 40):
+        assert f"no revision {revision} on the hub" in refused(resolve, MODEL, revision)
+    hub.repositories[MODEL].gated = True
+    message = refused(resolve, MODEL)
+    assert "gated" in message and f"{hub.url}/{MODEL}" in message and "hf auth login" in message
+    hub.token_refused = True
+    message = refused(resolve, MODEL)
+    assert "401" in message and "Invalid credentials" in message and "hf auth login" in message
+
+
+def test_a_file_that_is_absent(hub, tmp_path):
+    files = model_files(tmp_path / "made", "pytorch_model.bin.index.json")
+    commit = hub.add(MODEL, {name: data for name, data in files.items() if "00002" not in name})
+    message = refused(resolve, MODEL)
+    assert (
+        f"{MODEL} at {commit[:12]}: no pytorch_model-00002-of-00003.bin in it, though pytorch_model.bin.index"
+        in message
+    )
+    assert hub.downloads() == [], "the other shards were fetched in vain"
+    hub.add(MODEL, {name: data for name, data in files.items() if "pytorch_model" not in name})
+    assert "no weights, expected one of model.safetensors" in refused(resolve, MODEL)
+    hub.add(MODEL, {"README.md": b""})
+    assert "no config.json in it" in refused(resolve, MODEL)
+
+
+@pytest.mark.parametrize("shard", ["../../../secret.bin", "/etc/secret.bin", "sub/shard.bin", "weights.safetensors"])
+def test_an_index_that_leads_outside_asks_for_nothing(hub, tmp_path, shard):
+    files = model_files(tmp_path / "made", "pytorch_model.bin.index.json")
+    index = json.dumps({"weight_map": dict.fromkeys(hub_state(), shard)}).encode()
+    hub.add(MODEL, files | {"pytorch_model.bin.index.json": index, shard: b""})
+    assert f"weight_map names {shard!r}" in refused(resolve, MODEL)
+    assert not any("secret" in request or shard in request for request in hub.requests)
+
+
+def test_slips_in_a_path_are_not_asked_of_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for slip in ("runs/stf", "./nowhere", "opt-350m", str(tmp_path / "runs" / "x"), "runs/a/b"):
+        assert f"{slip}: no such folder" in refused(resolve, slip)
+    for slip in ("runs/rows", "rows", "someone/rows.jsonl", "someone/rows.parquet", str(tmp_path / "rows")):
+        assert slip in refused(load_rows, slip)
+    assert hub.requests == []
+
+
+# --------------------------------------------------------------------------------- broken downloads, offline, the cache
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_broke(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # of 10 MB, which the file does not reach
+    files = model_files(tmp_path / "made", "pytorch_model.bin")
+    hub.add(MODEL, files)
+    hub.cuts = [3000, 2000]
+    assert_holds(load_model(MODEL), hub_state())
+    assert hub.downloads() == [
+        "pytorch_model.bin",
+        "pytorch_model.bin bytes=3000-",
+        "pytorch_model.bin bytes=5000-",
+    ]
+    assert (resolve(MODEL) / "pytorch_model.bin").read_bytes() == files["pytorch_model.bin"]
+
+
+def test_a_run_that_was_stopped_keeps_the_files_it_has(hub, tmp_path, monkeypatch):
+    hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin.index.json"))
+
+    def fail_at_the_second_shard(path: str) -> None:
+        hub.download_status = 200 if len(hub.downloads()) < 2 else 500
+
+    hub.before_answer = fail_at_the_second_shard
+    assert "500" in refused(resolve, MODEL, error=ConnectionError)
+    assert [path for path in (tmp_path / "cache").rglob("*.incomplete")] == []
+    with monkeypatch.context() as offline:
+        go_offline(offline)
+        assert "no pytorch_model-00002-of-00003.bin in it" in refused(resolve, MODEL)
+    hub.before_answer = lambda path: None
+    hub.download_status = 200
+    hub.requests.clear()
+    start_afresh()
+    assert_holds(load_model(MODEL), hub_state())
+    assert hub.downloads() == ["pytorch_model-00002-of-00003.bin", "pytorch_model-00003-of-00003.bin"]
+
+
+def test_offline_after_online(hub, tmp_path, monkeypatch):
+    commit = hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin.index.json"))
+    online = resolve(MODEL)
+    hub.add(f"datasets/{DATA}", {"data/train-00000-of-00001.json": b'[{"text": "a"}]'})
+    rows = load_rows(DATA)
+    go_offline(monkeypatch)
+    hub.requests.clear()
+    assert resolve(MODEL) == resolve(MODEL, "main") == resolve(MODEL, commit) == online
+    assert_holds(load_model(MODEL), hub_state())
+    assert load_rows(DATA) == rows
+    assert hub.requests == []
+
+
+def test_offline_with_nothing_in_the_cache(hub, tmp_path, monkeypatch):
+    hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin"))
+    resolve(MODEL)
+    go_offline(monkeypatch)
+    for what, name in ((resolve, "someone/else"), (data_files, "someone/else")):
+        message = refused(what, name)
+        assert "HF_HUB_OFFLINE is set" in message and str(tmp_path / "cache") in message
+    assert "at revision v2" in refused(resolve, MODEL, "v2")
+
+
+def test_offline_a_data_set_that_did_not_all_come_is_not_found(hub, monkeypatch):
+    first = [json.dumps({"text": name}).encode() for name in "ab"]
+    hub.add(f"datasets/{DATA}", {"a.json": first[0], "b.json": first[1]})
+    assert [row["text"] for row in load_rows(DATA)] == ["a", "b"]
+    hub.add(f"datasets/{DATA}", {"a.json": b'{"text": "new a"}', "b.json": b'{"text": "new b"}'})
+
+    def fail_at_b(path: str) -> None:
+        hub.status = 403 if path.endswith("b.json") else 200
+
+    hub.before_answer = fail_at_b
+    assert "403" in refused(load_rows, DATA)
+    go_offline(monkeypatch)
+    assert [row["text"] for row in load_rows(DATA)] == ["a", "b"], "half of the new version"
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+def parquet(rows: list[dict]) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow", reason="the parquet extra is not installed")
+    from pyarrow.parquet import write_table
+
+    sink = pyarrow.BufferOutputStream()
+    write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def pairs(*names: str) -> list[dict]:
+    return [{"prompt": f"prompt {name}", "chosen": "yes", "rejected": "no"} for name in names]
+
+
+def test_json_as_code_alpaca_has_it(hub):
+    rows = [{"output": "b", "instruction": "a\u2028", "input": ""}]
+    content = json.dumps(rows, indent=2).encode()
+    page = "datasets/sahil2801/CodeAlpaca-20k"
+    others = {".gitattributes": b"", "README.md": b"", "dataset_infos.json": b"{}", ".cache/rows.json": b"{}"}
+    commit = hub.add(page, others | {"code_alpaca_20k.json": content})
+    assert load_rows("sahil2801/CodeAlpaca-20k") == rows
+    [path] = data_files("sahil2801/CodeAlpaca-20k")
+    assert path.name == "code_alpaca_20k.json" and commit_of(path) == commit
+    assert fingerprint("sahil2801/CodeAlpaca-20k") == fingerprint(path)
+    assert len([request for request in hub.requests if "GET /api/" in request]) == 2, "looked up more than once"
+
+
+def test_parquet_as_synthetic_instruct_has_it(hub):
+    files = {
+        ".gitattributes": b"",
+        "README.md": b"",
+        "dataset_infos.json": b'{"default": {}}',
+        "data/train-00000-of-00001-1e5d57b93c448e7a.parquet": parquet(pairs("a", "b")),
+    }
+    hub.add("datasets/Dahoas/synthetic-instruct-gptj-pairwise", files)
+    rows = load_rows("Dahoas/synthetic-instruct-gptj-pairwise", PAIR_KINDS)
+    assert rows == pairs("a", "b") and [row.place for row in rows] == ["row 1", "row 2"]
+
+
+def test_splits_and_shards(hub):
+    files = {f"data/train-0000{n}-of-00003.parquet": parquet(pairs(name)) for n, name in ((2, "c"), (0, "a"), (1, "b"))}
+    files |= {"data/test-00000-of-00001.parquet": parquet(pairs("d")), "data/validation.parquet": parquet(pairs("e"))}
+    hub.add(f"datasets/{DATA}", files)
+    rows = load_rows(DATA, PAIR_KINDS)
+    assert rows == pairs("a", "b", "c")
+    assert rows[1].place == "train-00001-of-00003.parquet: row 1"
+    assert load_rows(f"{DATA}:train", PAIR_KINDS) == rows
+    assert not any("test" in request or "validation" in request for request in hub.requests)
+    assert load_rows(f"{DATA}:test", PAIR_KINDS) == load_rows(f"{DATA}@main:test", PAIR_KINDS) == pairs("d")
+    assert load_rows(f"{DATA}:dev", PAIR_KINDS) == pairs("e")
+    hub.add(f"datasets/{DATA}", {"en/train.json": b"{}", "training/test/held.json": b'{"text": "x"}'}, "v2")
+    assert load_rows(f"{DATA}@v2:test") == [{"text": "x"}]
+
+
+def test_a_data_set_s_revision_is_pinned(hub):
+    old = hub.add(f"datasets/{DATA}", {"rows.jsonl": b'{"text": "old"}'})
+    hub.add(f"datasets/{DATA}", {"rows.jsonl": b'{"text": "new"}'})
+    hub.add(f"datasets/{DATA}", {"rows.jsonl": b'{"text": "asked for"}'}, "refs/pr/1")
+    assert load_rows(DATA) == [{"text": "new"}]
+    hub.add(f"datasets/{DATA}", {"rows.jsonl": b'{"text": "newer"}'})
+    assert load_rows(DATA) == [{"text": "new"}], "a run's rows and their fingerprint must be of one commit"
+    assert load_rows(f"{DATA}@{old}") == [{"text": "old"}]
+    assert load_rows(f"{DATA}@refs/pr/1") == [{"text": "asked for"}]
+    assert commit_of(data_files(f"{DATA}@{old}")[0]) == old
+
+
+@pytest.mark.parametrize(
+    "files, asked, words",
+    [
+        ({"data.csv": b"", "README.md": b""}, "", "no .json, .jsonl, .parquet file in it"),
+        ({"test.json": b"", "dev.json": b""}, "", "no train split, expected test or validation"),
+        ({"train.json": b""}, ":test", "no test split, expected train"),
+        ({"rows.json": b""}, ":test", "no test split, expected none named"),
+        ({"train.json": b"", "train.parquet": b""}, "", "files of several kinds (train.json, train.parquet)"),
+        ({"train.json": b'{"instruction": "a"}'}, "", "train.json:1: field 'output' is missing"),
+    ],
+)
+def test_data_sets_that_can_not_be_read(hub, files, asked, words):
+    hub.add(f"datasets/{DATA}", files)
+    message = refused(load_rows, DATA + asked)
+    assert words in message and DATA.replace("/", "--" if ":1:" in words else "/") in message
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def execute(hub: Hub, tmp_path: Path, *command: object, **environment: str) -> subprocess.CompletedProcess:
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+        "TQDM_POSITION": "-1",  # progress bars although stderr is no terminal
+        "NO_PROXY": "127.0.0.1,localhost",
+    } | environment
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "0"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_command_by_the_environment_alone(hub, tmp_path, tokenizer_directory):
+    """HF_ENDPOINT and HF_HUB_OFFLINE as users set them; progress; status 1 for the machine's fault, 2 for a user's."""
+    hub.add(MODEL, files_of(tokenizer_directory))
+    hub.add(f"datasets/{DATA}", {"train.jsonl": b'{"instruction": "a", "output": "b"}'})
+    preview = ("-m", "minift.preview", "--model", MODEL, "--data", DATA)
+    done = execute(hub, tmp_path, *preview)
+    assert done.returncode == 2 and "error: someone/opt-tiny at" in done.stderr and "config.json" in done.stderr
+    hub.add(MODEL, files_of(tokenizer_directory) | {"config.json": b"{}"})
+    done = execute(hub, tmp_path, *preview)
+    assert done.returncode == 0, done.stderr
+    assert "vocab.json" in done.stderr and "100%" in done.stderr, "no progress was shown"
+    hub.status = 503
+    offline = execute(hub, tmp_path, *preview, HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout) == (0, done.stdout), offline.stderr
+    dead = execute(hub, tmp_path, *preview)
+    assert dead.returncode == 1 and dead.stdout == ""
+    assert re.fullmatch(r"error: the machine failed: someone/opt-tiny: .*503.*\n", dead.stderr)
+
+
+def test_training_from_the_hub_equals_training_from_a_folder(hub, tmp_path, monkeypatch, tokenizer_directory):
+    """Sharded `.bin` against one safetensors file, fp16 both: losses equal bit for bit; the commits are recorded."""
+    config = replace(CONFIG, vocab_size=480, max_position_embeddings=64)
+    torch.manual_seed(0)
+    save_model(OPT(config), tmp_path / "folder", torch.float16)
+    for path in tokenizer_directory.iterdir():
+        (tmp_path / "folder" / path.name).write_bytes(path.read_bytes())
+    state = {f"model.{name}": tensor.half() for name, tensor in load_model(tmp_path / "folder").state_dict().items()}
+    files = files_of(tmp_path / "folder")
+    del files["model.safetensors"]
+    write_weights(tmp_path / "folder", "pytorch_model.bin.index.json", state)
+    files |= {path.name: path.read_bytes() for path in (tmp_path / "folder").glob("pytorch_model*")}
+    commit = hub.add(MODEL, files)
+    lines = [json.dumps({"instruction": f"Add {n}.", "input": "", "output": f"return {n}"}) for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    data_commit = hub.add(f"datasets/{DATA}", {"train.jsonl": (tmp_path / "rows.jsonl").read_bytes()})
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    import train_sft
+
+    records, losses = [], []
+    for number, (model, data) in enumerate(((tmp_path / "folder", tmp_path / "rows.jsonl"), (MODEL, DATA))):
+        out = tmp_path / f"run{number}"
+        flags = ["--max-steps", "3", "--batch-size", "4", "--bleu-samples", "0", "--device", "cpu", "--lr", "1e-2"]
+        flags += ["--model", str(model), "--data", str(data), "--out", str(out), "--dtype", "float32"]
+        monkeypatch.setattr(sys, "argv", ["train_sft.py", *flags])
+        train_sft.main()
+        records.append(json.loads((out / "run.json").read_text()))
+        metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in metrics])
+    assert losses[0] == losses[1] and len(set(losses[0])) == len(losses[0]) == 5
+    assert records[0]["commits"] == {"data": None, "weights": None}
+    assert records[1]["commits"] == {"data": data_commit, "weights": commit}
+    assert records[0]["fingerprints"]["data"] == records[1]["fingerprints"]["data"]
+    assert hub.downloads() == [f"pytorch_model-0000{n}-of-00003.bin" for n in (1, 2, 3)]
