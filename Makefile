@@ -3,6 +3,7 @@
 RECIPE =
 MODEL =
 DATA =
+ONLY =
 ARGS =
 PYTHON ?= python3
 
@@ -14,7 +15,7 @@ FLAGS = set --; \
 	set -- "$$@" $(ARGS)
 PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help sft rm test clean
+.PHONY: help sft rm compare test clean
 
 help:
 	@echo "make sft                 tune the model in data/ on the instructions in data/; leaves runs/sft/"
@@ -22,6 +23,9 @@ help:
 	@echo "make sft MODEL=… DATA=… ARGS=\"--lr 1e-4\"   anything else; ARGS takes every flag of train_sft.py"
 	@echo "make sft ARGS=--help     lists these flags"
 	@echo "make rm                  a reward model from the pairs in data/; leaves runs/rm/; RECIPE, MODEL, DATA, ARGS alike"
+	@echo "make compare             minift beside trl, transformers, peft and sacreBLEU: what agrees, and how far;"
+	@echo "                         leaves runs/compare/. ONLY=bleu,sft for some sections; MODEL=… DATA=… for your own;"
+	@echo "                         ARGS=--faults plants ten faults, each of which must be noticed"
 	@echo "make test                check the style, run the tests"
 	@echo "make clean               remove .venv and the caches; runs/ stays"
 	@echo "PYTHON=python3.12 after make chooses the Python that .venv is made with"
@@ -29,8 +33,14 @@ help:
 sft: .venv/installed
 	@$(FLAGS); printf '%s\n' ".venv/bin/python train_sft.py $$*"; exec .venv/bin/python train_sft.py "$$@"
 
+# The course's pairs are a parquet file on the hub.
 rm: .venv/installed
+	@if [ '$(RECIPE)' = course ]; then $(PIP_INSTALL) -e '.[parquet]'; fi
 	@$(FLAGS); printf '%s\n' ".venv/bin/python train_rm.py $$*"; exec .venv/bin/python train_rm.py "$$@"
+
+compare: .venv/installed-for-tests
+	@$(FLAGS); if [ -n '$(ONLY)' ]; then set -- "$$@" --only '$(ONLY)'; fi; \
+		printf '%s\n' ".venv/bin/python -m tests.compare $$*"; exec .venv/bin/python -m tests.compare "$$@"
 
 test: .venv/installed-for-tests
 	.venv/bin/python -m ruff check .

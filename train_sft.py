@@ -14,7 +14,8 @@ from minift.datasets import drop_rows_with_input, fingerprint, load_rows, split
 from minift.encode import encode_rows
 from minift.errors import UserError, run_command
 from minift.files import write_text
-from minift.lora import add_lora, merge, num_adapter_parameters, unmerge
+from minift.hub import commit_of, data_files
+from minift.lora import add_lora, merge, num_adapter_parameters, save_adapters, unmerge
 from minift.losses import completion_cross_entropy
 from minift.model import set_dropout
 from minift.preview import safe, show
@@ -93,6 +94,8 @@ def main() -> None:
         return *completion_cross_entropy(hidden, model.head, batch.labels, batch.positions), {}
 
     def write_model(folder: Path) -> None:
+        if config.lora_rank:
+            save_adapters(model, folder / "adapter", config.model, commit_of(source))
         adapters = merge(model)
         save_model(model, folder)
         unmerge(model, adapters)
@@ -112,11 +115,13 @@ def main() -> None:
     # 6. Train.
     files = {"data": config.data, "eval_data": config.eval_data}
     fingerprints = {name: fingerprint(file) for name, file in files.items() if file}
+    commits = {name: commit_of(data_files(file)[0]) for name, file in files.items() if file}
     record = {
         "task": "sft",
         "values": to_dict(config, "sft"),
         "versions": versions(),
         "fingerprints": fingerprints | {"weights": weights_fingerprint(source)},
+        "commits": commits | {"weights": commit_of(source)},
     }
     run = open_run(Path(config.out), record, resume=config.resume)
     before = answer(model, tokenizer, asked, "before") if asked else []

@@ -1,47 +1,171 @@
-"""Adapters: nothing changes at first, only they learn, and merged is the same function."""
+"""Adapters: nothing changes at first, only they learn, merged is the same function, and all of it is peft's."""
 
 import copy
+import json
 import math
+from pathlib import Path
 
+import peft
 import pytest
 import torch
-from torch import nn
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
-from minift.lora import LoRALinear, adapter_state, add_lora, merge, num_adapter_parameters, unmerge
-from minift.model import OPT, OPTConfig, initialise
+from minift.batching import collate, collate_rankings
+from minift.errors import UserError
+from minift.lora import (
+    LoRALinear,
+    adapter_state,
+    add_lora,
+    load_adapters,
+    merge,
+    num_adapter_parameters,
+    save_adapters,
+    unmerge,
+)
+from minift.losses import bradley_terry, completion_cross_entropy
+from minift.model import OPT, OPTConfig, RewardModel
+from minift.optim import adamw
 
 TARGETS = ("q_proj", "v_proj")
-IDS = torch.tensor([2, 9, 8, 7, 2, 5])
-POSITIONS = torch.tensor([0, 1, 2, 3, 0, 1])
-ROWS = torch.tensor([[0, 1, 2, 3], [4, 5, -1, -1]])
+ALL_LINEARS = ("fc1", "fc2", "k_proj", "out_proj", "project_in", "project_out", "q_proj", "v_proj")
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "ffn_dim": 24,
+    "word_embed_proj_dim": 12,
+    "max_position_embeddings": 20,
+    "dropout": 0.0,
+}
+VARIANTS = {"pre-LN": {"word_embed_proj_dim": 16}, "post-LN, projected (350m)": {"do_layer_norm_before": False}}
+MODELS = {
+    "OPTForCausalLM": (transformers.OPTForCausalLM, OPT),
+    "OPTForSequenceClassification": (transformers.OPTForSequenceClassification, RewardModel),
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_model = pytest.mark.parametrize("name", MODELS)
+EXAMPLES = [  # ids and labels; a prompt of 3, 2 and 5 tokens
+    ([2, 9, 8, 7, 33, 2], [-100, -100, -100, 7, 33, 2]),
+    ([2, 5, 40, 41, 42, 43, 44, 45, 46, 2], [-100, -100, 40, 41, 42, 43, 44, 45, 46, 2]),
+    ([2, 50, 51, 52, 53, 12, 2], [-100] * 5 + [12, 2]),
+]
+PAIRS = [([[2, 9, 8, 30, 31, 2], [2, 9, 8, 32, 2]], 0.0), ([[2, 14, 15, 2], [2, 14, 16, 17, 18, 19, 2]], 0.0)]
 
 
-def small_model() -> OPT:
-    config = OPTConfig(
-        vocab_size=19,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        ffn_dim=12,
-        word_embed_proj_dim=6,
-        max_position_embeddings=8,
-        do_layer_norm_before=False,
-    )
-    model = OPT(config).double()
-    initialise(model, seed=3)
-    return model.eval()
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
-def logits(model: OPT) -> torch.Tensor:
-    return model.logits(model(IDS, POSITIONS, ROWS))
+def both_models(name: str, variant: str, dtype: torch.dtype = torch.float64):
+    """The reference's model and ours with its weights, which leave nothing trivial: no bias 0, no LayerNorm 1."""
+    reference_class, our_class = MODELS[name]
+    settings = SMALL | VARIANTS[variant]
+    config = transformers.OPTConfig(**settings, num_labels=1)
+    reference = reference_class._from_config(config, attn_implementation="sdpa").to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in reference.named_parameters():
+            scale = 1.0 if "embed" in key else 0.3 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
+            parameter.normal_(0.0, scale, generator=generator)
+            if "layer_norm.weight" in key:
+                parameter.add_(1.0)
+    ours = our_class(OPTConfig.from_dict(settings)).to(dtype)
+    state = {key.removeprefix("model."): weight for key, weight in reference.state_dict().items()}
+    state.pop("lm_head.weight", None)
+    ours.load_state_dict(state)
+    return reference.eval(), ours.eval()
 
 
-def fill_b(model: nn.Module, seed: int = 5) -> None:
-    """Stands for training: B away from zero."""
+def small_model(dtype: torch.dtype = torch.float64) -> OPT:
+    return both_models("OPTForCausalLM", "post-LN, projected (350m)", dtype)[1]
+
+
+def small_reward_model(dtype: torch.dtype = torch.float64) -> RewardModel:
+    return both_models("OPTForSequenceClassification", "post-LN, projected (350m)", dtype)[1]
+
+
+def our_output(model: OPT | RewardModel) -> Tensor:
+    """Logits `(N, V)` of the examples, or rewards `(R,)` of the pairs."""
+    if isinstance(model, RewardModel):
+        batch = collate_rankings(PAIRS)
+        return model(batch.input_ids, batch.positions, batch.rows)
+    batch = collate(EXAMPLES)
+    return model.logits(model(batch.input_ids, batch.positions, batch.rows))
+
+
+def our_loss(model: OPT | RewardModel, examples=EXAMPLES) -> Tensor:
+    if isinstance(model, RewardModel):
+        batch = collate_rankings(PAIRS)
+        rewards = model(batch.input_ids, batch.positions, batch.rows)
+        total, count = bradley_terry(rewards[batch.better], rewards[batch.worse], batch.margins, batch.weights)
+    else:
+        batch = collate(examples)
+        hidden = model(batch.input_ids, batch.positions, batch.rows)
+        total, count = completion_cross_entropy(hidden, model.head, batch.labels, batch.positions)
+    return total / count
+
+
+def padded(rows: list[list[int]], filler: int) -> Tensor:
+    length = max(map(len, rows))
+    return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
+
+
+def their_logits(model: nn.Module, rows: list[list[int]]) -> Tensor:
+    """Of the reference, with or without peft around it: `(R, T, V)` of a language model, `(R, 1)` of a reward model."""
+    mask = padded([[1] * len(row) for row in rows], 0)
+    return model(input_ids=padded(rows, 1), attention_mask=mask).logits
+
+
+def their_output(name: str, model: nn.Module) -> Tensor:
+    """The same as `our_output`."""
+    if name == "OPTForSequenceClassification":
+        return their_logits(model, [row for pair, _ in PAIRS for row in pair]).squeeze(1)
+    rows = [ids for ids, _ in EXAMPLES]
+    return torch.cat([logits[: len(row)] for row, logits in zip(rows, their_logits(model, rows), strict=True)])
+
+
+def their_loss(name: str, model: nn.Module, examples=EXAMPLES) -> Tensor:
+    """The reference's losses; not by its own `labels=`, which rounds float64 logits to float32."""
+    if name == "OPTForSequenceClassification":
+        rewards = their_output(name, model)
+        return -nn.functional.logsigmoid(rewards[0::2] - rewards[1::2]).mean()
+    logits = their_logits(model, [ids for ids, _ in examples])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = padded([labels for _, labels in examples], -100)
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a peft model or ours trains, by the names ours has."""
+    return {
+        name.removeprefix("base_model.model.")
+        .removeprefix("model.")
+        .replace(".modules_to_save.default", "")
+        .replace(".default", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def fill(model: nn.Module, seed: int = 5) -> None:
+    """Stands for training: B away from zero, the head moved."""
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in adapter_state(model).items():
-        if "lora_B" in name:
-            weight.normal_(generator=generator)  # shares its memory with the parameter
+    with torch.no_grad():
+        for name, parameter in sorted(trained(model).items()):
+            if "lora_A" not in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """max|a − b| / max|b|."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+# ----------------------------------------------------------------------------------------------------- the arithmetic
 
 
 def test_an_example_worked_by_hand():
@@ -49,7 +173,7 @@ def test_an_example_worked_by_hand():
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1.0, 2.0]]))
         linear.bias.fill_(0.5)
-    adapter = LoRALinear(linear, rank=2, alpha=6.0, dropout=0.0, generator=None)
+    adapter = LoRALinear(linear, rank=2, alpha=6.0, dropout=0.0)
     with torch.no_grad():
         adapter.lora_A.weight.copy_(torch.tensor([[1.0, 0.0], [2.0, -1.0]]))
         adapter.lora_B.weight.copy_(torch.tensor([[10.0, 100.0]]))
@@ -58,33 +182,39 @@ def test_an_example_worked_by_hand():
     assert adapter.merged().weight.tolist() == [[1.0 + 3 * 210, 2.0 - 3 * 100]]
 
 
-def test_at_first_nothing_changes():
-    model = small_model()
-    before = logits(model)
-    add_lora(model, 3, 7.0, 0.5, TARGETS)
-    assert torch.equal(logits(model), before)
-    fill_b(model)
-    assert not torch.allclose(logits(model), before)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("build", [small_model, small_reward_model])
+def test_at_first_nothing_changes(build, dtype):
+    model = build(dtype)
+    before = our_output(model)
+    add_lora(model, 3, 7.0, 0.5, ALL_LINEARS)
+    model.train()
+    after = our_output(model)
+    assert after.dtype == (torch.float32 if build is small_reward_model and dtype.itemsize == 2 else dtype)
+    if build is small_reward_model and dtype.itemsize == 2:  # the head is read in float32 now
+        torch.testing.assert_close(after, before.float(), rtol=2**-7, atol=2**-7)
+    else:
+        assert torch.equal(after, before)
+    fill(model)
+    assert not torch.allclose(our_output(model), after, rtol=0.01)
 
 
-def test_gradients_reach_the_adapters_alone():
-    model = small_model()
+@pytest.mark.parametrize("build", [small_model, small_reward_model])
+def test_gradients_reach_the_adapters_and_the_head_alone(build):
+    model = build()
     add_lora(model, 3, 7.0, 0.0, TARGETS)
-    fill_b(model)
-    assert sorted(name for name, weight in model.named_parameters() if weight.requires_grad) == sorted(
-        adapter_state(model)
-    )
-    logits(model).square().sum().backward()
+    fill(model)
+    expected = {f"decoder.layers.{n}.self_attn.{t}.lora_{p}.weight" for n in (0, 1) for t in TARGETS for p in "AB"}
+    expected |= {"score.weight"} if build is small_reward_model else set()
+    assert trained(model).keys() == adapter_state(model).keys() == expected
+    our_loss(model).backward()
     for name, weight in model.named_parameters():
-        if name in adapter_state(model):
-            assert weight.grad.abs().sum() > 0, name
-        else:
-            assert weight.grad is None, name
+        assert weight.grad.abs().sum() > 0 if name in expected else weight.grad is None, name
 
 
 def test_gradients_of_an_adapter_by_formula():
     linear = nn.Linear(5, 4).double()
-    adapter = LoRALinear(linear, rank=2, alpha=3.0, dropout=0.0, generator=None)
+    adapter = LoRALinear(linear, rank=2, alpha=3.0, dropout=0.0)
     nn.init.normal_(adapter.lora_B.weight)
     hidden, upstream = torch.randn(6, 5).double(), torch.randn(6, 4).double()
     (adapter(hidden) * upstream).sum().backward()
@@ -93,25 +223,28 @@ def test_gradients_of_an_adapter_by_formula():
     torch.testing.assert_close(adapter.lora_A.weight.grad, 1.5 * (upstream @ b).T @ hidden, rtol=1e-12, atol=1e-12)
 
 
-def test_merged_is_the_same_function_in_plain_linears_and_unmerge_is_exact():
-    model = small_model()
-    plain_keys = set(model.state_dict())
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("build", [small_model, small_reward_model])
+def test_merged_is_the_same_function_in_plain_linears_and_unmerge_is_exact(build, dtype):
+    model = build(dtype)
+    plain = {name: (weight.shape, weight.dtype) for name, weight in model.decoder.state_dict().items()}
     add_lora(model, 3, 7.0, 0.5, TARGETS)
-    fill_b(model)
-    adapted, state = logits(model), copy.deepcopy(model.state_dict())
+    fill(model)
+    adapted, state = our_output(model), copy.deepcopy(model.state_dict())
     adapters = merge(model)
     assert len(adapters) == 4
-    assert set(model.state_dict()) == plain_keys
-    assert (logits(model) - adapted).abs().max() < 1e-10
-    assert not adapter_state(model)
+    assert {name: (weight.shape, weight.dtype) for name, weight in model.decoder.state_dict().items()} == plain
+    tolerance = {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    assert difference(our_output(model).double(), adapted.double()) < tolerance
+    assert num_adapter_parameters(model) == 0
     unmerge(model, adapters)
     assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
-    assert torch.equal(logits(model), adapted)
+    assert torch.equal(our_output(model), adapted)
 
 
 def test_dropout_is_on_the_adapters_input_and_only_in_training():
     linear = nn.Linear(40, 3)
-    adapter = LoRALinear(linear, rank=2, alpha=2.0, dropout=0.25, generator=None)
+    adapter = LoRALinear(linear, rank=2, alpha=2.0, dropout=0.25)
     nn.init.normal_(adapter.lora_B.weight)
     hidden = torch.ones(1, 40)
     adapter.eval()
@@ -141,33 +274,37 @@ def test_adding_and_merging_keep_the_mode(mode):
 def test_start_values_follow_the_seed_and_kaimings_range():
     states = []
     for seed in (1, 1, 2):
-        torch.manual_seed(100 + len(states))  # must not matter
         model = small_model()
-        stream = torch.get_rng_state()
-        add_lora(model, 3, 7.0, 0.0, TARGETS, torch.Generator().manual_seed(seed))
-        assert torch.equal(torch.get_rng_state(), stream)  # the dropout that follows is not moved
+        torch.manual_seed(seed)
+        add_lora(model, 3, 7.0, 0.0, TARGETS)
         states.append(adapter_state(model))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     a_names = [name for name in states[0] if "lora_A" in name]
     assert not any(torch.equal(states[0][name], states[2][name]) for name in a_names)
     assert not any(states[0][name].any() for name in states[0] if "lora_B" in name)
 
-    wide = LoRALinear(nn.Linear(400, 7), 50, 1.0, 0.0, torch.Generator().manual_seed(1)).lora_A.weight
+    torch.manual_seed(1)
+    wide = LoRALinear(nn.Linear(400, 7), 50, 1.0, 0.0).lora_A.weight
     reference = nn.init.kaiming_uniform_(torch.empty(50, 400), a=math.sqrt(5))
     assert wide.abs().max().item() == pytest.approx(reference.abs().max().item(), rel=1e-3)
     assert wide.std().item() == pytest.approx(reference.std().item(), rel=0.03)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_beside_half_precision_the_adapter_is_float32(dtype):
+def test_beside_half_precision_what_trains_is_float32(dtype):
     linear = nn.Linear(8, 4).to(dtype)
-    adapter = LoRALinear(linear, rank=2, alpha=2.0, dropout=0.0, generator=None)
+    adapter = LoRALinear(linear, rank=2, alpha=2.0, dropout=0.0)
     nn.init.normal_(adapter.lora_B.weight)
-    assert adapter.lora_A.weight.dtype == adapter.lora_B.weight.dtype == torch.float32
     hidden = torch.randn(3, 8, dtype=dtype)
     update = hidden.float() @ adapter.lora_A.weight.T @ adapter.lora_B.weight.T
-    assert torch.equal(adapter(hidden), linear(hidden) + update.to(dtype))
+    assert torch.equal(adapter(hidden), (linear(hidden).float() + update).to(dtype))  # rounded once
     assert adapter.merged().weight.dtype == dtype
+
+    model = small_reward_model(dtype)
+    add_lora(model, 2, 2.0, 0.0, TARGETS)
+    assert {weight.dtype for weight in trained(model).values()} == {torch.float32}
+    frozen = {weight.dtype for name, weight in model.named_parameters() if name not in trained(model)}
+    assert frozen == {dtype}
 
 
 def test_the_labs_adapters_on_opt_350m_have_1572864_parameters():
@@ -189,31 +326,299 @@ def test_the_labs_adapters_on_opt_350m_have_1572864_parameters():
         (0, ("q_proj",), "rank is 0"),
         (2, ("q_proj", "query"), "no linear is named query; this model has fc1, fc2, k_proj, out_proj, project_in"),
         (2, ("embed_tokens",), "no linear is named embed_tokens"),
+        (2, ("score",), "no linear is named score"),  # a reward model's head trains whole
         (2, (), "no targets given"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_and_nothing_is_frozen(rank, targets, message):
-    model = small_model()
+    model = small_reward_model()
     with pytest.raises(ValueError, match=message):
         add_lora(model, rank, 2.0, 0.0, targets)
     assert all(weight.requires_grad for weight in model.parameters())
 
 
-def test_adapters_are_not_added_twice():
+def test_adapters_are_not_added_twice_and_none_are_not_saved(tmp_path):
     model = small_model()
+    with pytest.raises(ValueError, match="no adapters"):
+        save_adapters(model, tmp_path)
     add_lora(model, 2, 2.0, 0.0, TARGETS)
     with pytest.raises(ValueError, match="already"):
         add_lora(model, 2, 2.0, 0.0, ("fc1",))
 
 
-def test_peft_computes_the_same():
-    peft = pytest.importorskip("peft")
-    ours = small_model()
-    theirs = copy.deepcopy(ours)
+# ------------------------------------------------------------------------------------------------- peft: same training
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@every_variant
+@every_model
+def test_training_is_pefts(tmp_path, name, variant, dtype, tolerance):
+    reference, ours = both_models(name, variant, dtype)
+    add_lora(ours, 3, 7.0, 0.0, ("q_proj", "v_proj", "fc1"))
+    save_adapters(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(reference, tmp_path, is_trainable=True)
+    expected = trained(theirs)
+    assert {key: weight.shape for key, weight in trained(ours).items()} == {k: w.shape for k, w in expected.items()}
+    our_optimizer = adamw(ours, weight_decay=0.1)
+    their_optimizer = torch.optim.AdamW(expected.values(), lr=0.01, weight_decay=0.1)
+    ours.train(), theirs.train()
+    losses = []
+    for _ in range(6):
+        loss, their = our_loss(ours), their_loss(name, theirs)
+        assert abs(loss - their).item() < tolerance
+        losses.append(loss.item())
+        loss.backward(), their.backward()
+        for key, parameter in trained(ours).items():
+            if len(losses) == 1 and "lora_A" in key:
+                assert not parameter.grad.any() and not expected[key].grad.any(), key  # as long as B is 0
+            else:
+                assert difference(parameter.grad, expected[key].grad) < 10 * tolerance, key
+        for group in our_optimizer.param_groups:
+            group["lr"] = 0.01
+        our_optimizer.step(), their_optimizer.step()
+        our_optimizer.zero_grad(), their_optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.05
+    for key, parameter in trained(ours).items():
+        assert difference(parameter, expected[key]) < 10 * tolerance, key
+
+
+def test_dropout_is_pefts(tmp_path):
+    """One row leaves no padding, so that both draw the same numbers for the same tokens."""
+    reference, ours = both_models("OPTForCausalLM", "pre-LN")
+    add_lora(ours, 3, 7.0, 0.3, TARGETS)
+    fill(ours)
+    save_adapters(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(reference, tmp_path, is_trainable=True)
+    ours.train(), theirs.train()
+    losses = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        loss = our_loss(ours, EXAMPLES[1:2])
+        torch.manual_seed(seed)
+        assert abs(loss - their_loss("OPTForCausalLM", theirs, EXAMPLES[1:2])).item() < 1e-10
+        losses.add(loss.item())
+    assert len(losses) == 3
+
+
+@pytest.mark.parametrize("arithmetic", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("base", [torch.float32, None])
+def test_half_precision_is_pefts_under_autocast(tmp_path, arithmetic, base):
+    """A base in float32, or in the dtype of the arithmetic, under autocast; one row, so no padding on either side."""
+    reference, ours = both_models("OPTForCausalLM", "post-LN, projected (350m)", base or arithmetic)
+    add_lora(ours, 4, 8.0, 0.0, TARGETS)
+    fill(ours)
+    save_adapters(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(reference, tmp_path, is_trainable=True)
+    exact = our_loss(ours.float(), EXAMPLES[1:2]).item()
+    ours = both_models("OPTForCausalLM", "post-LN, projected (350m)", base or arithmetic)[1]
+    load_adapters(ours, tmp_path)
+    with torch.autocast("cpu", dtype=arithmetic):
+        loss, their = our_loss(ours, EXAMPLES[1:2]), their_loss("OPTForCausalLM", theirs, EXAMPLES[1:2])
+    loss.backward(), their.backward()
+    assert abs(loss - their).item() < 1e-5
+    expected = trained(theirs)
+    for key, parameter in trained(ours).items():
+        assert parameter.grad.dtype == torch.float32
+        assert difference(parameter.grad, expected[key].grad) < torch.finfo(arithmetic).eps, key
+    assert 0 < abs(loss.item() - exact) < 0.05  # half precision it was
+
+
+# ---------------------------------------------------------------------------------------------------- peft: same files
+
+
+@every_variant
+@every_model
+def test_peft_loads_what_is_saved(tmp_path, name, variant):
+    reference, ours = both_models(name, variant)
+    plain = their_output(name, reference)
+    targets = [target for target in ALL_LINEARS if "pre-LN" not in variant or "project" not in target]
+    add_lora(ours, 3, 7.5, 0.25, targets)
+    fill(ours)
+    save_adapters(ours, tmp_path / "adapter", base="some/model", revision="abc")
+    theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter")
+    assert difference(our_output(ours), their_output(name, theirs)) < 1e-12
+    assert difference(our_output(ours), plain) > 0.01
+    settings = theirs.peft_config["default"]
+    assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (3, 7.5, 0.25)
+    assert settings.target_modules == set(targets)
+    assert (settings.base_model_name_or_path, settings.revision) == ("some/model", "abc")
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert written["modules_to_save"] == (["score"] if name == "OPTForSequenceClassification" else None)
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    merge(ours)
+    expected = theirs.merge_and_unload().model.state_dict()
+    for key, weight in ours.decoder.state_dict().items():
+        torch.testing.assert_close(weight, expected[f"decoder.{key}"], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("auto", [peft.AutoPeftModelForCausalLM, peft.AutoPeftModelForSequenceClassification])
+def test_peft_finds_the_model_by_itself(tmp_path, auto):
+    name = "OPTForCausalLM" if auto is peft.AutoPeftModelForCausalLM else "OPTForSequenceClassification"
+    reference, ours = both_models(name, "pre-LN", torch.float32)
+    reference.save_pretrained(tmp_path / "model")
     add_lora(ours, 3, 7.0, 0.0, TARGETS)
-    fill_b(ours)
-    settings = peft.LoraConfig(r=3, lora_alpha=7, lora_dropout=0.0, target_modules=list(TARGETS))
-    theirs = peft.inject_adapter_in_model(settings, theirs, adapter_name="default")
-    state = {name.replace(".weight", ".default.weight"): weight for name, weight in adapter_state(ours).items()}
-    assert not theirs.load_state_dict(state, strict=False).unexpected_keys
-    assert (logits(ours) - logits(theirs)).abs().max() < 1e-10
+    fill(ours)
+    save_adapters(ours, tmp_path / "adapter", base=str(tmp_path / "model"))
+    theirs = (
+        auto.from_pretrained(tmp_path / "adapter", num_labels=1)
+        if "Seq" in name
+        else auto.from_pretrained(tmp_path / "adapter")
+    )
+    assert difference(our_output(ours), their_output(name, theirs)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": list(TARGETS)},
+        {"target_modules": ["fc2", "k_proj", "out_proj"], "lora_alpha": 5, "use_rslora": True},
+        {"target_modules": "all-linear", "init_lora_weights": "gaussian", "lora_dropout": 0.1},
+    ],
+)
+@every_variant
+@every_model
+def test_what_peft_saves_is_loaded(tmp_path, name, variant, options):
+    reference, ours = both_models(name, variant)
+    plain = our_output(ours)
+    task = "CAUSAL_LM" if name == "OPTForCausalLM" else "SEQ_CLS"
+    theirs = peft.get_peft_model(reference, peft.LoraConfig(r=4, task_type=task, **options))
+    fill(theirs)
+    theirs.save_pretrained(tmp_path)
+    load_adapters(ours, tmp_path)
+    expected = their_output(name, theirs.eval())
+    assert difference(our_output(ours), expected) < 1e-12
+    assert difference(plain, expected) > 0.01
+    assert trained(ours).keys() == trained(theirs).keys()
+    merge(ours)
+    assert difference(our_output(ours), expected) < 1e-12
+
+
+@every_model
+def test_adapters_come_back_bit_for_bit(tmp_path, name):
+    _, ours = both_models(name, "pre-LN", torch.float32)
+    _, again = both_models(name, "pre-LN", torch.float32)
+    add_lora(ours, 3, 7.0, 0.25, TARGETS)
+    fill(ours)
+    save_adapters(ours, tmp_path / "a")
+    load_adapters(again, tmp_path / "a")
+    assert torch.equal(our_output(again), our_output(ours))
+    save_adapters(again, tmp_path / "b")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Adapters of rank 3 on q_proj and v_proj of `small_model`, as peft writes them."""
+    reference, _ = both_models("OPTForCausalLM", "post-LN, projected (350m)")
+    settings = peft.LoraConfig(r=3, task_type="CAUSAL_LM", target_modules=list(TARGETS))
+    peft.get_peft_model(reference, settings).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def assert_refused(model: nn.Module, folder: Path, *words: str) -> None:
+    """In one line that holds `words`, with the model as it was."""
+    before = copy.deepcopy(model)
+    with pytest.raises(UserError) as error:
+        load_adapters(model, folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in before.state_dict().items())
+    assert trained(model).keys() == trained(before).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("peft_type", "LOHA", ["peft_type is 'LOHA', expected 'LORA'"]),
+        ("peft_type", None, ["peft_type is None"]),
+        ("use_dora", True, ["use_dora is True"]),
+        ("bias", "all", ["bias is 'all'"]),
+        ("lora_bias", True, ["lora_bias is True"]),
+        ("init_lora_weights", "pissa", ["init_lora_weights is 'pissa'"]),
+        ("rank_pattern", {"fc1": 2}, ["rank_pattern"]),
+        ("alpha_pattern", {"q_proj": 2}, ["alpha_pattern"]),
+        ("layers_to_transform", [1], ["layers_to_transform is [1]"]),
+        ("fan_in_fan_out", True, ["fan_in_fan_out"]),
+        ("not_invented_yet", 1, ["not_invented_yet"]),
+        ("r", 0, ["rank of at least 1", "r 0"]),
+        ("r", True, ["r True"]),
+        ("r", "3", ["r '3'"]),
+        ("r", 10**30, ["of another shape"]),
+        ("lora_alpha", None, ["lora_alpha None"]),
+        ("lora_alpha", math.inf, ["lora_alpha inf"]),
+        ("lora_alpha", math.nan, ["lora_alpha nan"]),
+        ("lora_alpha", 10**400, ["lora_alpha 1000"]),
+        ("lora_dropout", 1.0, ["lora_dropout 1.0"]),
+        ("target_modules", ".*q_proj", ["a list of names", "'.*q_proj'"]),
+        ("target_modules", [["q_proj"]], ["a list of names"]),
+        ("target_modules", [], ["no targets given"]),
+        ("target_modules", ["q_proj", "c_attn"], ["no linear is named c_attn", "this model has fc1"]),
+        ("target_modules", ["q_proj", "embed_tokens"], ["no linear is named embed_tokens"]),
+        ("target_modules", ["q_proj"], ["4 unexpected", "layers.0.self_attn.v_proj.lora_A.weight"]),
+        ("target_modules", ["q_proj", "v_proj", "fc1"], ["4 missing", "layers.0.fc1.lora_A.weight"]),
+    ],
+)
+def test_settings_that_ask_for_something_else(folder, name, value, words):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    file = "adapter_model.safetensors" if words[0].startswith(("4 ", "of another")) else "adapter_config.json"
+    assert_refused(small_model(), folder, file, *words)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}])
+def test_pefts_own_folders_of_another_kind(tmp_path, options):
+    reference, ours = both_models("OPTForCausalLM", "post-LN, projected (350m)")
+    settings = peft.LoraConfig(r=3, task_type="CAUSAL_LM", target_modules=list(TARGETS), **options)
+    peft.get_peft_model(reference, settings).save_pretrained(tmp_path)
+    assert_refused(ours, tmp_path, "adapter_config.json", next(iter(options)), "merge this adapter with peft")
+
+
+def test_weights_that_do_not_fit(folder):
+    path = folder / "adapter_model.safetensors"
+    state = load_file(path)
+    key = min(state)
+    assert key == "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight"
+
+    def refused(changed: dict[str, Tensor], *words: str) -> None:
+        save_file(changed, path)
+        assert_refused(small_model(), folder, path.name, *words)
+
+    refused({name: weight for name, weight in state.items() if name != key}, "1 missing, first", key)
+    refused(state | {"base_model.model.model.decoder.embed_tokens.weight": torch.ones(2)}, "1 unexpected")
+    refused(state | {key: state[key].T.contiguous()}, "1 of another shape", key)
+    refused(state | {key: state[key][:2].clone()}, "of another shape", key)
+    refused(state | {key: torch.full_like(state[key], math.nan)}, key.removeprefix("base_model.model.model."), "NaN")
+    refused(state | {key: state[key].long()}, "whole numbers")
+    save_file(state, path)
+    load_adapters(small_model(), folder)  # nothing else was wrong
+
+
+def test_files_that_are_absent_or_damaged(folder, tmp_path):
+    assert_refused(small_model(), folder / "nowhere", "adapter_config.json", "no such file")
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert_refused(small_model(), folder, path.name, "truncated or damaged")
+    path.unlink()
+    assert_refused(small_model(), folder, path.name, "no such file")
+    for text in ("{", "[]", "3"):
+        (folder / "adapter_config.json").write_text(text)
+        assert_refused(small_model(), folder, "adapter_config.json", "a JSON object")
+
+
+def test_adapters_of_the_other_kind_of_model_or_beside_others(folder, tmp_path):
+    assert_refused(small_reward_model(), folder, "1 missing, first base_model.model.score.weight")
+    rewarding = small_reward_model()
+    add_lora(rewarding, 3, 8, 0.0, TARGETS)
+    save_adapters(rewarding, tmp_path / "rewarding")
+    assert_refused(small_model(), tmp_path / "rewarding", "1 unexpected, first base_model.model.score.weight")
+    adapted = small_model()
+    add_lora(adapted, 3, 8, 0.0, TARGETS)
+    assert_refused(adapted, folder, "adapters already")
