@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from minift.batching import PairBatch, Sampler, collate_rankings
 from minift.checkpoint import open_run, versions
 from minift.config import describe, parse, to_dict
 from minift.datasets import PAIR_KINDS, fingerprint, load_rows, split
-from minift.encode import Ranking, encode_rankings, responses_of
+from minift.encode import Ranking, encode_rankings, group_by_chosen, responses_of
 from minift.errors import UserError, run_command
 from minift.files import write_text
-from minift.lora import add_lora, merge, num_adapter_parameters, unmerge
-from minift.losses import bradley_terry
+from minift.hub import commit_of, data_files
+from minift.lora import add_lora, merge, num_adapter_parameters, save_adapters, unmerge
+from minift.losses import bradley_terry, completion_cross_entropy
 from minift.model import set_dropout
 from minift.prompts import load_template
 from minift.report import write_report
@@ -49,7 +51,6 @@ def main() -> None:
             add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
         except ValueError as error:
             raise UserError(f"--lora-targets: {error}") from None
-        model.score.requires_grad_(True)
         print(f"LoRA: {num_adapter_parameters(model):,} parameters to train, and the head")
 
     # 2. Pairs to learn from, and pairs held out.
@@ -78,6 +79,9 @@ def main() -> None:
         generator = random.Random(config.seed)
         for ranking in rankings:
             generator.shuffle(ranking.responses)
+    if config.group_prompts:
+        rankings = group_by_chosen(rankings)
+        print(f"  {len(rankings):,} prompts, each with all its pairs")
     show(rankings, tokenizer)
 
     # 4. A batch is the flat list of its tokens, a prompt's once for all its responses.
@@ -91,7 +95,8 @@ def main() -> None:
         return (collate_rankings(held_out[start : start + config.batch_size]) for start in starts)
 
     def loss(batch: PairBatch):
-        rewards = model(batch.input_ids, batch.positions, batch.rows)  # (R,)
+        hidden = model.decoder(batch.input_ids, batch.positions, batch.rows, None)  # (N, E)
+        rewards = model.rewards(hidden, batch.rows)  # (R,)
         better, worse = rewards[batch.better], rewards[batch.worse]  # (P,)
         metrics = {
             "accuracy": better > worse,  # a tie is wrong
@@ -100,9 +105,15 @@ def main() -> None:
             "reward_rejected": worse,
         }
         sums = {name: (batch.weights * values.detach()).sum() for name, values in metrics.items()}
-        return *bradley_terry(better, worse, batch.margins, batch.weights, config.center_rewards), sums
+        nats, count = bradley_terry(better, worse, batch.margins, batch.weights, config.center_rewards)
+        if config.lm_weight and model.training:
+            surprise, _ = completion_cross_entropy(hidden, model.head, batch.labels, batch.positions)
+            nats, sums["surprise"] = nats + config.lm_weight * surprise, surprise.detach()
+        return nats, count, sums
 
     def write_model(folder: Path) -> None:
+        if config.lora_rank:
+            save_adapters(model, folder / "adapter", config.model, commit_of(source))
         adapters = merge(model)
         save_model(model, folder)
         unmerge(model, adapters)
@@ -117,11 +128,13 @@ def main() -> None:
     # 6. Train.
     files = {"data": config.data, "eval_data": config.eval_data}
     fingerprints = {name: fingerprint(file) for name, file in files.items() if file}
+    commits = {name: commit_of(data_files(file)[0]) for name, file in files.items() if file}
     record = {
         "task": "rm",
         "values": to_dict(config, "rm"),
         "versions": versions(),
         "fingerprints": fingerprints | {"weights": weights_fingerprint(source)},
+        "commits": commits | {"weights": commit_of(source)},
     }
     run = open_run(Path(config.out), record, resume=config.resume)
     before = rewards_held_out()
@@ -169,9 +182,11 @@ def main() -> None:
     print(f"\nleft in {run}: the model, metrics.jsonl, samples.jsonl, report.html")
 
 
-def named(responses: Sequence) -> dict[str, Any]:
+def named(responses: Sequence, best_only: bool = False) -> dict[str, Any]:
     """Responses, best first, by what they are called."""
     names = [f"response {place}" for place in range(1, len(responses) + 1)]
+    if best_only:
+        names = ["chosen", *(f"rejected {place}" for place in range(1, len(responses)))]
     return dict(zip(["chosen", "rejected"] if len(names) == 2 else names, responses, strict=True))
 
 
@@ -184,10 +199,11 @@ def show(rankings: Sequence[Ranking], tokenizer: Tokenizer) -> None:
     print(f"  {sum(saved):,} tokens ({share:.0%}) saved: what a prompt's responses begin with is computed once for all")
     print("\nWhat the loss compares: rewards, read at each response's last token; the chosen one's should be higher.")
     for number, ranking in enumerate(rankings[:SHOWN]):
-        shared = saved[number] // (len(ranking.responses) - 1)
+        shared = len(commonprefix(ranking.responses))
         first = tokenizer.decode(ranking.responses[0][:shared], skip_special_tokens=False)
-        print_part(f"pair {number + 1} of {len(rankings):,}: {shared} tokens that all responses begin with", first)
-        for name, ids in named(ranking.responses).items():
+        what = "prompt" if ranking.best_only else "pair"
+        print_part(f"{what} {number + 1} of {len(rankings):,}: {shared} tokens that all responses begin with", first)
+        for name, ids in named(ranking.responses, ranking.best_only).items():
             print_part(f"{name}: {len(ids) - shared} more", tokenizer.decode(ids[shared:], skip_special_tokens=False))
 
 

@@ -38,14 +38,16 @@ FILES = {"training": "pairs.jsonl", "held out": "heldout_pairs.jsonl"}
 class Count(NamedTuple):
     training: int
     held_out: int
+    each: int = 1  # of a training prompt
 
 
 KINDS = {
-    "subtle bug": Count(1200, 110),  # the chosen code after one small edit
-    "other task": Count(700, 110),  # the right answer to another instruction
-    "cut off": Count(400, 110),  # the chosen code, not to its end
-    "base model": Count(350, 110),  # what the untuned model answers
-    "rambling": Count(350, 110),  # prose around the task
+    # The first two are learned by comparing answer and prompt, slowly; the others show at a glance.
+    "subtle bug": Count(7200, 110, each=2),  # the chosen code after one small edit
+    "other task": Count(3600, 110),  # the right answer to another instruction
+    "cut off": Count(250, 110),  # the chosen code, not to its end
+    "base model": Count(200, 110),  # what the untuned model answers
+    "rambling": Count(200, 110),  # prose around the task
 }
 
 
@@ -152,12 +154,12 @@ def other_text(text: str, prompt: str, rng: Random) -> str:
         return rng.choice(LETTERS)
     if not any(character.isalnum() for character in text):
         return rng.choice(SEPARATORS)
-    place = rng.randrange(len(text) - 1) if len(text) > 1 else 0
+    place = rng.randrange(len(text))
     quoted = re.findall(r'"([^"\n]+)"', prompt)
     return rng.choice([
-        text[:place] + text[place + 1 : place + 2] + text[place : place + 1] + text[place + 2 :],
         text[:place] + text[place + 1 :],
         text.swapcase(),
+        rng.choice(SAMPLE_WORDS),
         rng.choice(SAMPLE_WORDS),
         rng.choice(quoted or SAMPLE_WORDS),
     ])  # fmt: skip
@@ -240,18 +242,18 @@ def one_too_many(code: str, prompt: str, rng: Random) -> Iterator[str]:
         yield edited(code, match, f"{rng.choice(['sorted', 'list', 'str', 'len', 'set', 'max'])}({match[1]})", 1)
 
 
-# How often a rule is tried before the others.
+# How often a rule is tried before the others: most bugs show in the code itself, some only beside the prompt.
 BUGS: dict[Callable[[str, str, Random], Iterator[str]], float] = {
-    wrong_number: 4,
-    wrong_text: 4,
-    wrong_name: 3,
-    flipped_comparison: 3,
-    wrong_operator: 3,
-    wrong_word: 3,
-    left_out: 2,
-    one_too_many: 2,
-    swapped: 1.5,
-    negation: 1,
+    wrong_name: 6,
+    wrong_word: 6,
+    left_out: 5,
+    one_too_many: 4,
+    wrong_number: 1.5,
+    wrong_text: 1.5,
+    wrong_operator: 1,
+    flipped_comparison: 1,
+    swapped: 1,
+    negation: 0.5,
 }
 
 
@@ -260,7 +262,7 @@ def subtle_bug(row: Row, rows: list[Row], rng: Random) -> str | None:
     if is_value(row):
         return None
     # The task left undone is such a bug too, where there is an input to work on.
-    if row.input and rng.random() < 0.1 and runs(row.input, row.checks) and not passes(row.input, row.checks):
+    if row.input and rng.random() < 0.05 and runs(row.input, row.checks) and not passes(row.input, row.checks):
         return row.input
     # Each rule draws from its own exponential clock: the least comes first with a probability like its weight.
     for rule in sorted(BUGS, key=lambda rule: rng.expovariate(BUGS[rule])):
@@ -288,8 +290,8 @@ def asked_names(code: str) -> tuple[str, list[str]]:
 
 
 def other_task(row: Row, rows: list[Row], rng: Random) -> str | None:
-    """The answer to another row, half of the time of the same family; mostly under the name asked for."""
-    same_family = rng.random() < 0.5 and not is_value(row)
+    """The answer to another row, sometimes of the same family; mostly under the name asked for."""
+    same_family = rng.random() < 0.3 and not is_value(row)
     pool = [other for other in rows if other.family == row.family] if same_family else rows
     for _ in range(200):
         other = rng.choice(pool)
@@ -475,29 +477,34 @@ def base_rows(rows: list[Row], name: str, count: int) -> list[Row]:
     return shuffled(rows, f"{name} base model")[: count + count // 10 + 10]
 
 
-def make_pairs(rows: list[Row], name: str, counts: dict[str, int], base_answers: dict[str, str]) -> list[Pair]:
-    """For each kind as many pairs as `counts` says, of rows in an order of its own; shuffled.
+def make_pairs(rows: list[Row], name: str, counts: dict[str, Count], base_answers: dict[str, str]) -> list[Pair]:
+    """For each kind as many pairs as `counts` says; shuffled.
 
-    A kind draws from a generator of its own, so that another kind's count does not change its pairs.
+    The kinds of training pairs go through the rows in one order, so that many prompts have pairs of several kinds; but
+    for the base model's, which was asked once. A kind draws from a generator of its own, so that another kind's count
+    does not change its pairs.
     """
+    is_training = name.endswith("training")
     pairs = []
-    for kind, count in counts.items():
+    for kind, (training, held_out, each) in counts.items():
+        count, each = (training, each) if is_training else (held_out, 1)
         rng = Random(f"{name} {kind} answers")
-        found = []
-        for row in shuffled(rows, f"{name} {kind}"):
+        found: dict[Pair, None] = {}  # in order, none twice
+        for row in shuffled(rows, name if is_training and kind != "base model" else f"{name} {kind}"):
             prompt = prompt_of(row)
-            rejected = base_answers.get(prompt) if kind == "base model" else MAKERS[kind](row, rows, rng)
-            if not rejected or rejected == row.output or passes(rejected, row.checks):
-                continue
-            if not passes(row.output, row.checks):
-                raise RuntimeError(f"the answer to {prompt!r} fails its checks")
-            found.append(Pair(prompt, row.output, rejected, kind))
-            if len(found) == count:
+            for _ in range(each):
+                rejected = base_answers.get(prompt) if kind == "base model" else MAKERS[kind](row, rows, rng)
+                if not rejected or rejected == row.output or passes(rejected, row.checks):
+                    continue
+                if not passes(row.output, row.checks):
+                    raise RuntimeError(f"the answer to {prompt!r} fails its checks")
+                found[Pair(prompt, row.output, rejected, kind)] = None
+            if len(found) >= count:
                 break
         if len(found) < count:
             way_out = "run with --ask-base-model" if kind == "base model" else "lower its count in KINDS"
             raise UserError(f"{kind}: found {len(found)} of {count} pairs; {way_out}")
-        pairs += found
+        pairs += [*found][:count]
     return Random(name).sample(pairs, len(pairs))
 
 
@@ -506,8 +513,7 @@ def make_files(seed: int, base_answers: dict[str, dict[str, str]], rows: list[Ro
     rows = rows or generate(seed)
     texts = {}
     for split, file in FILES.items():
-        counts = {kind: count.training if split == "training" else count.held_out for kind, count in KINDS.items()}
-        pairs = make_pairs(rows_of(rows, split), f"{seed} {split}", counts, base_answers[file])
+        pairs = make_pairs(rows_of(rows, split), f"{seed} {split}", KINDS, base_answers[file])
         texts[file] = "".join(json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in pairs)
     return texts
 

@@ -48,7 +48,8 @@ class PairBatch(NamedTuple):
 
     input_ids: Tensor  # (N,)
     positions: Tensor  # (N,) from 0 in each row
-    rows: Tensor  # (R, T) indices into the flat list, -1 past a row's end; rows of one prompt share its tokens
+    labels: Tensor  # (N,) the tokens of each ranking's best row, -100 elsewhere
+    rows: Tensor  # (R, T) indices into the flat list, -1 past a row's end; rows of a ranking share what they begin with
     better: Tensor  # (P,) the row that was preferred in each pair
     worse: Tensor  # (P,) the other one
     margins: Tensor  # (P,) float32, by how much
@@ -58,19 +59,24 @@ class PairBatch(NamedTuple):
         return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-def collate_rankings(rankings: Sequence[tuple[Sequence[Sequence[int]], float]]) -> PairBatch:
+def collate_rankings(rankings: Sequence[tuple]) -> PairBatch:
     """Lay rankings end to end: (the ids of K >= 2 whole rows, prompt and response, best first; the pairs' margin).
 
-    The tokens that all rows of a ranking begin with stand in the flat list once, and in each of the rows: causal
-    attention gives them the same values in all, so they are computed once and their gradients add up by themselves
-    (arXiv 2410.20305). A row's last token is always its own: its reward is read there. A ranking is all its K(K - 1)/2
-    pairs, each of weight 1 / that. Raises ValueError for a ranking of one row, or with a row of no tokens.
+    A beginning that rows of a ranking have in common stands in the flat list once, and in each of these rows: causal
+    attention gives its tokens the same values in all, so they are computed once and their gradients add up by
+    themselves (arXiv 2410.20305). A row's last token is always its own: its reward is read there.
+
+    A ranking is all its K(K - 1)/2 pairs, each of weight 1 / that. A third item that is true says that only the first
+    row is known to be better than the others, so that it is K - 1 pairs. Raises ValueError for a ranking of one row, or
+    with a row of no tokens.
 
     >>> batch = collate_rankings([([[2, 10, 11, 20, 2], [2, 10, 11, 2]], 0.5)])
     >>> batch.input_ids
     tensor([ 2, 10, 11, 20,  2,  2])
     >>> batch.positions
     tensor([0, 1, 2, 3, 4, 3])
+    >>> batch.labels
+    tensor([   2,   10,   11,   20,    2, -100])
     >>> batch.rows
     tensor([[ 0,  1,  2,  3,  4],
             [ 0,  1,  2,  5, -1]])
@@ -81,40 +87,41 @@ def collate_rankings(rankings: Sequence[tuple[Sequence[Sequence[int]], float]]) 
     """
     input_ids: list[int] = []
     positions: list[int] = []
+    labels: list[int] = []
     rows: list[list[int]] = []
     pairs: list[tuple[int, int, float, float]] = []  # better, worse, margin, weight
-    for responses, margin in rankings:
+    for responses, margin, *best_only in rankings:
         if len(responses) < 2 or not all(responses):
             raise ValueError(f"a ranking of rows of {[len(row) for row in responses]} tokens, expected 2 rows or more")
-        shared = _shared_length(responses)
-        prompt = range(len(input_ids), len(input_ids) + shared)
-        input_ids.extend(responses[0][:shared])
-        positions.extend(range(shared))
         numbers = range(len(rows), len(rows) + len(responses))
+        known: dict[tuple[int, int], int] = {}  # a token's predecessor in its row, and its id -> its place in the list
         for row in responses:
-            start = len(input_ids)
-            input_ids.extend(row[shared:])
-            positions.extend(range(shared, len(row)))
-            rows.append([*prompt, *range(start, len(input_ids))])
-        both = [*combinations(numbers, 2)]
+            places: list[int] = []
+            for position, token in enumerate(row):
+                step = (places[-1] if places else -1, token)
+                place = known.get(step, len(input_ids)) if position < len(row) - 1 else len(input_ids)
+                if place == len(input_ids):
+                    input_ids.append(token)
+                    positions.append(position)
+                    labels.append(token if len(rows) == numbers[0] else -100)
+                    if position < len(row) - 1:
+                        known[step] = place
+                places.append(place)
+            rows.append(places)
+        both = [(numbers[0], worse) for worse in numbers[1:]] if any(best_only) else [*combinations(numbers, 2)]
         pairs.extend((better, worse, margin, 1 / len(both)) for better, worse in both)
     better, worse, margins, weights = zip(*pairs, strict=True)
     length = max(len(row) for row in rows)
     return PairBatch(
         input_ids=torch.tensor(input_ids),
         positions=torch.tensor(positions),
+        labels=torch.tensor(labels),
         rows=torch.tensor([row + [-1] * (length - len(row)) for row in rows]),
         better=torch.tensor(better),
         worse=torch.tensor(worse),
         margins=torch.tensor(margins, dtype=torch.float32),
         weights=torch.tensor(weights, dtype=torch.float32),
     )
-
-
-def _shared_length(rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with, the last token of the shortest left out."""
-    limit = min(len(row) for row in rows) - 1
-    return next(place for place in range(limit + 1) if place == limit or len({row[place] for row in rows}) > 1)
 
 
 def lay_out_rows(lengths: Sequence[int]) -> Tensor:

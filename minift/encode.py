@@ -31,6 +31,7 @@ class Ranking(NamedTuple):
 
     responses: list[list[int]]
     margin: float
+    best_only: bool = False  # the first is better than each of the others, of which nothing else is known
 
 
 @dataclass
@@ -299,6 +300,22 @@ def encode_rankings(
         reasons = "; ".join(line.strip() for line in report.lines()[1:])
         raise UserError(f"{source}: none of its {len(rows)} pairs can be learned from: {reasons}")
     return rankings, kept, report
+
+
+def group_by_chosen(rankings: Sequence[Ranking]) -> list[Ranking]:
+    """Pairs of one prompt and chosen response (and margin) as one ranking of that response over all rejected ones.
+
+    Together they share what they begin with, so a batch of as many tokens compares more; and a prompt is seen once an
+    epoch, not once for each of its pairs, which overfits (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+    """
+    groups: dict[tuple, Ranking] = {}
+    for number, ranking in enumerate(rankings):
+        best, *others = ranking.responses
+        key = (tuple(best), ranking.margin) if len(others) == 1 else (number,)
+        group = groups.setdefault(key, Ranking([best], ranking.margin, len(others) == 1))
+        # The same rejected answer twice would be two rows of one text.
+        group.responses.extend(other for other in others if other not in group.responses)
+    return [*groups.values()]
 
 
 def responses_of(row: Mapping[str, Any]) -> list[str]:

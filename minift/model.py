@@ -254,13 +254,21 @@ class RewardModel(nn.Module):
         The last token follows from the row's length, never from a search for pads: the reference takes the last token
         that is not a pad, which is the wrong one when a text ends in that id, as every text does if EOS serves as pad.
         """
-        hidden = self.decoder(input_ids, positions, rows, None)  # (N, E)
+        return self.rewards(self.decoder(input_ids, positions, rows, None), rows)
+
+    def rewards(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """The same from the last hidden states `(N, E)`, for a loss that wants these too."""
         lengths = (rows >= 0).sum(1, keepdim=True)  # (R, 1)
         last = rows.gather(1, lengths - 1).squeeze(1)  # (R,)
         # Outside autocast: near 10 bfloat16 knows no number between 10 and 10.0625, so close rewards would be ties.
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.index_select(0, last).to(self.decoder.embed_tokens.weight.dtype)  # (R, E)
+            hidden = hidden.index_select(0, last).to(self.score.weight.dtype)  # (R, E)
             return self.score(hidden).squeeze(1)
+
+    @property
+    def head(self) -> Tensor:
+        """The body's output matrix `(V, E)` as a language model, tied to its embedding."""
+        return self.decoder.embed_tokens.weight
 
 
 def set_dropout(model: nn.Module, dropout: float) -> None:

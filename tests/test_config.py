@@ -16,7 +16,7 @@ BOTH = """recipe model revision data eval-data out template epochs max-steps bat
     dtype lora-rank lora-alpha lora-dropout lora-targets resume order""".split()
 ONLY = {
     "sft": ["response-template", "no-input-only", "bleu-samples", "supervise"],
-    "rm": ["margin-field", "center-rewards", "shuffle-labels"],
+    "rm": ["margin-field", "center-rewards", "group-prompts", "lm-weight", "shuffle-labels"],
 }
 
 

@@ -230,9 +230,9 @@ def test_a_shared_prompt_is_two_separate_rows(variant, dtype, tolerance):
     assert_gradients_agree(gradients(shared), gradients(separate), tolerance)
 
 
-def begins_alike(rows: list[list[int]]) -> int:
-    """By brute force: the longest beginning that all rows have, of at most all but the last token of each."""
-    return max(n for n in range(min(map(len, rows))) if len({tuple(row[:n]) for row in rows}) == 1)
+def beginnings(rows: list[list[int]]) -> int:
+    """How many different beginnings rows have, their own last tokens left out."""
+    return len({tuple(row[:end]) for row in rows for end in range(1, len(row))})
 
 
 def test_every_row_and_pair_can_be_read_back():
@@ -258,10 +258,17 @@ def test_every_row_and_pair_can_be_read_back():
     ends = [row[len(ids) - 1].item() for row, ids in zip(batch.rows, flat, strict=True)]
     assert all((batch.rows == end).sum() == 1 for end in ends), "a reward would be read at another row's token"
 
-    prompts = [begins_alike(rows) for rows, _ in rankings]
-    assert {0, 1, 2, 3, 4} <= set(prompts)
-    saved = sum(prompt * (len(rows) - 1) for prompt, (rows, _) in zip(prompts, rankings, strict=True))
-    assert len(batch.input_ids) == sum(map(len, flat)) - saved
+    assert len(batch.input_ids) == sum(beginnings(rows) + len(rows) for rows, _ in rankings)
+    assert len(batch.input_ids) < 0.8 * sum(map(len, flat))
+
+    labels = torch.full_like(batch.input_ids, -100)  # the best row's tokens alone
+    first = 0
+    for rows, _ in rankings:
+        best = batch.rows[first][: len(rows[0])]
+        labels[best] = batch.input_ids[best]
+        assert torch.equal(best.diff(), torch.ones_like(best[1:])), "a token is predicted from the one before it"
+        first += len(rows)
+    assert torch.equal(batch.labels, labels)
 
     expected, first = [], 0
     for rows, margin in rankings:
@@ -273,6 +280,14 @@ def test_every_row_and_pair_can_be_read_back():
     assert list(zip(*(tensor.tolist() for tensor in found), strict=True)) == expected
     for name, tensor in batch._asdict().items():
         assert tensor.dtype == (torch.float32 if name in ("margins", "weights") else torch.int64), name
+
+
+def test_only_the_first_may_be_known_to_be_better():
+    rows = [[2, 5, 6], [2, 5, 7], [2, 8], [2, 5, 7, 9]]
+    batch = collate_rankings([(rows, 0.5, True), (rows[:2], 1.0, False)])
+    assert (batch.better.tolist(), batch.worse.tolist()) == ([0, 0, 0, 4], [1, 2, 3, 5])
+    assert batch.weights.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1])
+    assert batch.margins.tolist() == [0.5, 0.5, 0.5, 1.0]
 
 
 def test_a_batch_moves_as_a_whole():

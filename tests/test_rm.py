@@ -20,7 +20,7 @@ from minift.scoring import load_judge
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "data" / "model"
-SMALL = ["--max-steps", 4, "--batch-size", 4, "--center-rewards", 0, "--device", "cpu"]
+SMALL = ["--max-steps", 4, "--batch-size", 4, "--center-rewards", 0, "--lm-weight", 0, "--device", "cpu"]
 PAIR = {"prompt": "Add two numbers.", "chosen": "def add(a, b):\n    return a + b", "rejected": "    return a"}
 
 
@@ -218,6 +218,32 @@ def test_margins_and_centring_reach_the_loss(task_of, tmp_path):
     assert count == 2 and loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_the_language_model_s_loss_is_added_in_training_alone(task_of, tmp_path):
+    flags = ["--data", write_rows(tmp_path / "rows.jsonl", [PAIR, PAIR | {"chosen": "    return b"}]), "--dropout", 0]
+    flags += ["--eval-fraction", 0, "--dtype", "float64"]
+    plain, with_it = (task_of(*flags, "--lm-weight", weight) for weight in (0, 0.3))
+    with_it.model.load_state_dict(plain.model.state_dict())
+    reference = OPTForCausalLM.from_pretrained(SHIPPED, dtype=torch.float64).eval()
+    (batch,) = plain.micro_batches(0)
+    expected = 0.0
+    for better in batch.better.tolist():
+        ids = batch.input_ids[batch.rows[better][batch.rows[better] >= 0]]
+        expected += F.cross_entropy(reference(ids[None]).logits[0, :-1], ids[1:], reduction="sum").item()
+    found = {}
+    for task, model in ((plain, "plain"), (with_it, "with it")):
+        for mode in ("train", "eval"):
+            getattr(task.model, mode)()
+            loss, count, metrics = task.loss(batch)
+            assert count == 2
+            found[model, mode] = loss.item()
+    assert found["plain", "train"] == found["plain", "eval"] == found["with it", "eval"]
+    assert found["with it", "train"] - found["plain", "train"] == pytest.approx(0.3 * expected, rel=1e-9)
+    assert metrics.keys() == {"accuracy", "margin", "reward_chosen", "reward_rejected"}
+    with_it.model.train()
+    loss, _, metrics = with_it.loss(batch)
+    assert metrics["surprise"].item() == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_ranking_is_all_its_pairs_and_counts_once(task_of, tmp_path):
     responses = ["def add(a, b):\n    return a + b", "def add(a, b):", "    return a"]
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Add.", "responses": responses}])
@@ -230,6 +256,23 @@ def test_a_ranking_is_all_its_pairs_and_counts_once(task_of, tmp_path):
     assert loss.item() == pytest.approx(sum(-F.logsigmoid(pair).item() for pair in pairs) / 3, abs=1e-5)
     assert metrics["accuracy"].item() == pytest.approx(sum(pair.item() > 0 for pair in pairs) / 3)
     assert metrics["margin"].item() == pytest.approx(sum(pair.item() for pair in pairs) / 3, abs=1e-5)
+
+
+def test_pairs_of_one_prompt_and_chosen_response_count_once(task_of, tmp_path):
+    other = {"prompt": "Subtract.", "chosen": "a - b", "rejected": "a"}
+    rows = [PAIR, other, PAIR | {"rejected": "No."}, PAIR | {"chosen": "a + b"}, PAIR | {"rejected": "No."}]
+    flags = ["--data", write_rows(tmp_path / "rows.jsonl", rows), "--eval-fraction", 0, "--order", "sequential"]
+    flags += ["--batch-size", 8, "--dtype", "float64", "--center-rewards", 0, "--lm-weight", 0]
+    plain, grouped = task_of(*flags), task_of(*flags, "--group-prompts")
+    (batch,), (group,) = plain.micro_batches(0), grouped.micro_batches(0)
+    assert len(batch.rows) == 10 and len(group.rows) == 7  # the same rejected answer twice is one
+    assert group.weights.tolist() == [0.5, 0.5, 1, 1]
+    rewards = plain.model.eval()(batch.input_ids, batch.positions, batch.rows)
+    nats = -F.logsigmoid(rewards[batch.better] - rewards[batch.worse])
+    loss, count, _ = grouped.loss(group)
+    assert count == 3
+    assert loss.item() == pytest.approx(((nats[0] + nats[2]) / 2 + nats[1] + nats[3]).item(), rel=1e-6)
+    assert len(list(grouped.micro_batches(0))) == 1
 
 
 def test_shuffled_labels_are_right_half_of_the_time_and_held_out_ones_always(task_of, data, tokenizer):
