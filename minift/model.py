@@ -108,7 +108,8 @@ def row_layout(rows: Tensor, num_tokens: int) -> RowLayout:
     flat = rows.flatten()  # (R * T,)
     slots = (flat >= 0).nonzero().squeeze(1)
     scatter = torch.zeros(num_tokens, dtype=torch.long, device=rows.device)
-    scatter[flat[slots]] = slots
+    # The first of them: plain assignment leaves it to the threads which one, and so how a sum of floats is rounded.
+    scatter.scatter_reduce_(0, flat[slots], slots, "amin", include_self=False)
     return RowLayout(flat.clamp(min=0), scatter, rows.shape[0])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minift.batching import Batch, collate
 from minift.losses import completion_cross_entropy
-from minift.model import OPT, OPTConfig, initialise
+from minift.model import OPT, OPTConfig, initialise, row_layout
 from minift.weights import load_model
 
 SMALL = {
@@ -260,6 +260,11 @@ def test_a_shared_prompt_computed_once(variant):
     (shared * weight).sum().backward()
     assert difference(shared, separate) < 1e-12
     assert_gradients_agree(model, expected, 1e-12)
+
+
+def test_a_shared_token_is_read_back_from_the_first_row_that_has_it():
+    rows = torch.tensor([[0, 1, 2, -1], [0, 1, 3, 4], [5, 6, -1, -1], [0, 7, -1, -1]])
+    assert row_layout(rows, 8).scatter.tolist() == [0, 1, 2, 6, 7, 8, 9, 13]
 
 
 def test_positions_are_looked_up_two_rows_on():
