@@ -43,9 +43,9 @@ class Count(NamedTuple):
 
 KINDS = {
     # The first two are learned by comparing answer and prompt, slowly; the others show at a glance.
-    "subtle bug": Count(7200, 110, each=2),  # the chosen code after one small edit
-    "other task": Count(3600, 110),  # the right answer to another instruction
-    "cut off": Count(250, 110),  # the chosen code, not to its end
+    "subtle bug": Count(6600, 110, each=2),  # the chosen code after one small edit
+    "other task": Count(4000, 110),  # the right answer to another instruction
+    "cut off": Count(1000, 110),  # the chosen code, not to its end
     "base model": Count(200, 110),  # what the untuned model answers
     "rambling": Count(200, 110),  # prose around the task
 }
@@ -291,7 +291,7 @@ def asked_names(code: str) -> tuple[str, list[str]]:
 
 def other_task(row: Row, rows: list[Row], rng: Random) -> str | None:
     """The answer to another row, sometimes of the same family; mostly under the name asked for."""
-    same_family = rng.random() < 0.3 and not is_value(row)
+    same_family = rng.random() < 0.15 and not is_value(row)
     pool = [other for other in rows if other.family == row.family] if same_family else rows
     for _ in range(200):
         other = rng.choice(pool)
