@@ -11,7 +11,8 @@ import torch
 
 from minift.batching import PairBatch, Sampler, collate_rankings
 from minift.checkpoint import open_run, versions
-from minift.config import describe, parse, to_dict
+from minift.config import describe, length_limit, parse, to_dict
+from minift.cost import announce
 from minift.datasets import PAIR_KINDS, fingerprint, load_rows, split
 from minift.encode import Ranking, encode_rankings, group_by_chosen, responses_of
 from minift.errors import UserError, run_command
@@ -24,11 +25,12 @@ from minift.prompts import load_template
 from minift.report import write_report
 from minift.scoring import examine, score_rows, table
 from minift.tokenizer import Tokenizer, check_fits, load_tokenizer
-from minift.trainer import Task, pick_device, train
+from minift.trainer import Task, pick_device, pick_dtype, train
 from minift.weights import fingerprint as weights_fingerprint
 from minift.weights import new_reward_model, resolve, save_model
 
 SHOWN, LINES = 3, 12  # examples printed before training, scored ones after it, and at most so many lines of each
+MEASURED = 1000  # rankings of which the share of tokens saved is taken
 
 
 def main() -> None:
@@ -62,30 +64,30 @@ def main() -> None:
 
     # 3. Text becomes ids: the prompt with each of its responses, best first, each closed by the end token.
     options = {
-        "max_length": config.max_length,
+        "max_length": length_limit(config, model.config.max_position_embeddings),
         "positions": model.config.max_position_embeddings,
         "margin_field": config.margin_field,
     }
     template = load_template(config.template)
-    rankings, _, report = encode_rankings(train_rows, tokenizer, template, source=config.data, **options)
+    rankings, kept, report = encode_rankings(train_rows, tokenizer, template, source=config.data, **options)
     print("\n".join(report.lines()))
     held_out: list[Ranking] = []
     if eval_rows:
         where = config.eval_data or f"held out of {config.data}"
-        held_out, kept, report = encode_rankings(eval_rows, tokenizer, template, source=where, **options)
-        eval_rows = [eval_rows[i] for i in kept]
+        held_out, kept_held_out, report = encode_rankings(eval_rows, tokenizer, template, source=where, **options)
+        eval_rows = [eval_rows[i] for i in kept_held_out]
         print("\n".join(report.lines()))
     if config.shuffle_labels:
-        generator = random.Random(config.seed)
-        for ranking in rankings:
-            generator.shuffle(ranking.responses)
-    if config.group_prompts:
-        rankings = group_by_chosen(rankings)
-        print(f"  {len(rankings):,} prompts, each with all its pairs")
+        turn_half_round(rankings, [train_rows[i].get("kind") for i in kept], config.seed)
+    elif config.group_prompts:
+        pairs, rankings = len(rankings), group_by_chosen(rankings)
+        repeated = pairs - sum(len(ranking.responses) - 1 if ranking.best_only else 1 for ranking in rankings)
+        print(f"  {len(rankings):,} prompts with all their pairs, {repeated} pairs left out that another one repeats")
     show(rankings, tokenizer)
 
     # 4. A batch is the flat list of its tokens, a prompt's once for all its responses.
     sampler = Sampler(len(rankings), config.batch_size, config.grad_accum, config.seed, config.order == "shuffled")
+    total_steps = config.max_steps or config.epochs * sampler.steps_per_epoch
 
     def micro_batches(step: int):
         return (collate_rankings([rankings[i] for i in numbers]) for numbers in sampler.micro_batches(step))
@@ -137,6 +139,9 @@ def main() -> None:
         "commits": commits | {"weights": commit_of(source)},
     }
     run = open_run(Path(config.out), record, resume=config.resume)
+    if device.type == "cpu":
+        dtype, uses_head = pick_dtype(config.dtype, device), config.lm_weight > 0
+        print(announce(model, micro_batches, total_steps, dtype, uses_head=uses_head), flush=True)
     before = rewards_held_out()
     train(
         Task(
@@ -144,9 +149,9 @@ def main() -> None:
             loss=loss,
             micro_batches=micro_batches,
             eval_batches=eval_batches,
-            total_steps=config.max_steps or config.epochs * sampler.steps_per_epoch,
+            total_steps=total_steps,
             write_model=write_model,
-            counted="pairs",
+            counted="prompts" if any(ranking.best_only for ranking in rankings) else "pairs",
         ),
         config,
         run,
@@ -190,13 +195,22 @@ def named(responses: Sequence, best_only: bool = False) -> dict[str, Any]:
     return dict(zip(["chosen", "rejected"] if len(names) == 2 else names, responses, strict=True))
 
 
+def turn_half_round(rankings: Sequence[Ranking], kinds: Sequence[Any], seed: int) -> None:
+    """The control's labels: of each kind half of the pairs, drawn by `seed`, get the worse response as the better."""
+    generator = random.Random(seed)
+    for kind in sorted(set(kinds), key=str):
+        members = [ranking for ranking, its_kind in zip(rankings, kinds, strict=True) if its_kind == kind]
+        for ranking in generator.sample(members, len(members) // 2):
+            ranking.responses.reverse()
+
+
 def show(rankings: Sequence[Ranking], tokenizer: Tokenizer) -> None:
     """Print what the loss compares, and what it saves that a prompt is computed once for all its responses."""
-    lengths = [sum(map(len, ranking.responses)) for ranking in rankings]
-    computed = [len(collate_rankings([ranking]).input_ids) for ranking in rankings]
-    saved = [length - fewer for length, fewer in zip(lengths, computed, strict=True)]
-    share = sum(saved) / sum(lengths)
-    print(f"  {sum(saved):,} tokens ({share:.0%}) saved: what a prompt's responses begin with is computed once for all")
+    measured = rankings[:MEASURED]
+    tokens = sum(len(response) for ranking in measured for response in ranking.responses)
+    saved = 1 - sum(len(collate_rankings([ranking]).input_ids) for ranking in measured) / tokens
+    some = f" (measured on the first {MEASURED:,})" if len(rankings) > MEASURED else ""
+    print(f"  {saved:.0%} of the tokens saved: what a prompt's responses begin with is computed once for all{some}")
     print("\nWhat the loss compares: rewards, read at each response's last token; the chosen one's should be higher.")
     for number, ranking in enumerate(rankings[:SHOWN]):
         shared = len(commonprefix(ranking.responses))

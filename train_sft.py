@@ -10,6 +10,7 @@ from minift.answers import answer, bleu_by_kind, questions
 from minift.batching import Batch, Sampler, collate
 from minift.checkpoint import open_run, versions
 from minift.config import describe, length_limit, parse, to_dict
+from minift.cost import announce
 from minift.datasets import drop_rows_with_input, fingerprint, load_rows, split
 from minift.encode import encode_rows
 from minift.errors import UserError, run_command
@@ -22,7 +23,7 @@ from minift.preview import safe, show
 from minift.prompts import load_template
 from minift.report import write_report
 from minift.tokenizer import check_fits, load_tokenizer
-from minift.trainer import Task, pick_device, train
+from minift.trainer import Task, pick_device, pick_dtype, train
 from minift.weights import fingerprint as weights_fingerprint
 from minift.weights import load_model, resolve, save_model
 
@@ -81,6 +82,7 @@ def main() -> None:
 
     # 4. A batch is the flat list of its real tokens; an optimiser step sees grad_accum of them.
     sampler = Sampler(len(examples), config.batch_size, config.grad_accum, config.seed, config.order == "shuffled")
+    total_steps = config.max_steps or config.epochs * sampler.steps_per_epoch
 
     def micro_batches(step: int):
         return (collate([examples[i] for i in numbers]) for numbers in sampler.micro_batches(step))
@@ -124,6 +126,8 @@ def main() -> None:
         "commits": commits | {"weights": commit_of(source)},
     }
     run = open_run(Path(config.out), record, resume=config.resume)
+    if device.type == "cpu":
+        print(announce(model, micro_batches, total_steps, pick_dtype(config.dtype, device)), flush=True)
     before = answer(model, tokenizer, asked, "before") if asked else []
     train(
         Task(
@@ -131,7 +135,7 @@ def main() -> None:
             loss=loss,
             micro_batches=micro_batches,
             eval_batches=eval_batches,
-            total_steps=config.max_steps or config.epochs * sampler.steps_per_epoch,
+            total_steps=total_steps,
             write_model=write_model,
             counted="supervised_tokens",
         ),

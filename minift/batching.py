@@ -52,8 +52,8 @@ class PairBatch(NamedTuple):
     rows: Tensor  # (R, T) indices into the flat list, -1 past a row's end; rows of a ranking share what they begin with
     better: Tensor  # (P,) the row that was preferred in each pair
     worse: Tensor  # (P,) the other one
-    margins: Tensor  # (P,) float32, by how much
-    weights: Tensor  # (P,) float32, adding up to 1 for each prompt
+    margins: Tensor  # (P,) float64, by how much
+    weights: Tensor  # (P,) float64, adding up to 1 for each prompt
 
     def to(self, device: torch.device) -> "PairBatch":
         return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -83,7 +83,7 @@ def collate_rankings(rankings: Sequence[tuple]) -> PairBatch:
     >>> batch.better, batch.worse
     (tensor([0]), tensor([1]))
     >>> batch.margins, batch.weights
-    (tensor([0.5000]), tensor([1.]))
+    (tensor([0.5000], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     input_ids: list[int] = []
     positions: list[int] = []
@@ -119,8 +119,8 @@ def collate_rankings(rankings: Sequence[tuple]) -> PairBatch:
         rows=torch.tensor([row + [-1] * (length - len(row)) for row in rows]),
         better=torch.tensor(better),
         worse=torch.tensor(worse),
-        margins=torch.tensor(margins, dtype=torch.float32),
-        weights=torch.tensor(weights, dtype=torch.float32),
+        margins=torch.tensor(margins, dtype=torch.float64),
+        weights=torch.tensor(weights, dtype=torch.float64),
     )
 
 

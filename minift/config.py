@@ -124,6 +124,16 @@ class Config:
 # The two defaults in which trl's reward trainer differs from its SFT trainer, and the prompts that go with pairs.
 RM_DEFAULTS = {"lr": 1e-4, "template": "dialogue"}
 
+# What trl takes (peft, of adapters) where it is not the default here, to be shown beside a recipe's value.
+REFERENCE_DEFAULTS = {
+    "eval_fraction": "no evaluation",
+    "eval_every": "no evaluation",
+    "save_every": "500",
+    "dropout": "the model's",
+    "lora_rank": "8; trl: no adapters",
+}
+WITHOUT_REFERENCE = "model data eval_data no_input_only out template group_prompts lm_weight bleu_samples".split()
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "sft": {
         # Minutes on two CPU cores, from what ships in data/.
@@ -141,24 +151,24 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "eval_every": 100,
             "bleu_samples": 402,
         },
-        # The course lab's run. The comments say what trl takes where the lab chose something else.
+        # The course lab's run. `describe` shows what trl takes where the lab chose something else.
         "course": {
             "model": "facebook/opt-350m",
             "data": "sahil2801/CodeAlpaca-20k",
             "no_input_only": True,
-            "eval_fraction": 0.2,  # trl: no evaluation
+            "eval_fraction": 0.2,
             "out": "runs/sft-course",
             "template": "course",
             "max_length": 1024,
-            "epochs": 10,  # trl: 3
-            "batch_size": 2,  # trl: 8
-            "lr": 5e-5,  # trl: 2e-5 (5e-5 in the lab's version)
-            "lora_rank": 16,  # trl: no LoRA; peft: 8
-            "lora_alpha": 32.0,  # peft: 8
-            "lora_dropout": 0.1,  # peft: 0
+            "epochs": 10,
+            "batch_size": 2,
+            "lr": 5e-5,  # the default of the trl that the lab had
+            "lora_rank": 16,
+            "lora_alpha": 32.0,
+            "lora_dropout": 0.1,
             "lora_targets": ("q_proj", "v_proj"),
             "eval_every": 3906,  # once an epoch: 7,811 rows in batches of two
-            "save_every": 3906,  # trl: 500
+            "save_every": 3906,
         },
     },
     "rm": {
@@ -181,18 +191,20 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "course": {
             "model": "facebook/opt-350m",  # the lab: gpt2
             "data": "Dahoas/synthetic-instruct-gptj-pairwise",
-            "eval_fraction": 0.2,  # trl: no evaluation
+            "eval_fraction": 0.2,
             "out": "runs/rm-course",
             "template": "dialogue",
-            "max_length": 512,  # trl: 1024
+            "max_length": 512,
             "epochs": 3,
-            "batch_size": 3,  # trl: 8
-            "grad_accum": 8,  # trl: 1
-            "lr": 1.41e-5,  # trl: 1e-4
-            "lora_rank": 8,  # trl: no LoRA; peft: 8
-            "lora_alpha": 32.0,  # peft: 8
-            "lora_dropout": 0.1,  # peft: 0
+            "batch_size": 3,
+            "grad_accum": 8,
+            "lr": 1.41e-5,
+            "lora_rank": 8,
+            "lora_alpha": 32.0,
+            "lora_dropout": 0.1,
             "lora_targets": ("q_proj", "v_proj"),
+            "eval_every": 1105,  # once an epoch: 26,514 of the 33,143 pairs, 3 x 8 at a time
+            "save_every": 1105,
         },
     },
 }
@@ -226,7 +238,7 @@ def parse(task: str, argv: list[str] | None = None) -> Config:
 
     Raises UserError for a flag that is unknown or belongs to the other script, and for a value that is wrong by itself.
     """
-    defaults = {item.name: item.default for item in _flags(task)} | (RM_DEFAULTS if task == "rm" else {})
+    defaults = _defaults(task)
     # All values are read as text here and checked below, so that every message has the same form.
     parser = CommandParser(SCRIPTS[task], argument_default=argparse.SUPPRESS)
     for item in _flags(task):
@@ -274,14 +286,27 @@ def to_dict(config: Config, task: str) -> dict[str, Any]:
 
 
 def describe(config: Config, task: str) -> str:
-    """One line for each flag of `task`: its name, its resolved value, and whether flag, recipe or default set it."""
-    rows = [(flag_of(name), _show(value), config.sources[name]) for name, value in to_dict(config, task).items()]
+    """One line for each flag of `task`: its name, its resolved value, and whether flag, recipe or default set it.
+
+    Beside what a recipe set stands what trl, or peft, would have taken.
+    """
+    notes = {
+        name: f" ({'peft' if name.startswith('lora_') else 'trl'}: {REFERENCE_DEFAULTS.get(name, _show(default))})"
+        for name, default in _defaults(task).items()
+        if config.sources[name] == "recipe" and name not in WITHOUT_REFERENCE
+    }
+    sources = {name: source + notes.get(name, "") for name, source in config.sources.items()}
+    rows = [(flag_of(name), _show(value), sources[name]) for name, value in to_dict(config, task).items()]
     flag_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
     return "\n".join(f"{flag:{flag_width}}  {value:{value_width}}  {source}" for flag, value, source in rows)
 
 
 def _flags(task: str) -> list[Field]:
     return [item for item in fields(Config) if task in item.metadata.get("tasks", ())]
+
+
+def _defaults(task: str) -> dict[str, Any]:
+    return {item.name: item.default for item in _flags(task)} | (RM_DEFAULTS if task == "rm" else {})
 
 
 def _value(item: Field, text: str | bool) -> Any:

@@ -1,7 +1,6 @@
 """Rows to ids and labels: the only place that decides what is supervised."""
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from minift.prompts import Template, render, render_prompt
 from minift.tokenizer import Special, Tokenizer
 
 UNSUPERVISED = -100
+MOST_MARGIN = 1_000_000  # of rewards, which are a few units apart: no loss could ever meet more
 NAMED_PLACES = 5  # how many rows of each sort a report names
 
 
@@ -338,8 +338,9 @@ def encode_response(prompt: str | None, response: str, tokenizer: Tokenizer, tem
 
 def _margin(row: Mapping[str, Any], name: str, where: str) -> float:
     margin = row.get(name)
-    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
-        what = f"{margin!r}, expected a number" if name in row else "missing"
+    # The comparison is false for NaN, and no whole number is too large for it.
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= MOST_MARGIN:
+        what = f"{margin!r:.40}, expected a number of at most {MOST_MARGIN:,}" if name in row else "missing"
         raise UserError(f"{where}: field '{name}', its --margin-field, is {what}")
     return float(margin)
 

@@ -261,10 +261,10 @@ class RewardModel(nn.Module):
         """The same from the last hidden states `(N, E)`, for a loss that wants these too."""
         lengths = (rows >= 0).sum(1, keepdim=True)  # (R, 1)
         last = rows.gather(1, lengths - 1).squeeze(1)  # (R,)
-        # Outside autocast: near 10 bfloat16 knows no number between 10 and 10.0625, so close rewards would be ties.
+        # In float32 at least: near 10 bfloat16 knows no number between 10 and 10.0625, so close rewards would be ties.
+        dtype = torch.promote_types(self.score.weight.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden = hidden.index_select(0, last).to(self.score.weight.dtype)  # (R, E)
-            return self.score(hidden).squeeze(1)
+            return F.linear(hidden.index_select(0, last).to(dtype), self.score.weight.to(dtype)).squeeze(1)  # (R,)
 
     @property
     def head(self) -> Tensor:

@@ -15,7 +15,7 @@ from minift.errors import CommandParser, UserError, run_command
 from minift.files import read_text, write_text
 
 A_RUN = "the folder of a run, such as runs/sft"
-NOT_CURVES = {"step", "split", "tokens", "supervised_tokens", "pairs", "seconds"}
+NOT_CURVES = {"step", "split", "tokens", "supervised_tokens", "pairs", "prompts", "seconds"}
 FIRST_CURVES = ["loss", "lr", "grad_norm"]
 OPEN_SAMPLES = 8  # the others are folded away
 BUCKETS = 400  # a longer curve is drawn as the lowest and highest point of each of so many stretches

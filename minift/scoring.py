@@ -19,6 +19,7 @@ from minift.weights import load_reward_model
 
 NORMAL_95 = 1.959963984540054  # 95% of a normal distribution lie within so many standard deviations
 BINS = 10
+MOST_KINDS = 20  # a field that tells more kinds than this is no kind
 
 
 class WinRate(NamedTuple):
@@ -73,7 +74,9 @@ class Judge:
         return win_rate(a - b for a, b in zip(rewards[::2], rewards[1::2], strict=True))
 
     def best_of(self, query: str | None, responses: Sequence[str]) -> int:
-        """The index of the response with the highest reward, the first of them where several have it."""
+        """The index of the response with the highest reward, the first where several have it. ValueError for none."""
+        if not responses:
+            raise ValueError("no responses to choose from")
         rewards = self.scores([(query, response) for response in responses])
         return rewards.index(max(rewards))
 
@@ -164,12 +167,14 @@ def examine(rewards: Sequence[Sequence[float]], kinds: Sequence[Any]) -> dict[st
     """What is reported of some pairs: accuracy of all and by kind, with 95% intervals; ties; calibration.
 
     `rewards` holds for each row those of its two responses, the chosen one first, or of K ranked ones, which make
-    K(K - 1)/2 pairs. `kinds` says what each row's kind is, None if it has none.
+    K(K - 1)/2 pairs. `kinds` says what each row's kind is; only text counts as one. The
+    intervals take the pairs for independent, which those of one prompt are not quite.
     """
     groups: dict[str, list[float]] = {"all": []}
+    told_apart = len({kind for kind in kinds if isinstance(kind, str)}) <= MOST_KINDS
     for its_rewards, kind in zip(rewards, kinds, strict=True):
         differences = [better - worse for better, worse in combinations(its_rewards, 2)]
-        for name in ("all",) if kind is None else ("all", str(kind)):
+        for name in {"all", kind} if isinstance(kind, str) and told_apart else {"all"}:
             groups.setdefault(name, []).extend(differences)
     rates = {name: win_rate(groups[name]) for name in ["all", *sorted(groups.keys() - {"all"})]}
     error, brier = calibration(groups["all"])

@@ -172,10 +172,54 @@ def test_description_shows_every_value_and_where_it_came_from():
     assert len(lines) == len(BOTH + ONLY["sft"])
     words = {line.split()[0]: line.split()[1:] for line in lines}
     assert words["--lr"] == ["0.002", "flag"]
-    assert words["--model"] == [RECIPES["sft"]["tiny"]["model"], "recipe"]
+    assert words["--model"] == [RECIPES["sft"]["tiny"]["model"], "recipe"]  # nothing that trl would have taken
     assert words["--revision"] == ["none", "default"]
     assert words["--lora-targets"] == ["q_proj,v_proj", "default"]
-    assert len({line.rindex(" ") for line in lines}) == 1  # the last column is aligned
+    columns = {line.index(f" {line.split()[2]}") for line in lines}
+    assert len(columns) == 1  # the last one is aligned
+
+
+# Read from trl 1.16's SFTConfig and RewardConfig, peft 0.21's LoraConfig and its targets for OPT.
+TRL = {"max-length": "1024", "epochs": "3", "batch-size": "8", "grad-accum": "1", "seed": "42", "max-steps": "none"}
+TRL |= {"warmup-steps": "0", "center-rewards": "0.0", "eval-fraction": "no evaluation", "eval-every": "no evaluation"}
+TRL |= {"save-every": "500", "dropout": "the model's"}
+PEFT = {"lora-rank": "8; trl: no adapters", "lora-alpha": "8.0", "lora-dropout": "0.0", "lora-targets": "q_proj,v_proj"}
+NEITHER = {
+    "model",
+    "data",
+    "eval-data",
+    "no-input-only",
+    "out",
+    "template",
+    "group-prompts",
+    "lm-weight",
+    "bleu-samples",
+}
+
+
+@pytest.mark.parametrize("task, lr", [("sft", "2e-05"), ("rm", "0.0001")])
+@pytest.mark.parametrize("recipe", ["tiny", "course"])
+def test_what_a_recipe_sets_is_shown_beside_what_the_reference_takes(task, lr, recipe):
+    names = {name.replace("_", "-") for name in RECIPES[task][recipe]}
+    expected = {f"--{name}": f"recipe (trl: {value})" for name, value in (TRL | {"lr": lr}).items() if name in names}
+    expected |= {f"--{name}": f"recipe (peft: {value})" for name, value in PEFT.items() if name in names}
+    expected |= {f"--{name}": "recipe" for name in NEITHER & names}
+    if "eval-data" in names:
+        expected["--eval-fraction"] = "recipe (trl: no evaluation)"
+    lines = describe(parse(task, ["--recipe", recipe]), task).splitlines()
+    shown = {line.split()[0]: line.split(maxsplit=2)[2] for line in lines}
+    assert {name: text for name, text in shown.items() if text.startswith("recipe")} == expected
+    assert (
+        "trl" not in describe(parse(task, ["--recipe", recipe, "--lr", "0.5"]), task).split("--lr ")[1].split("\n")[0]
+    )
+
+
+def test_the_course_evaluates_and_saves_once_an_epoch():
+    # The lab's log tells of 7,811 training rows; of the 33,143 pairs a fifth, rounded up, is held out.
+    for task, rows in (("sft", 7_811), ("rm", 33_143 - 6_629)):
+        run = parse(task, ["--recipe", "course"])
+        steps = -(-rows // (run.batch_size * run.grad_accum))
+        assert run.eval_every == run.save_every == steps
 
 
 def test_resolved_values_survive_json():

@@ -274,12 +274,12 @@ def test_every_row_and_pair_can_be_read_back():
     for rows, margin in rankings:
         numbers = range(first, first + len(rows))
         pairs = [(better, worse) for better in numbers for worse in numbers if better < worse]
-        expected += [(better, worse, margin, torch.tensor(1 / len(pairs)).item()) for better, worse in pairs]
+        expected += [(better, worse, margin, 1 / len(pairs)) for better, worse in pairs]
         first += len(rows)
     found = (batch.better, batch.worse, batch.margins, batch.weights)
     assert list(zip(*(tensor.tolist() for tensor in found), strict=True)) == expected
     for name, tensor in batch._asdict().items():
-        assert tensor.dtype == (torch.float32 if name in ("margins", "weights") else torch.int64), name
+        assert tensor.dtype == (torch.float64 if name in ("margins", "weights") else torch.int64), name
 
 
 def test_only_the_first_may_be_known_to_be_better():

@@ -131,6 +131,7 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert all(results["accuracy"][when].keys() == kinds for when in ("before", "after"))
     for expected in ("saved", "── chosen", "── rejected", "accuracy, 15 pairs", "eval loss", "Brier"):
         assert expected in printed
+    assert "On this CPU training will take about " in printed and "GB of memory: 4 steps of\n" in printed
 
 
 def test_metrics_are_those_of_the_scored_pairs(finished):

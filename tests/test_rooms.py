@@ -44,6 +44,7 @@ ROOMS = {
     "winrate": set(),
     "report": set(),
     "config": set(),
+    "cost": {"torch", "minift.losses"},  # for CHUNK, how many logits exist at a time
     "preview": {"minift.tokenizer", "minift.prompts", "minift.datasets", "minift.encode", "minift.hub"},
 }
 # Within `main` and `_main…`, the wiring of `python -m minift.X`, all rooms and packages may be known: it is a script.

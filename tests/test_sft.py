@@ -79,6 +79,7 @@ def test_a_run_leaves_what_the_design_says(finished):
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 6 and samples[0].keys() == {"kind", "prompt", "reference", "before", "after"}
     assert "⟦" in printed and "eval loss" in printed and "BLEU" in printed
+    assert "On this CPU training will take about " in printed and "GB of memory: 4 steps of\n" in printed
 
 
 def test_transformers_loads_the_run_as_it_is(finished):

@@ -1,0 +1,119 @@
+"""Ten mistakes to make on purpose: planted one at a time, each must make the section that looks there disagree."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from minift import encode, losses, optim, trainer
+from minift.generate import Options, Search
+from minift.model import Decoder, OPTConfig
+from minift.tokenizer import Tokenizer
+
+
+class Fault(NamedTuple):
+    name: str
+    section: str  # the one that must disagree
+    plant: Callable[[], AbstractContextManager]  # minift has the fault inside the block, and not after it
+
+
+@contextmanager
+def instead_of(function: Callable, faulty: Callable) -> Iterator[None]:
+    """Put `faulty` wherever `function` was imported to, but here, where the faulty ones call it."""
+    places = [
+        (module, name)
+        for path, module in list(sys.modules.items())
+        if path.partition(".")[0] in ("minift", "tests") and path != __name__
+        for name, value in vars(module).items()
+        if value is function
+    ]
+    for module, name in places:
+        setattr(module, name, faulty)
+    try:
+        yield
+    finally:
+        for module, name in places:
+            setattr(module, name, function)
+
+
+cross_entropy, bradley_terry = losses.completion_cross_entropy, losses.bradley_terry
+encode_completion, learning_rate = encode.encode_completion, optim.learning_rate
+accumulate_gradient = trainer.accumulate_gradient
+encode_text = Tokenizer.encode
+advance = Search.advance
+make_decoder, decode = Decoder.__init__, Decoder.forward
+
+
+def labels_one_further(hidden: Tensor, head: Tensor, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The token after the next is what each position is to predict."""
+    return cross_entropy(hidden, head, labels.roll(-1), positions)
+
+
+def mean_of_each_batch(hidden: Tensor, head: Tensor, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Each micro-batch counts as one, however many tokens it has."""
+    total, count = cross_entropy(hidden, head, labels, positions)
+    return total / count, torch.ones_like(count)
+
+
+def without_bos(tokenizer: Tokenizer, *text: Any) -> list[int]:
+    ids = encode_text(tokenizer, *text)
+    return ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
+
+
+def end_unsupervised(*arguments: Any) -> tuple[encode.Example, bool]:
+    example, merged = encode_completion(*arguments)
+    return encode.Example(example.input_ids, [*example.labels[:-1], encode.UNSUPERVISED]), merged
+
+
+def positions_from_zero(decoder: Decoder, input_ids: Tensor, positions: Tensor, *rest: Any) -> Tensor:
+    return decode(decoder, input_ids, positions - 2, *rest)
+
+
+def final_norm_always(decoder: Decoder, config: OPTConfig) -> None:
+    """As pre-LN models have one, without its two vectors, which no file has."""
+    make_decoder(decoder, config)
+    if not config.do_layer_norm_before:
+        decoder.final_layer_norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False)
+
+
+def end_not_counted(search: Search, candidates: list[tuple[float, int, int]], options: Options) -> Any:
+    """A finished sequence is as long as its tokens before the end."""
+    length = search.num_new + 1
+    longer = (length / max(length - 1, 1)) ** options.length_penalty
+    ends = [token == options.eos_token_id for _, _, token in candidates]
+    rescored = [(score * longer if end else score, *rest) for end, (score, *rest) in zip(ends, candidates, strict=True)]
+    return advance(search, rescored, options)
+
+
+def clipped_sums(task: trainer.Task, *arguments: Any) -> dict[str, float]:
+    """The gradient of the sum is clipped, and then divided by the count."""
+    sums = accumulate_gradient(task, *arguments)
+    torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
+    return sums
+
+
+def late_schedule(step: int, **values: Any) -> float:
+    return learning_rate(max(step - 1, 0), **values)
+
+
+def margins_the_other_way(better: Tensor, worse: Tensor, margins: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return bradley_terry(better, worse, -margins, *rest)
+
+
+FAULTS = [
+    Fault("labels shifted by one more", "sft", partial(instead_of, cross_entropy, labels_one_further)),
+    Fault("a mean of means", "sft", partial(instead_of, cross_entropy, mean_of_each_batch)),
+    Fault("BOS missing", "masks", partial(mock.patch.object, Tokenizer, "encode", without_bos)),
+    Fault("EOS unsupervised", "masks", partial(instead_of, encode_completion, end_unsupervised)),
+    Fault("position offset 0", "model", partial(mock.patch.object, Decoder, "forward", positions_from_zero)),
+    Fault("a final LayerNorm on post-LN", "model", partial(mock.patch.object, Decoder, "__init__", final_norm_always)),
+    Fault("beam score without the end", "generation", partial(mock.patch.object, Search, "advance", end_not_counted)),
+    Fault("clip before averaging", "sft", partial(instead_of, accumulate_gradient, clipped_sums)),
+    Fault("schedule late by one step", "sft", partial(instead_of, learning_rate, late_schedule)),
+    Fault("margin sign", "reward", partial(instead_of, bradley_terry, margins_the_other_way)),
+]

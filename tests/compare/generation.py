@@ -1,0 +1,385 @@
+"""minift's `generate` and transformers', with the same weights on the same prompts.
+
+Tokens, in float32: greedy, and beam search over the whole grid of options. A completion that differs is looked into: if
+the two parted over scores that lie closer together than 1e-5, rounding decided, and the difference is explained.
+Sampling: the probabilities that tokens are drawn from, and what was drawn, by a chi-squared test.
+"""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from torch import Tensor
+
+from minift.datasets import load_rows
+from minift.encode import prompt_ids_and_reference
+from minift.generate import Options, Search, draw, generate, process
+from minift.model import OPT
+from minift.prompts import TEMPLATES
+from minift.tokenizer import load_tokenizer
+from minift.weights import load_model
+from tests.compare import Check, Setting
+
+PROMPTS, NEW_TOKENS = 200, 10
+PROMPTS_EACH = 20  # where every search meets every processor: 72 settings
+TIE = 1e-5
+REFERENCE_BATCH = 50
+
+Chosen = dict[str, Any]  # values for `Options`
+PROCESSORS: list[Chosen] = [
+    {"repetition_penalty": 1.3},
+    {"no_repeat_ngram_size": 2},
+    {"min_new_tokens": 6},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 6},
+]
+SEARCHES: list[Chosen] = [
+    {"num_beams": beams, "length_penalty": penalty, "early_stopping": stopping}
+    for beams, penalty, stopping in product((2, 5), (0.6, 1.0, 2.0), (True, False, "never"))
+]
+SAMPLINGS: list[Chosen] = [
+    {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for temperature, top_k, top_p in product((0.5, 1.0, 1.7), (0, 5, 50), (1.0, 0.9, 0.5))
+]
+PROCESSED: Chosen = {"temperature": 0.8, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.3}
+DRAWS: list[Chosen] = [
+    {"temperature": 1.0},
+    {"temperature": 1.7, "top_k": 50},
+    {"temperature": 1.2, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.95},
+]
+
+
+def compare(setting: Setting) -> Iterator[Check]:
+    model, reference = load_both(setting, torch.float32)
+    prompts = ragged_prompts(setting, 8 if setting.quick else PROMPTS, model.config.max_position_embeddings)
+    setting.progress(f"generation: what {len(prompts)} prompts end with")
+    end, remark = end_token(model, load_tokenizer(setting.model).eos_token_id, prompts)
+
+    crossed = [search | processor for search, processor in product(SEARCHES, PROCESSORS)]
+    starts = [PROMPTS_EACH * number % len(prompts) for number in range(len(crossed))]
+    for what, runs in (
+        ("greedy tokens", [(chosen, prompts) for chosen in [{}, *PROCESSORS]]),
+        ("tokens of 2 beams", [(chosen, prompts) for chosen in SEARCHES[:9]]),
+        ("tokens of 5 beams", [(chosen, prompts) for chosen in SEARCHES[9:]]),
+        (
+            "tokens of beams with penalties and bans",
+            [(chosen, prompts[start : start + PROMPTS_EACH]) for chosen, start in zip(crossed, starts, strict=True)],
+        ),
+    ):
+        if setting.quick:
+            runs = runs[:: math.ceil(len(runs) / 3)]
+        differ, ties, where = 0, 0, ""
+        for chosen, asked in runs:
+            setting.progress(f"generation: {what}, {described(chosen)}")
+            options = Options(max_new_tokens=NEW_TOKENS, eos_token_id=end, **chosen)
+            for number, gap in parting_gaps(model, reference, asked, options).items():
+                if gap < TIE:
+                    ties += 1
+                else:
+                    differ += 1
+                    where = where or f"prompt {number + 1} with {described(chosen)}: parted by {gap:.1e}"
+        explained = f"{ties} more differ where scores tie within {TIE:g}" if ties else ""
+        on = f"{sum(len(asked) for _, asked in runs):,} completions, {len(runs)} settings"
+        note = "; ".join(part for part in (where, explained, remark) if part)
+        yield Check("generation", what, on, differ, 0, note)
+
+    yield from compare_sampling(setting, prompts)
+
+
+def compare_sampling(setting: Setting, prompts: list[list[int]]) -> Iterator[Check]:
+    # float64 weights: where float32 rounds a probability over the edge of a top-p, a whole token comes or goes.
+    model, reference = load_both(setting, torch.float64)
+    asked = prompts[:: math.ceil(len(prompts) / (4 if setting.quick else 16))]
+    samplings = [*(SAMPLINGS[::5] if setting.quick else SAMPLINGS), PROCESSED]
+    apart = []
+    for chosen in samplings:
+        setting.progress(f"generation: probabilities, {described(chosen)}")
+        options = Options(max_new_tokens=1, **chosen)
+        ours, theirs = probabilities(model, asked, options), reference_probabilities(reference, asked, options)
+        apart.append((ours - theirs).abs().max())
+    worst = int(torch.stack(apart).argmax())  # a NaN, if there is one
+    on = f"{len(samplings)} settings of temperature, top-k, top-p; {len(asked)} prompts each"
+    yield Check(
+        "generation", "probabilities of the next token", on, float(apart[worst]), 1e-6, described(samplings[worst])
+    )
+
+    # Short ones, as every draw reads its prompt.
+    model, reference = load_both(setting, torch.float32)
+    asked = [prompt[:1] + prompt[-3:] for prompt in asked[: 2 if setting.quick else 8]]
+    draws = 400 if setting.quick else 1000
+    statistic, freedom = 0.0, 0
+    for chosen in DRAWS:
+        setting.progress(f"generation: drawing, {described(chosen)}")
+        options = Options(max_new_tokens=1, num_samples=draws, batch_size=500, **chosen)
+        expected = draws * reference_probabilities(reference, asked, options)  # (prompts, V)
+        for samples, wanted in zip(generate(model, asked, options), expected, strict=True):
+            drawn = torch.tensor([ids[0] for ids in samples]).bincount(minlength=len(wanted))
+            more = chi_squared(drawn, wanted)
+            statistic, freedom = statistic + more[0], freedom + more[1]
+    on = f"{len(DRAWS) * len(asked) * draws:,} draws, {freedom} degrees of freedom"
+    p = chi_squared_tail(statistic, freedom)
+    note = f"exceeded by chance with probability {p:.2g}; the tolerance with 0.001"
+    yield Check("generation", "chi-squared of drawn tokens", on, statistic, chi_squared_limit(freedom, 0.001), note)
+
+
+# ---- what both complete ----
+
+
+def load_both(setting: Setting, dtype: torch.dtype) -> tuple[OPT, transformers.OPTForCausalLM]:
+    reference = transformers.OPTForCausalLM.from_pretrained(setting.model, dtype=dtype, local_files_only=True).eval()
+    # A folder's generation_config.json is for its users: here every option is given by name.
+    reference.generation_config = transformers.GenerationConfig()
+    return load_model(setting.model, dtype=dtype).eval(), reference
+
+
+def ragged_prompts(setting: Setting, how_many: int, positions: int) -> list[list[int]]:
+    """Prompts from all over the data, some with the beginning of their answer: one of ten whole, 1 to 40 tokens of
+    the others, from their end."""
+    tokenizer = load_tokenizer(setting.model)
+    rows = load_rows(setting.data)
+    how_many = min(how_many, len(rows))
+    start = tokenizer.encode("")
+    prompts = []
+    for number in range(how_many):
+        prompt, answer = prompt_ids_and_reference(rows[number * len(rows) // how_many], tokenizer, TEMPLATES["course"])
+        answer_ids = tokenizer.encode(answer)[len(start) :]
+        ids = [*prompt, *answer_ids[: len(answer_ids) * (number % 4) // 4]][len(start) :]
+        room = positions - NEW_TOKENS - len(start)
+        prompts.append([*start, *ids[-min(room, 1 + number % 40 if number % 10 else len(ids)) :]])
+    return prompts
+
+
+def end_token(model: OPT, eos: int, prompts: list[list[int]]) -> tuple[int, str]:
+    """A token that ends some completions and not others, and a remark if that is not the model's own."""
+    completions = [set(ids) for (ids,) in generate(model, prompts, Options(max_new_tokens=NEW_TOKENS))]
+    ended = Counter(token for ids in completions for token in ids)
+    if 4 * ended[eos] >= len(prompts):
+        return eos, ""
+    stand_in = min(ended, key=lambda token: (abs(ended[token] - len(prompts) / 2), token))
+    return stand_in, f"token {stand_in} is the end here: the model ends {ended[eos]} of {len(prompts)} by itself"
+
+
+def described(chosen: Chosen) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in chosen.items()) or "plain"
+
+
+# ---- tokens ----
+
+
+def parting_gaps(
+    model: OPT, reference: transformers.OPTForCausalLM, prompts: Sequence[list[int]], options: Options
+) -> dict[int, float]:
+    """The prompts whose completions differ, and how far apart the scores lie over which the two sides parted."""
+    ours = [ids for (ids,) in generate(model, prompts, options)]
+    theirs = reference_completions(reference, prompts, options)
+    differing = [number for number in range(len(prompts)) if ours[number] != theirs[number]]
+    if not differing:
+        return {}
+    exact = copy.deepcopy(reference).double()
+    if options.num_beams == 1:
+        return {n: gap_of_tokens(exact, prompts[n], ours[n], theirs[n], options) for n in differing}
+    # Once more, looking on: both are deterministic.
+    our_beams, finished = watched_searches(model, prompts, options)
+    their_beams: dict[int, list[list[list[int]]]] = {}
+    reference_completions(reference, prompts, options, watch=their_beams)
+    return {
+        n: gap_of_beams(exact, prompts[n], our_beams[n], finished[n], their_beams[n], (ours[n], theirs[n]), options)
+        for n in differing
+    }
+
+
+def reference_completions(
+    reference: transformers.OPTForCausalLM,
+    prompts: Sequence[list[int]],
+    options: Options,
+    watch: dict[int, list[list[list[int]]]] | None = None,
+) -> list[list[int]]:
+    """What transformers' `generate` gives for each prompt, in batches of like length that are padded on the left.
+
+    `watch` takes, for each prompt, the new ids of its beams as they are after 0, 1, … tokens.
+    """
+    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    found: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(by_length), REFERENCE_BATCH):
+        numbers = by_length[start : start + REFERENCE_BATCH]
+        input_ids, mask = left_padded([prompts[number] for number in numbers], reference.config.pad_token_id)
+        width = input_ids.shape[1]
+
+        def look_on(ids: Tensor, scores: Tensor, numbers: list[int] = numbers, width: int = width) -> Tensor:
+            if watch is not None:
+                for number, beams in zip(numbers, ids[:, width:].unflatten(0, (len(numbers), -1)), strict=True):
+                    watch.setdefault(number, []).append(beams.tolist())
+            return scores
+
+        together = reference.generate(
+            input_ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=options.max_new_tokens,
+            min_new_tokens=options.min_new_tokens or None,
+            num_beams=options.num_beams,
+            length_penalty=options.length_penalty,
+            early_stopping=options.early_stopping,
+            repetition_penalty=options.repetition_penalty,
+            no_repeat_ngram_size=options.no_repeat_ngram_size,
+            eos_token_id=options.eos_token_id,
+            pad_token_id=reference.config.pad_token_id,
+            logits_processor=[look_on],
+        )
+        for number, ids in zip(numbers, together[:, width:].tolist(), strict=True):
+            end = ids.index(options.eos_token_id) + 1 if options.eos_token_id in ids else len(ids)
+            found[number] = ids[:end]
+    return found
+
+
+def left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)  # (R, T) each
+
+
+def watched_searches(
+    model: OPT, prompts: Sequence[list[int]], options: Options
+) -> tuple[dict[int, list[list[list[int]]]], dict[int, list[list[list[int]]]]]:
+    """Of minift's beam searches, for each prompt: the new ids of the beams, and of the finished, after each token."""
+    beams: dict[int, list[list[list[int]]]] = {}
+    finished: dict[int, list[list[list[int]]]] = {}
+    advance = Search.advance
+
+    def look_on(search: Search, *arguments: Any) -> tuple[list[int], bool]:
+        answer = advance(search, *arguments)
+        new = slice(len(prompts[search.prompt]), None)
+        beams.setdefault(search.prompt, []).append([ids[new] for ids in search.beams])
+        finished.setdefault(search.prompt, []).append([ids for _, ids in search.finished])
+        return answer
+
+    with mock.patch.object(Search, "advance", look_on):
+        generate(model, prompts, options)
+    return beams, finished
+
+
+@torch.no_grad()
+def scores_along(
+    exact: transformers.OPTForCausalLM, prompt: list[int], ids: list[int], options: Options
+) -> list[float]:
+    """The score of each new id given those before it, in float64, as the choice between tokens sees it."""
+    logits = exact(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]  # (new, V)
+    scores = logits if options.num_beams == 1 else logits.log_softmax(1)
+    return [
+        float(process(scores[place, None], [prompt + ids[:place]], [place], options)[0, token])
+        for place, token in enumerate(ids)
+    ]
+
+
+def gap_of_tokens(
+    exact: transformers.OPTForCausalLM, prompt: list[int], ours: list[int], theirs: list[int], options: Options
+) -> float:
+    """How far apart the two tokens lie at which two greedy completions part."""
+    length = next(place for place, (a, b) in enumerate(zip(ours, theirs, strict=False), 1) if a != b)
+    ours, theirs = (scores_along(exact, prompt, ids[:length], options) for ids in (ours, theirs))
+    return abs(ours[-1] - theirs[-1])
+
+
+def gap_of_beams(
+    exact: transformers.OPTForCausalLM,
+    prompt: list[int],
+    our_beams: list[list[list[int]]],
+    finished: list[list[list[int]]],
+    their_beams: list[list[list[int]]],
+    answers: tuple[list[int], list[int]],
+    options: Options,
+) -> float:
+    """How far apart the scores lie over which two beam searches part: at the first step whose beams are not the same,
+    or else where sequences end: at the close of the search, or when the two answers came up."""
+
+    def total(ids: list[int]) -> float:
+        return sum(scores_along(exact, prompt, ids, options))
+
+    def final(ids: list[int]) -> float:
+        return total(ids) / len(ids) ** options.length_penalty
+
+    # Before the first token theirs has a look too; after the last one neither has beams.
+    for mine, yours in zip(our_beams[:-1], their_beams[1:], strict=False):
+        only_mine = sorted(total(ids) for ids in mine if ids not in yours)
+        only_yours = sorted(total(ids) for ids in yours if ids not in mine)
+        if only_mine or only_yours:
+            return max(abs(a - b) for a, b in zip(only_mine, only_yours, strict=True))
+    gaps = [abs(final(answers[0]) - final(answers[1]))]
+    for mine, done in zip(our_beams[:-1], finished, strict=False):
+        if len(done) == options.num_beams:
+            gaps.append(abs(max(map(final, mine)) - min(map(final, done))))
+        gaps += [abs(total(ids) - total(beam)) for ids in answers if len(ids) == len(mine[0]) for beam in mine]
+    return min(gaps)
+
+
+# ---- sampling ----
+
+
+def probabilities(model: OPT, prompts: Sequence[list[int]], options: Options) -> Tensor:
+    """The probabilities `(R, V)` that minift draws each prompt's next token from."""
+    drawn_from = []
+
+    def look_on(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+        drawn_from.append(probabilities)
+        return draw(probabilities, uniforms)
+
+    with mock.patch("minift.generate.draw", look_on):
+        generate(model, prompts, options)
+    return torch.cat(drawn_from)
+
+
+def reference_probabilities(
+    reference: transformers.OPTForCausalLM, prompts: Sequence[list[int]], options: Options
+) -> Tensor:
+    """The same of transformers' `generate`."""
+    input_ids, mask = left_padded(prompts, reference.config.pad_token_id)
+    answer = reference.generate(
+        input_ids,
+        attention_mask=mask,
+        do_sample=True,
+        max_new_tokens=1,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        pad_token_id=reference.config.pad_token_id,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    return answer.scores[0].softmax(1)
+
+
+def chi_squared(drawn: Tensor, expected: Tensor) -> tuple[float, int]:
+    """Pearson's statistic of counts `(V,)`, and its degrees of freedom; cells of fewer than 5 expected are pooled."""
+    if drawn[expected == 0].any():
+        return math.inf, 0
+    rare = expected < 5
+    drawn = torch.cat([drawn[~rare], drawn[rare].sum()[None]]).double()
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]]).double()
+    if expected[-1] < 5 and len(expected) > 1:
+        last, drawn, expected = (drawn[-1], expected[-1]), drawn[:-1].clone(), expected[:-1].clone()
+        drawn[-1] += last[0]
+        expected[-1] += last[1]
+    return float(((drawn - expected) ** 2 / expected).sum()), len(expected) - 1
+
+
+def chi_squared_tail(statistic: float, freedom: int) -> float:
+    """The probability of a statistic at least as large."""
+    half = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(half[0], half[1]))
+
+
+def chi_squared_limit(freedom: int, probability: float) -> float:
+    """The statistic that is exceeded with this probability, by bisection."""
+    low, high = 0.0, 10.0 * freedom + 100.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if chi_squared_tail(middle, freedom) > probability else (low, middle)
+    return high

@@ -1,0 +1,130 @@
+"""The comparison with the reference at its quick size: every section agrees, and none does once a fault is planted."""
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from minift.errors import run_command
+from tests.compare import Check, Setting
+from tests.compare import __main__ as command
+from tests.compare.faults import FAULTS, Fault
+from tests.compare.page import page
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """The command sets variables for the libraries, which other tests must not inherit."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
+    monkeypatch.setattr("trl.trainer.base_trainer._BaseTrainer._send_telemetry", lambda trainer: None)
+    return Setting(
+        model=DATA / "model",
+        data=DATA / "instructions.jsonl",
+        pairs=DATA / "pairs.jsonl",
+        quick=True,
+        scratch=tmp_path,
+        progress=lambda text: None,
+        curves={},
+    )
+
+
+@pytest.mark.parametrize("section", [name for name in command.SECTIONS if name != "differences"])
+def test_section_agrees(section: str, setting: Setting) -> None:
+    checks = [*importlib.import_module(f"tests.compare.{section}").compare(setting)]
+
+    assert {check.section for check in checks} == {section}
+    assert [command.line_of(check) for check in checks if not check.agrees] == []
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_planted_fault_is_noticed(fault: Fault, setting: Setting) -> None:
+    compare = importlib.import_module(f"tests.compare.{fault.section}").compare
+
+    with fault.plant():
+        assert not command.first_disagreement(compare(setting)).agrees
+
+
+def test_deliberate_differences_are_measured(setting: Setting) -> None:
+    differences = [*importlib.import_module("tests.compare.differences").compare(setting)]
+
+    assert len(differences) >= 5
+    for difference in differences:
+        assert difference.minift != difference.reference
+        assert any(character.isdigit() for character in difference.minift + difference.reference)
+
+
+def test_ten_faults_are_planted() -> None:
+    assert len({fault.name for fault in FAULTS}) == 10
+
+
+def test_nothing_agrees_with_a_difference_that_is_no_number() -> None:
+    assert not Check("sft", "loss", "", math.nan, math.inf).agrees
+    assert not Check("sft", "loss", "", 2e-5, 1e-5).agrees
+    assert Check("sft", "loss", "", 1e-5, 1e-5).agrees
+
+
+@pytest.mark.parametrize(
+    "difference, status, verdict", [(0.0, None, "all 1 comparisons agree"), (2.0, 1, "1 of 1 comparisons DISAGREE")]
+)
+def test_command_prints_a_table_leaves_a_page_and_says_so(
+    difference: float,
+    status: int | None,
+    verdict: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    check = Check("bleu", "<corpora>", "3 corpora", difference, 1.0, "why")
+    monkeypatch.setattr(command, "_section", lambda name, setting: iter([check]))
+    monkeypatch.setattr(sys, "argv", ["compare", "--only", "bleu", "--out", str(tmp_path / "new" / "out")])
+
+    if status is None:
+        command.main()
+    else:
+        with pytest.raises(SystemExit) as ended:
+            command.main()
+        assert ended.value.code == status
+
+    assert verdict in capsys.readouterr().out
+    assert "&lt;corpora&gt;" in (tmp_path / "new" / "out" / "report.html").read_text()
+
+
+def test_page_draws_both_curves_over_each_other() -> None:
+    html = page([], [], {"SFT": {"minift": [3.0, 2.0, 1.0], "trl": [3.0, 2.0, 1.5]}}, {"model": "a & b"})
+
+    assert 'path class="trl"' in html and 'path class="minift"' in html
+    assert html.index('path class="trl"') < html.index('path class="minift"')
+    assert "a &amp; b" in html
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--only", "blue"], "--only blue: expected some of tokenizer, "),
+        (["--model", "nowhere"], "--model nowhere: no such folder"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    ],
+)
+def test_mistake_is_one_line_and_status_2(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare", *flags])
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(command.main)
+
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err.strip()
+    assert printed.startswith(f"error: {message}") and "\n" not in printed
