@@ -207,6 +207,19 @@ def test_a_run_starts_from_a_tuned_model_or_goes_on_from_a_reward_model(task_of,
     assert torch.equal(ours.decoder.layers[0].fc1.weight, tuned.model.decoder.layers[0].fc1.weight)
 
 
+def test_a_length_nobody_asked_for_gives_way_to_the_model(task_of, refused, tmp_path, data):
+    short = OPTForCausalLM.from_pretrained(SHIPPED)
+    positions = short.model.decoder.embed_positions
+    positions.weight.data = positions.weight.data[:202]  # 200 and OPT's offset
+    short.config.max_position_embeddings = 200
+    short.save_pretrained(tmp_path / "short")
+    AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "short")
+    (batch,) = list(task_of(*data, "--model", tmp_path / "short", "--batch-size", 40).micro_batches(0))
+    assert batch.rows.shape[1] <= 200
+    message = refused(*data, "--model", tmp_path / "short", "--max-length", 201, "--out", tmp_path / "out")
+    assert message.startswith("--max-length 201: more than the model's 200 positions")
+
+
 def test_margins_and_centring_reach_the_loss(task_of, tmp_path):
     rows = [PAIR | {"gap": 0.5}, PAIR | {"chosen": "    return b", "gap": -2}]
     flags = ["--data", write_rows(tmp_path / "rows.jsonl", rows), "--eval-fraction", 0, "--order", "sequential"]
@@ -377,7 +390,7 @@ def test_a_side_of_just_the_allowed_length_stays(tokenizer):
 def test_margins_are_numbers(tokenizer):
     rankings, _, _ = encode([PAIR | {"gap": 2}, PAIR | {"gap": -0.5}], tokenizer, margin_field="gap")
     assert [ranking.margin for ranking in rankings] == [2.0, -0.5]
-    for wrong in ("1", None, True, [1], math.inf):
+    for wrong in ("1", None, True, [1], math.inf, math.nan, 10**400, 1e39):
         with pytest.raises(UserError, match=r"^rows.jsonl: row 2: field 'gap'.*expected a number"):
             encode([PAIR | {"gap": 2}, PAIR | {"gap": wrong}], tokenizer, margin_field="gap")
     with pytest.raises(UserError, match="row 1: field 'gap'.*missing"):

@@ -104,6 +104,22 @@ def test_an_examination_by_kind_with_ties_and_rankings():
 # ---- a judge ----
 
 
+def test_what_is_no_kind_is_counted_once_and_not_told_apart():
+    rewards = [[2.0, 1.0], [0.0, 1.0]]
+    assert examine(rewards, ["all", "all"])["pairs"] == {"all": 2}
+    assert examine(rewards, [["list"], None])["pairs"] == {"all": 2}
+    many = [f"row {number}" for number in range(21)]
+    assert examine(rewards[:1] * 21, many)["pairs"] == {"all": 21}
+    assert len(examine(rewards[:1] * 20, many[:20])["pairs"]) == 21
+
+
+def test_rewards_of_a_half_precision_model_are_not_rounded_to_it(folder):
+    judge = load_judge(folder, dtype=torch.bfloat16)
+    rewards = torch.tensor(judge.scores(ANSWERS))
+    assert judge.model.score.weight.dtype == torch.bfloat16
+    assert not torch.equal(rewards, rewards.bfloat16().float())
+
+
 def test_a_score_is_the_references_of_the_rendered_text(judge, folder):
     reference = OPTForSequenceClassification.from_pretrained(folder).eval()
     reference_tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -137,6 +153,11 @@ def test_compare_win_rate_and_best_of_follow_the_scores(judge):
     pairs = [(query, a, b) for a in responses for b in responses]
     ordered = [(a, b) for a in scores for b in scores]
     assert judge.win_rate(pairs).wins == sum(a > b for a, b in ordered)
+
+
+def test_the_best_of_nothing_is_refused(judge):
+    with pytest.raises(ValueError, match="no responses to choose from"):
+        judge.best_of("A", [])
 
 
 def test_a_judge_trains_nothing_and_drops_nothing_out(folder):
