@@ -97,6 +97,7 @@ def main() -> None:
         return (collate_rankings(held_out[start : start + config.batch_size]) for start in starts)
 
     def loss(batch: PairBatch):
+        """(sum, count, metrics) of Bradley–Terry over the pairs; in training the best responses' -log p is added."""
         hidden = model.decoder(batch.input_ids, batch.positions, batch.rows, None)  # (N, E)
         rewards = model.rewards(hidden, batch.rows)  # (R,)
         better, worse = rewards[batch.better], rewards[batch.worse]  # (P,)

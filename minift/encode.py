@@ -68,10 +68,14 @@ class Report:
             (self.merged, "where one token joins prompt and completion: generating starts from other ids"),
             (self.spelled, "that spell a special token in their text: it stays text"),
         ):
-            if places:
-                named = ", ".join(places[:NAMED_PLACES]) + (", …" if len(places) > NAMED_PLACES else "")
-                lines.append(f"  {len(places):,} row{'s' if len(places) > 1 else ''} {what} ({named})")
+            lines.extend(_befallen(places, "row", what))
         return [*lines, *(f"    {cause}" for cause in self.causes)]
+
+
+def _befallen(places: Sequence[str], noun: str, what: str) -> list[str]:
+    """The line that tells what befell the rows at these places, if there are any."""
+    named = ", ".join(places[:NAMED_PLACES]) + (", …" if len(places) > NAMED_PLACES else "")
+    return [f"  {len(places):,} {noun}{'s' if len(places) > 1 else ''} {what} ({named})"] if places else []
 
 
 def encode_rows(
@@ -247,9 +251,7 @@ class PairReport:
             (self.filled, f"dropped: the prompt alone fills the {self.max_length} tokens"),
             (self.empty, "with an empty response: its reward is that of the end token"),
         ):
-            if places:
-                named = ", ".join(places[:NAMED_PLACES]) + (", …" if len(places) > NAMED_PLACES else "")
-                lines.append(f"  {len(places):,} pair{'s' if len(places) > 1 else ''} {what} ({named})")
+            lines.extend(_befallen(places, "pair", what))
         return lines
 
 

@@ -24,6 +24,17 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument ").rstrip(".") + f" (see {self.prog} --help)")
 
 
+def whole_number(least: int) -> Callable[[str], int]:
+    """What reads a flag's text as a whole number of at least `least`, for `CommandParser.add_argument`'s `type`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`, and end the process as DESIGN's error contract says.
 

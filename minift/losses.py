@@ -58,6 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, keep_gradient: bool) -> Tensor:
+        """The sum `()`, in float32 at least; keeps the two gradients if they will be asked for."""
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         want_hidden, want_head = (keep_gradient and wanted for wanted in ctx.needs_input_grad[:2])
         grad_hidden = torch.zeros_like(hidden) if want_hidden else None
@@ -80,6 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total: Tensor):
+        """The kept gradients, scaled by the one that arrives."""
         grad_hidden, grad_head = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),

@@ -127,6 +127,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width, bias=config.enable_bias)
 
     def forward(self, hidden: Tensor, layout: RowLayout, layer: int, cache: Cache | None) -> Tensor:
+        """`(N, C)` → `(N, C)`: each token mixed with those before it in its row. `layer` is its number in the cache."""
         query = self._to_rows(self.q_proj(hidden), layout)  # (N, C) -> (R, H, T, D)
         key = self._to_rows(self.k_proj(hidden), layout)
         value = self._to_rows(self.v_proj(hidden), layout)
@@ -167,6 +168,7 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width, elementwise_affine=affine)
 
     def forward(self, hidden: Tensor, layout: RowLayout, layer: int, cache: Cache | None) -> Tensor:
+        """`(N, C)` → `(N, C)`: attention, then the feed-forward, each added to what it was given."""
         normed = self.self_attn_layer_norm(hidden) if self.norm_before else hidden  # (N, C)
         mixed = self.self_attn(normed, layout, layer, cache)
         hidden = hidden + F.dropout(mixed, self.dropout, self.training)

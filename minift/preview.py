@@ -11,7 +11,7 @@ from typing import TextIO
 
 from minift.datasets import load_rows
 from minift.encode import UNSUPERVISED, Example, encode_rows
-from minift.errors import CommandParser, UserError, run_command
+from minift.errors import CommandParser, UserError, run_command, whole_number
 from minift.files import check_out, written_whole
 from minift.hub import model_folder
 from minift.prompts import TEMPLATES, load_template
@@ -121,20 +121,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", required=True, help="rows: a JSON, JSONL or parquet file, or a hub data set")
     parser.add_argument("--template", default="course", help=f"one of {', '.join(TEMPLATES)}, or a file")
     parser.add_argument("--response-template", help="what the response follows in rows of text (the template's own)")
-    parser.add_argument("--max-length", type=_whole(1), help="tokens kept of a row (all, up to the model's positions)")
+    parser.add_argument(
+        "--max-length", type=whole_number(1), help="tokens kept of a row (all, up to the model's positions)"
+    )
     parser.add_argument("--supervise", choices=("completion", "all"), default="completion")
-    parser.add_argument("--rows", type=_whole(0), default=3, help="how many to show")
+    parser.add_argument("--rows", type=whole_number(0), default=3, help="how many to show")
     parser.add_argument("--out", help="write input_ids and labels of every row to this .jsonl file")
     return parser
-
-
-def _whole(least: int):
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
-        return int(text)
-
-    return number
 
 
 if __name__ == "__main__":

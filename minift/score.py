@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from minift.errors import CommandParser, UserError, run_command
+from minift.errors import CommandParser, UserError, run_command, whole_number
 from minift.files import check_out, write_text
 
 
@@ -61,16 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         '"chosen": …, "rejected": …}; pairs of whole dialogues have no prompt')  # fmt: skip
     add("--out", help="JSONL: the same rows with `score`, or `score_chosen` and `score_rejected`")
     add("--template", default="dialogue", help="the one the model was trained with (%(default)s)")
-    add("--batch-size", type=_positive, default=32, help="rows scored at a time (%(default)s)")
+    add("--batch-size", type=whole_number(1), default=32, help="rows scored at a time (%(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:N; auto takes a GPU if there is one")
     add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(%(default)s)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

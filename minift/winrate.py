@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from minift.errors import CommandParser, UserError, run_command
+from minift.errors import CommandParser, UserError, run_command, whole_number
 from minift.files import check_out, write_text
 
 
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     judge = load_judge(resolve(args.judge), args.judge_template, device=device, dtype=dtype)
 
     def answer_all(name: str, flag: str) -> list[str]:
+        """One model's greedy answers to all prompts; it is gone before the other one is loaded."""
         tokenizer = load_tokenizer(resolve(name))
         model = load_model(name, dtype=dtype).to(device)
         check_fits(tokenizer, model.config.vocab_size, name)
@@ -111,20 +112,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", required=True, help='JSON or JSONL: {"prompt": …} or {"instruction": …, "input": …}; both go '
         "through the templates")  # fmt: skip
     add("--out", help="JSONL: the prompts with `answer_a`, `answer_b`, `score_a` and `score_b`")
-    add("--limit", type=_positive, help="only the first so many prompts")
+    add("--limit", type=whole_number(1), help="only the first so many prompts")
     add("--template", default="course", help="what the language models were tuned with (%(default)s)")
     add("--judge-template", default="dialogue", help="what the reward model was trained with (%(default)s)")
-    add("--max-new-tokens", type=_positive, default=128, help="the most tokens of an answer (%(default)s)")
-    add("--batch-size", type=_positive, default=64, help="prompts answered at a time (%(default)s)")
+    add("--max-new-tokens", type=whole_number(1), default=128, help="the most tokens of an answer (%(default)s)")
+    add("--batch-size", type=whole_number(1), default=64, help="prompts answered at a time (%(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:N; auto takes a GPU if there is one")
     add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(%(default)s)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":
