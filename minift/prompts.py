@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from minift.errors import UserError
 from minift.files import read_text
@@ -62,30 +63,45 @@ TEMPLATES = {
 }
 
 
-def load_template(name_or_path: str) -> Template:
+def template_of(name_or_path: str | None, folder: str | Path, otherwise: str, flag: str = "--template") -> Template:
+    """The template so named; if None, the one that a run which left `folder` was trained with; else `otherwise`.
+
+    Raises UserError as `load_template` does, also when a run's template was a file that is no longer there.
+    """
+    folder = Path(folder)
+    run = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json"
+    if name_or_path is None and run.is_file():
+        try:
+            name_or_path = str(json.loads(read_text(run, "a run's values"))["values"]["template"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{run}: names no template of its run, expected one: name it with {flag}") from None
+    return load_template(name_or_path or otherwise, flag)
+
+
+def load_template(name_or_path: str, flag: str = "--template") -> Template:
     """One of `TEMPLATES` by its name, or a template of one's own from a file.
 
     A file ending in .json holds an object with both forms, "with_input" and "without_input". Any other file is one form
     for all rows, where {input} may be empty; the line end that closes the file is not part of it.
 
-    Raises UserError naming --template: no such name or file, no {instruction} before {response}, not one {response}.
+    Raises UserError naming `flag`: no such name or file, no {instruction} before {response}, not one {response}.
     """
     if name_or_path in TEMPLATES:
         return TEMPLATES[name_or_path]
-    flag = f"--template {name_or_path}"
+    what = f"{flag} {name_or_path}"
     try:
         text = read_text(name_or_path, f"one of {', '.join(TEMPLATES)}, or a file").replace("\r\n", "\n")
     except (UserError, ValueError) as error:  # ValueError: a path with NUL in it
-        raise UserError(f"--template {error}") from None
+        raise UserError(f"{flag} {error}") from None
     if name_or_path.endswith(".json"):
-        forms = _read_forms(text, flag)
+        forms = _read_forms(text, what)
     else:
         text = text.removesuffix("\n")
         forms = {"with_input": text, "without_input": text}
     for form in forms.values():
-        _check_form(form, flag)
+        _check_form(form, what)
     if name_or_path.endswith(".json") and "{input}" not in forms["with_input"]:
-        raise UserError(f'{flag}: "with_input" has no {{input}}')
+        raise UserError(f'{what}: "with_input" has no {{input}}')
     return Template(name_or_path, **forms)
 
 

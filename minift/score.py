@@ -12,13 +12,11 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from minift.datasets import SCORE_KINDS, load_rows
-    from minift.prompts import load_template
     from minift.scoring import examine, load_judge, score_rows, table
     from minift.trainer import pick_device
     from minift.weights import resolve
 
     args = _parser().parse_args(arguments)
-    load_template(args.template)  # so that a bad flag is told of before any file is read
     device = pick_device(args.device)
     check_out(args.out, "--data", args.data)
     rows = load_rows(args.data, SCORE_KINDS)
@@ -60,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", required=True, help='file or hub data set of {"prompt": …, "response": …} or {"prompt": …, '
         '"chosen": …, "rejected": …}; pairs of whole dialogues have no prompt')  # fmt: skip
     add("--out", help="JSONL: the same rows with `score`, or `score_chosen` and `score_rejected`")
-    add("--template", default="dialogue", help="the one the model was trained with (%(default)s)")
+    add("--template", help="the one the model was trained with (what its run.json says, or dialogue)")
     add("--batch-size", type=whole_number(1), default=32, help="rows scored at a time (%(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:N; auto takes a GPU if there is one")
     add("--dtype", choices=("float32", "bfloat16", "float64"), default="float32", help="(%(default)s)")

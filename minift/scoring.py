@@ -13,7 +13,7 @@ from minift.batching import collate
 from minift.encode import encode_response
 from minift.errors import UserError
 from minift.model import RewardModel
-from minift.prompts import Template, load_template
+from minift.prompts import Template, template_of
 from minift.tokenizer import Tokenizer, check_fits, load_tokenizer
 from minift.weights import load_reward_model
 
@@ -83,17 +83,18 @@ class Judge:
 
 def load_judge(
     folder: str | Path,
-    template: str = "dialogue",
+    template: str | None = None,
     *,
+    flag: str = "--template",
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Judge:
-    """The reward model in a run's folder. `template` is the one it was trained with, by name or file.
+    """The reward model in a folder, reading by `template`: by name or file, or its run's own, or `dialogue`.
 
     Raises UserError for a language model's folder, which has no head to score with, and as `load_reward_model` does.
     """
-    form = load_template(template)
+    form = template_of(template, folder, "dialogue", flag)
     tokenizer = load_tokenizer(folder)
     model = load_reward_model(folder, dtype=dtype).to(device).eval()
     check_fits(tokenizer, model.config.vocab_size, str(folder))

@@ -19,27 +19,24 @@ def main(arguments: list[str] | None = None) -> None:
 
     from minift.datasets import PROMPT_KINDS, load_rows
     from minift.generate import Options, check_prompt, generate
-    from minift.prompts import load_template, render_prompt
+    from minift.prompts import render_prompt, template_of
     from minift.scoring import load_judge, score_rows, win_rate
     from minift.tokenizer import check_fits, load_tokenizer
     from minift.trainer import pick_device
     from minift.weights import load_model, resolve
 
     args = _parser().parse_args(arguments)
-    template = load_template(args.template)
-    try:  # here, so that a bad flag is told of before any file is read
-        load_template(args.judge_template)
-    except UserError as error:
-        raise UserError(f"--judge-{str(error).removeprefix('--')}") from None
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     check_out(args.out, "--prompts", args.prompts)
     rows = load_rows(args.prompts, PROMPT_KINDS, mixed=True)[: args.limit]
-    judge = load_judge(resolve(args.judge), args.judge_template, device=device, dtype=dtype)
+    judge = load_judge(resolve(args.judge), args.judge_template, flag="--judge-template", device=device, dtype=dtype)
 
     def answer_all(name: str, flag: str) -> list[str]:
         """One model's greedy answers to all prompts; it is gone before the other one is loaded."""
-        tokenizer = load_tokenizer(resolve(name))
-        model = load_model(name, dtype=dtype).to(device)
+        folder = resolve(name)
+        template = template_of(args.template, folder, "course")
+        tokenizer = load_tokenizer(folder)
+        model = load_model(folder, dtype=dtype).to(device)
         check_fits(tokenizer, model.config.vocab_size, name)
         prompts = []
         for row in rows:
@@ -113,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         "through the templates")  # fmt: skip
     add("--out", help="JSONL: the prompts with `answer_a`, `answer_b`, `score_a` and `score_b`")
     add("--limit", type=whole_number(1), help="only the first so many prompts")
-    add("--template", default="course", help="what the language models were tuned with (%(default)s)")
-    add("--judge-template", default="dialogue", help="what the reward model was trained with (%(default)s)")
+    add("--template", help="what the language models were tuned with (what each one's run.json says, or course)")
+    add("--judge-template", help="what the reward model was trained with (what its run.json says, or dialogue)")
     add("--max-new-tokens", type=whole_number(1), default=128, help="the most tokens of an answer (%(default)s)")
     add("--batch-size", type=whole_number(1), default=64, help="prompts answered at a time (%(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:N; auto takes a GPU if there is one")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minift.errors import UserError
-from minift.prompts import TEMPLATES, load_template, render, render_prompt
+from minift.prompts import TEMPLATES, load_template, render, render_prompt, template_of
 from minift.tokenizer import Special, load_tokenizer
 
 ROW = {"instruction": "Add them.", "input": "1, 2", "output": "3"}
@@ -150,3 +150,19 @@ def test_copies_of_an_instruction_under_other_names_are_not_used():
     assert "".join(prompt) == "### Instruction:\nAdd.\n\n### Response:\n" and completion == ["3"]
     row = {"instruction": "Add.", "prompt": "rendered", "completion": "3"}
     assert render(row, TEMPLATES["course"], "</s>", "</s>") == (["rendered"], ["3"])
+
+
+def test_a_model_is_read_by_the_template_of_its_run(tmp_path):
+    assert template_of(None, tmp_path, "course") is TEMPLATES["course"]  # no run left this folder
+    run = tmp_path / "run.json"
+    run.write_text('{"values": {"template": "alpaca"}}')
+    assert template_of(None, tmp_path, "course") is TEMPLATES["alpaca"]
+    assert template_of(None, tmp_path / "checkpoints" / "last", "course") is TEMPLATES["alpaca"]
+    assert template_of("none", tmp_path, "course") is TEMPLATES["none"]
+    run.write_text('{"values": {"template": "gone.txt"}}')
+    with pytest.raises(UserError, match="--judge-template gone.txt: no such file"):
+        template_of(None, tmp_path, "course", "--judge-template")
+    for damaged in ("{", "[]", "{}", '{"values": {}}'):
+        run.write_text(damaged)
+        with pytest.raises(UserError, match="run.json: names no template .* --template$"):
+            template_of(None, tmp_path, "course")

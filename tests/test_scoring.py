@@ -223,6 +223,14 @@ def test_score_refuses_in_one_line(folder, tmp_path, tokenizer):
     assert "no-model" in refused("--model", tmp_path / "no-model", data=good)
 
 
+def test_a_judge_reads_by_the_template_of_its_run(tokenizer, tmp_path):
+    folder = saved(RewardModel, tmp_path / "reward", 0, tokenizer)
+    assert load_judge(folder).template.name == "dialogue"
+    (folder / "run.json").write_text('{"values": {"template": "alpaca"}}')
+    assert load_judge(folder).template.name == "alpaca"
+    assert load_judge(folder, "none").template.name == "none"
+
+
 def test_rows_to_score_are_of_one_kind(tmp_path):
     rows = [{"prompt": "A", "response": "B"}, {"prompt": "A", "chosen": "B", "rejected": "C"}]
     with pytest.raises(UserError, match=r":2: this row has 'chosen' and 'rejected', but"):
@@ -277,6 +285,13 @@ def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, mon
     asked.clear()
     winrate.main([*map(str, flags), "--template", "none", "--limit", "1"])
     assert asked == [["Add."]] * 2
+
+    # Each model by the template that it was trained with, where its run tells.
+    asked.clear()
+    other = saved(OPT, tmp_path / "b", 1, tokenizer)
+    (other / "run.json").write_text('{"values": {"template": "none"}}')
+    winrate.main([*map(str, flags), "--model-b", str(other), "--limit", "1"])
+    assert asked == [[plain], ["Add."]]
 
 
 def test_winrate_refuses_in_one_line(folder, tokenizer, tmp_path):
