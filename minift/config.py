@@ -85,7 +85,8 @@ class Config:
     lm_weight: float = _flag(0.0, ZERO_OR_MORE, "weight in the loss of -log p(prompt and best response) under the same "
                              "body as a language model", RM)
     shuffle_labels: bool = _flag(False, SWITCH, "forget which side was chosen in training: the control experiment, "
-                                 "which should learn nothing", RM)
+                                 "which should learn nothing; the recipe's --group-prompts and --lm-weight no longer "
+                                 "hold", RM)
 
     # The loop
     epochs: int = _flag(3, _whole(1), "passes over the training rows")
@@ -208,8 +209,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
-# Of a recipe: true of its own data, not of anyone else's; found for its own model.
+# Of a recipe: true of its own data, not of anyone else's; beyond the labels, which are all that the control is about;
+# found for its own model.
 ABOUT_ITS_DATA = ("eval_data", "no_input_only", "group_prompts")
+BEYOND_LABELS = ("group_prompts", "lm_weight")
 ABOUT_ITS_MODEL = ("epochs", "max_steps", "batch_size", "lr", "warmup_steps", "dropout", "lm_weight", "seed")
 
 # The names under which people coming from trl know a flag, where spelling alone would not find it.
@@ -256,6 +259,7 @@ def parse(task: str, argv: list[str] | None = None) -> Config:
     recipe = dict(RECIPES[task][given.get("recipe", defaults["recipe"])])
     foreign = ("max_steps",) if "epochs" in given else ()
     foreign += ABOUT_ITS_DATA if "data" in given else ()
+    foreign += BEYOND_LABELS if "shuffle_labels" in given else ()
     foreign += ABOUT_ITS_MODEL if "model" in given and "recipe" not in given else ()
     recipe = {name: value for name, value in recipe.items() if name not in foreign}
     if given.get("eval_fraction") and "eval_data" in given:

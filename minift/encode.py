@@ -36,46 +36,36 @@ class Ranking(NamedTuple):
 
 @dataclass
 class Report:
-    """What became of some rows. A list holds the places ("line 17") of the rows that the same thing befell."""
+    """What became of some rows or pairs. `befell` has the places ("line 17") of those that the same thing befell."""
 
     source: str
+    noun: str
     rows: int
-    max_length: int | None
     kept: int = 0
     tokens: int = 0
-    supervised_tokens: int = 0
-    cut_off: list[str] = field(default_factory=list)
-    unmatched: list[str] = field(default_factory=list)
-    truncated: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
-    merged: list[str] = field(default_factory=list)
-    spelled: list[str] = field(default_factory=list)
+    supervised_tokens: int | None = None
+    befell: dict[str, list[str]] = field(default_factory=dict)
     causes: list[str] = field(default_factory=list)
+
+    def tell(self, what: str, place: str) -> None:
+        self.befell.setdefault(what, []).append(place)
 
     def lines(self) -> list[str]:
         """The report for people: a line of totals, then one for each thing that befell a row, then likely causes."""
-        within = "after its first" if self.max_length is None else f"within the first {self.max_length} tokens"
-        share = f" ({self.supervised_tokens / self.tokens:.0%})" if self.tokens else ""
-        lines = [
-            f"{self.source}: {self.kept:,} of {self.rows:,} rows kept, "
-            f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised{share}"
-        ]
-        for places, what in (
-            (self.cut_off, f"dropped: no supervised token {within}"),
-            (self.unmatched, "dropped: the response template is not in the text"),
-            (self.truncated, f"cut at {self.max_length} tokens, end token lost"),
-            (self.empty, "with an empty completion: only the end token is supervised"),
-            (self.merged, "where one token joins prompt and completion: generating starts from other ids"),
-            (self.spelled, "that spell a special token in their text: it stays text"),
-        ):
-            lines.extend(_befallen(places, "row", what))
+        totals = f"{self.source}: {self.kept:,} of {self.rows:,} {self.noun}s kept, {self.tokens:,} tokens"
+        if self.supervised_tokens is not None:
+            share = f" ({self.supervised_tokens / self.tokens:.0%})" if self.tokens else ""
+            totals += f", {self.supervised_tokens:,} of them supervised{share}"
+        lines = [totals]
+        for what, places in self.befell.items():
+            named = ", ".join(places[:NAMED_PLACES]) + (", …" if len(places) > NAMED_PLACES else "")
+            lines.append(f"  {len(places):,} {self.noun}{'s' if len(places) > 1 else ''} {what} ({named})")
         return [*lines, *(f"    {cause}" for cause in self.causes)]
 
-
-def _befallen(places: Sequence[str], noun: str, what: str) -> list[str]:
-    """The line that tells what befell the rows at these places, if there are any."""
-    named = ", ".join(places[:NAMED_PLACES]) + (", …" if len(places) > NAMED_PLACES else "")
-    return [f"  {len(places):,} {noun}{'s' if len(places) > 1 else ''} {what} ({named})"] if places else []
+    def check_any_kept(self, wanted: str) -> None:
+        if not self.kept:
+            reasons = "; ".join(line.strip() for line in self.lines()[1:])
+            raise UserError(f"{self.source}: none of its {self.rows} {self.noun}s {wanted}: {reasons}")
 
 
 def encode_rows(
@@ -101,7 +91,8 @@ def encode_rows(
     """
     if max_length is not None and positions is not None and max_length > positions:
         raise UserError(f"--max-length {max_length}: more than the model's {positions} positions")
-    report = Report(source, len(rows), max_length)
+    report = Report(source, "row", len(rows))
+    within = "after its first" if max_length is None else f"within the first {max_length} tokens"
     examples: list[Example] = []
     kept: list[int] = []
     for index, row in enumerate(rows):
@@ -110,7 +101,7 @@ def encode_rows(
         wanted = "" if supervise == "all" else _wanted_template(row, template, response_template)
         pieces = split_row(row, tokenizer, template, wanted)
         if pieces is None:
-            report.unmatched.append(place)
+            report.tell("dropped: the response template is not in the text", place)
             if len(report.causes) < NAMED_PLACES:
                 report.causes.append(f"{place}: {row['text'][:60]!r}: {likely_cause(row['text'], wanted)}")
             continue
@@ -132,24 +123,22 @@ def encode_rows(
         cut = Example(example.input_ids[:max_length], example.labels[:max_length])
         # The label of the first token is never predicted: there is nothing before it.
         if not any(label != UNSUPERVISED for label in cut.labels[1:]):
-            report.cut_off.append(place)
+            report.tell(f"dropped: no supervised token {within}", place)
             continue
         if len(cut.input_ids) < length:
-            report.truncated.append(place)
+            report.tell(f"cut at {max_length} tokens, end token lost", place)
         if sum(label != UNSUPERVISED for label in example.labels) == 1:
-            report.empty.append(place)
+            report.tell("with an empty completion: only the end token is supervised", place)
         if merged:
-            report.merged.append(place)
+            report.tell("where one token joins prompt and completion: generating starts from other ids", place)
         if _spells_special(pieces, tokenizer):
-            report.spelled.append(place)
+            report.tell("that spell a special token in their text: it stays text", place)
         examples.append(cut)
         kept.append(index)
     report.kept = len(kept)
     report.tokens = sum(len(example.input_ids) for example in examples)
     report.supervised_tokens = sum(label != UNSUPERVISED for example in examples for label in example.labels)
-    if not kept:
-        reasons = "; ".join(line.strip() for line in report.lines()[1:])
-        raise UserError(f"{source}: none of its {len(rows)} rows has a supervised token: {reasons}")
+    report.check_any_kept("has a supervised token")
     return examples, kept, report
 
 
@@ -228,33 +217,6 @@ def prompt_ids_and_reference(
     return tokenizer.encode(prompt), "".join(piece for piece in completion if not isinstance(piece, Special))
 
 
-@dataclass
-class PairReport:
-    """What became of some pairs, as `Report` has it for rows."""
-
-    source: str
-    rows: int
-    max_length: int
-    kept: int = 0
-    tokens: int = 0
-    identical: list[str] = field(default_factory=list)
-    too_long: list[str] = field(default_factory=list)
-    filled: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """For people: a line of totals, then one for each thing that befell a pair."""
-        lines = [f"{self.source}: {self.kept:,} of {self.rows:,} pairs kept, {self.tokens:,} tokens"]
-        for places, what in (
-            (self.identical, "dropped: its sides are equal"),
-            (self.too_long, f"dropped: a side is longer than {self.max_length} tokens"),
-            (self.filled, f"dropped: the prompt alone fills the {self.max_length} tokens"),
-            (self.empty, "with an empty response: its reward is that of the end token"),
-        ):
-            lines.extend(_befallen(places, "pair", what))
-        return lines
-
-
 def encode_rankings(
     rows: Sequence[Mapping[str, Any]],
     tokenizer: Tokenizer,
@@ -264,7 +226,7 @@ def encode_rankings(
     positions: int,
     margin_field: str | None = None,
     source: str = "rows",
-) -> tuple[list[Ranking], list[int], PairReport]:
+) -> tuple[list[Ranking], list[int], Report]:
     """Encode pairs and rankings (`datasets.PAIR_KINDS`): those that can be learned from, their indices in `rows`, and a
     report on all rows.
 
@@ -275,7 +237,7 @@ def encode_rankings(
     """
     if max_length > positions:
         raise UserError(f"--max-length {max_length}: more than the model's {positions} positions")
-    report = PairReport(source, len(rows), max_length)
+    report = Report(source, "pair", len(rows))
     rankings: list[Ranking] = []
     kept: list[int] = []
     for index, row in enumerate(rows):
@@ -287,20 +249,19 @@ def encode_rankings(
             raise UserError(f"{source}: {place}: {error}") from None
         margin = 0.0 if margin_field is None else _margin(row, margin_field, f"{source}: {place}")
         if len({tuple(side) for side in sides}) < len(sides):
-            report.identical.append(place)
+            report.tell("dropped: its sides are equal", place)
         elif max(map(len, sides)) > max_length:
             is_filled = min(map(len, sides)) > max_length and _prompt_length(row, tokenizer, template) >= max_length
-            (report.filled if is_filled else report.too_long).append(place)
+            what = f"the prompt alone fills the {max_length}" if is_filled else f"a side is longer than {max_length}"
+            report.tell(f"dropped: {what} tokens", place)
         else:
             if "" in responses:
-                report.empty.append(place)
+                report.tell("with an empty response: its reward is that of the end token", place)
             rankings.append(Ranking(sides, margin))
             kept.append(index)
     report.kept = len(kept)
     report.tokens = sum(len(side) for ranking in rankings for side in ranking.responses)
-    if not kept:
-        reasons = "; ".join(line.strip() for line in report.lines()[1:])
-        raise UserError(f"{source}: none of its {len(rows)} pairs can be learned from: {reasons}")
+    report.check_any_kept("can be learned from")
     return rankings, kept, report
 
 

@@ -165,7 +165,8 @@ def calibration(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def examine(rewards: Sequence[Sequence[float]], kinds: Sequence[Any]) -> dict[str, Any]:
-    """What is reported of some pairs: accuracy of all and by kind, with 95% intervals; ties; calibration.
+    """What is reported of some pairs: accuracy of all and by kind, with 95% intervals; ties; calibration; and the mean
+    of σ(chosen − rejected), which stays near 0.5 where a model has no opinion and the accuracy is that of tiny signs.
 
     `rewards` holds for each row those of its two responses, the chosen one first, or of K ranked ones, which make
     K(K - 1)/2 pairs. `kinds` says what each row's kind is; only text counts as one. The
@@ -184,6 +185,7 @@ def examine(rewards: Sequence[Sequence[float]], kinds: Sequence[Any]) -> dict[st
         "interval": {name: [rate.low, rate.high] for name, rate in rates.items()},
         "pairs": {name: rate.pairs for name, rate in rates.items()},
         "ties": rates["all"].ties,
+        "mean_probability": sum(map(sigmoid, groups["all"])) / len(groups["all"]),
         "calibration_error": error,
         "brier": brier,
     }
@@ -201,7 +203,11 @@ def table(exams: dict[str, dict[str, Any]]) -> list[str]:
             cells.append(f"{exam['accuracy'][kind]:.1%} ({low:.1%}-{high:.1%})")
         lines.append(f"{f'{name}, {pairs:,} pairs':30}" + "".join(f"{cell:>24}" for cell in cells))
     lines.append(f"{'ties, counted as wrong':30}" + "".join(f"{exam['ties']:>24,}" for exam in exams.values()))
-    for key, name in (("calibration_error", "calibration error"), ("brier", "Brier score")):
+    for key, name in (
+        ("mean_probability", "mean probability of chosen"),
+        ("calibration_error", "calibration error"),
+        ("brier", "Brier score"),
+    ):
         lines.append(f"{name:30}" + "".join(f"{exam[key]:>24.3f}" for exam in exams.values()))
     return lines
 

@@ -256,3 +256,10 @@ def test_a_model_of_ones_own_does_not_get_the_values_found_for_the_shipped_one()
     asked_for = parse("sft", ["--model", "my/model", "--recipe", "tiny"])
     assert asked_for.lr == RECIPES["sft"]["tiny"]["lr"]
     assert parse("sft", ["--data", "my.jsonl"]).lr == RECIPES["sft"]["tiny"]["lr"]
+
+
+def test_the_control_is_about_labels_alone():
+    config = parse("rm", ["--shuffle-labels"])
+    assert (config.lm_weight, config.group_prompts, config.max_steps) == (0.0, False, 400)
+    assert parse("rm", ["--shuffle-labels", "--lm-weight", "0.5"]).lm_weight == 0.5
+    assert parse("rm", []).lm_weight > 0 and parse("rm", []).group_prompts

@@ -94,6 +94,8 @@ def test_an_examination_by_kind_with_ties_and_rankings():
     assert exam["pairs"] == {"all": 6, "easy": 2, "hard": 1}
     assert exam["accuracy"] == {"all": 0.5, "easy": 0.5, "hard": 0.0}  # the ranking: 3 > 1, 3 > 2, but not 1 > 2
     assert exam["ties"] == 1
+    odds = [1 / (1 + math.exp(-difference)) for difference in (1, 0, -2, 2, 1, -1)]
+    assert exam["mean_probability"] == pytest.approx(sum(odds) / 6)
     assert exam["interval"]["easy"] == [*wilson_interval(1, 2)]
     lines = table({"before": exam, "after": exam})
     assert lines[1].split()[:4] == ["accuracy,", "6", "pairs", "50.0%"] and any(

@@ -84,8 +84,9 @@ def compare_rows(
     wrong = [place for place in plain if found.get(place) != expected.get(place)]
     labels = sum(label != UNSUPERVISED for example in found.values() for label in example.labels)
     on = f"{len(plain):,} rows, {report.tokens:,} tokens, {labels:,} labels"
-    if len(report.truncated) + len(report.cut_off):
-        on += f"; {len(report.truncated):,} rows cut, {len(report.cut_off):,} dropped"
+    cut = sum(len(places) for what, places in report.befell.items() if what.startswith("cut at"))
+    if cut or len(kept) < len(plain):
+        on += f"; {cut:,} rows cut, {len(plain) - len(kept):,} dropped"
     notes = [f"the first: {rows[wrong[0]].place}"] if wrong else []
     if len(plain) < len(usable):
         notes.append(
@@ -157,11 +158,13 @@ def replay(name: str, cases: Sequence[dict], tokenizer: Tokenizer) -> Iterator[C
 
 
 def encode_case(case: dict, tokenizer: Tokenizer) -> tuple[Example | None, list[str]]:
-    """What minift makes of a recorded row: the example, or None and the lines that say why it was dropped."""
+    """What minift makes of a recorded row: the example, or None and the places of rows that it names as dropped."""
     rows = [case["row"], FILLER]
     options = {"max_length": case["max_length"], "response_template": case["response_template"]}
     examples, kept, report = encode_rows(rows, tokenizer, COURSE, **options)
-    return (examples[0], []) if kept[0] == 0 else (None, report.cut_off + report.unmatched)
+    if kept[0] == 0:
+        return examples[0], []
+    return None, [place for what, places in report.befell.items() if what.startswith("dropped") for place in places]
 
 
 def does_better(case: dict, tokenizer: Tokenizer) -> bool:
