@@ -22,6 +22,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 from minift.errors import CommandParser, UserError, run_command
@@ -32,6 +33,7 @@ from minift.files import json_lines, read_text
 SACREBLEU_VERSION = "2.6.0"
 
 SMOOTHING_DEFAULTS = {"none": None, "floor": 0.1, "add-k": 1, "exp": None}
+TOKENIZERS = ("13a", "none", "char", "intl")
 
 
 class BLEU(NamedTuple):
@@ -74,8 +76,8 @@ def corpus_bleu(
     Raises ValueError for an unknown or impossible setting, and ValueError or TypeError for what makes no corpus: no
     segments, streams of different lengths, a segment without references, something that is no string.
     """
-    if smooth_method not in SMOOTHING_DEFAULTS or tokenize not in TOKENIZERS:
-        raise ValueError(f"smooth_method must be one of {[*SMOOTHING_DEFAULTS]}, tokenize one of {[*TOKENIZERS]}")
+    if smooth_method not in SMOOTHING_DEFAULTS:
+        raise ValueError(f"smooth_method must be one of {[*SMOOTHING_DEFAULTS]}; got {smooth_method!r}")
     if max_ngram_order < 1:
         raise ValueError(f"max_ngram_order must be 1 or more; got {max_ngram_order}")
     if smooth_value is not None and not 0 <= smooth_value < math.inf:
@@ -101,26 +103,61 @@ def corpus_bleu(
             totals[len(ngram) - 1] += count
             counts[len(ngram) - 1] += min(count, allowed[ngram])
 
-    if smooth_value is None:
-        smooth_value = SMOOTHING_DEFAULTS[smooth_method]
     bp = 1.0
     if sys_len < ref_len:
         bp = math.exp(1 - ref_len / sys_len) if sys_len > 0 else 0.0
     score, precisions = 0.0, [0.0] * max_ngram_order
+    if smooth_value is None:
+        smooth_value = SMOOTHING_DEFAULTS[smooth_method]
     if any(counts):
-        if smooth_method == "add-k":
-            counts[1:] = [count + smooth_value for count in counts[1:]]
-            totals[1:] = [total + smooth_value for total in totals[1:]]
-        precisions = _precisions(counts, totals, smooth_method, smooth_value)
+        counts, totals, precisions = _smoothed(counts, totals, smooth_method, smooth_value)
         order = sum(total > 0 for total in totals) if use_effective_order else max_ngram_order
         if all(precisions[:order]):
-            score = bp * math.exp(sum(math.log(precision) for precision in precisions[:order]) / order)
+            score = bp * math.exp(sum(map(math.log, precisions[:order])) / order)
 
     nrefs = str(num_references.pop()) if len(num_references) == 1 else "var"
     smooth = smooth_method if SMOOTHING_DEFAULTS[smooth_method] is None else f"{smooth_method}[{smooth_value:.2f}]"
     case, eff = "lc" if lowercase else "mixed", "yes" if use_effective_order else "no"
     signature = f"nrefs:{nrefs}|case:{case}|eff:{eff}|tok:{tokenize}|smooth:{smooth}|version:{SACREBLEU_VERSION}"
     return BLEU(score, counts, totals, precisions, bp, sys_len, ref_len, signature)
+
+
+def _ngrams(words: list[str], max_ngram_order: int) -> Counter[tuple[str, ...]]:
+    return Counter(
+        tuple(words[start : start + n]) for n in range(1, max_ngram_order + 1) for start in range(len(words) - n + 1)
+    )
+
+
+def _smoothed(counts: list[float], totals: list[float], method: str, value: float | None) -> tuple[list[float], ...]:
+    """Counts and totals, which add-k alone changes, and p_n in percent; 0 for orders without an n-gram."""
+    if method == "add-k":
+        counts = counts[:1] + [count + value for count in counts[1:]]
+        totals = totals[:1] + [total + value for total in totals[1:]]
+    precisions = []
+    half = 1.0
+    for count, total in zip(counts, totals, strict=True):
+        if count == 0 and total > 0:
+            half /= 2
+            count = {"exp": half, "floor": value}.get(method, 0)
+        precisions.append(100 * count / total if total > 0 else 0.0)
+    return counts, totals, precisions
+
+
+def _check_corpus(hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> None:
+    # sacreBLEU takes a string among the streams for its characters: a wrong score without a word.
+    if any(isinstance(stream, str) for stream in [hypotheses, references, *references]):
+        raise TypeError("hypotheses must be a sequence of strings, references a sequence of such; found one string")
+    if not hypotheses or not references:
+        raise ValueError("BLEU needs at least one hypothesis and one stream of references")
+    for number, stream in enumerate(references):
+        if len(stream) != len(hypotheses):
+            raise ValueError(f"references[{number}] has {len(stream)} segments, hypotheses {len(hypotheses)}")
+    for index, (hypothesis, *segment_references) in enumerate(zip(hypotheses, *references, strict=True)):
+        given = [reference for reference in segment_references if reference is not None]
+        if not given:
+            raise ValueError(f"segment {index} has no reference")
+        if not all(isinstance(text, str) for text in [hypothesis, *given]):
+            raise TypeError(f"segment {index} holds something that is no string")
 
 
 def sentence_bleu(
@@ -143,10 +180,25 @@ def tokens(text: str, tokenize: str = "13a", lowercase: bool = False) -> list[st
     "intl": splits off Unicode's punctuation, but for marks inside numbers, and Unicode's symbols.
     "char": every character that is no white space. "none": what white space separates.
     """
+    if tokenize not in TOKENIZERS:
+        raise ValueError(f"tokenize must be one of {[*TOKENIZERS]}; got {tokenize!r}")
     # The order of these two steps shows: "<SKIPPED>" is lowered and then dropped; "-\n" at a text's end is not, as its
     # newline is stripped first.
     text = (text.lower() if lowercase else text).rstrip()
-    return TOKENIZERS[tokenize](text)
+    rules = []
+    if tokenize == "13a":
+        text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+        # "&amp;" before "&lt;", as mteval has it: "&amp;lt;" becomes "<".
+        for entity, character in ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"):
+            text = text.replace(entity, character)
+        text = f" {text} "  # so that a mark at either end has a neighbour that is no digit
+        rules = RULES_13A
+    elif tokenize == "intl":
+        rules = _rules_intl()
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    words = text.split()
+    return list("".join(words)) if tokenize == "char" else words
 
 
 # Each rule sees the text that the rule before it left, and matches of one rule never overlap: "a..5" becomes a . .5 but
@@ -157,23 +209,6 @@ RULES_13A = [
     (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
     (re.compile(r"([0-9])(-)"), r"\1 \2 "),
 ]
-
-
-def _tokens_13a(text: str) -> list[str]:
-    text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    # "&amp;" before "&lt;", as mteval has it: "&amp;lt;" becomes "<".
-    for entity, character in ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"):
-        text = text.replace(entity, character)
-    text = f" {text} "  # so that a mark at either end has a neighbour that is no digit
-    for pattern, replacement in RULES_13A:
-        text = pattern.sub(replacement, text)
-    return text.split()
-
-
-def _tokens_intl(text: str) -> list[str]:
-    for pattern, replacement in _rules_intl():
-        text = pattern.sub(replacement, text)
-    return text.split()
 
 
 @functools.cache
@@ -194,51 +229,6 @@ def _rules_intl() -> list[tuple[re.Pattern, str]]:
     ]
 
 
-def _tokens_char(text: str) -> list[str]:
-    return list("".join(text.split()))
-
-
-TOKENIZERS = {"13a": _tokens_13a, "none": str.split, "char": _tokens_char, "intl": _tokens_intl}
-
-
-def _ngrams(words: list[str], max_ngram_order: int) -> Counter[tuple[str, ...]]:
-    return Counter(
-        tuple(words[start : start + n]) for n in range(1, max_ngram_order + 1) for start in range(len(words) - n + 1)
-    )
-
-
-def _precisions(counts: list[float], totals: list[float], smooth_method: str, smooth_value: float) -> list[float]:
-    """Smoothed p_n in percent; 0 for orders without an n-gram."""
-    precisions = []
-    match = 1.0
-    for count, total in zip(counts, totals, strict=True):
-        if count == 0 and total > 0:
-            if smooth_method == "exp":
-                match /= 2
-                count = match
-            elif smooth_method == "floor":
-                count = smooth_value
-        precisions.append(100 * count / total if total > 0 else 0.0)
-    return precisions
-
-
-def _check_corpus(hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> None:
-    # sacreBLEU takes a string among the streams for its characters: a wrong score without a word.
-    if any(isinstance(stream, str) for stream in [hypotheses, references, *references]):
-        raise TypeError("hypotheses must be a sequence of strings, references a sequence of such; found one string")
-    if not hypotheses or not references:
-        raise ValueError("BLEU needs at least one hypothesis and one stream of references")
-    for number, stream in enumerate(references):
-        if len(stream) != len(hypotheses):
-            raise ValueError(f"references[{number}] has {len(stream)} segments, hypotheses {len(hypotheses)}")
-    for index, (hypothesis, *segment_references) in enumerate(zip(hypotheses, *references, strict=True)):
-        given = [reference for reference in segment_references if reference is not None]
-        if not given:
-            raise ValueError(f"segment {index} has no reference")
-        if not all(isinstance(text, str) for text in [hypothesis, *given]):
-            raise TypeError(f"segment {index} holds something that is no string")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command: prints sacreBLEU's JSON fields, the score with all its digits, and the counts behind it."""
     args = _parser().parse_intermixed_args(arguments)  # flags may stand between the files
@@ -254,10 +244,11 @@ def main(arguments: list[str] | None = None) -> None:
         hypotheses, *references = _read_segments(args.files)
     settings = {name: getattr(args, name) for name in ("smooth_method", "smooth_value", "lowercase", "tokenize")}
     if args.sentence_level:
-        for hypothesis, *segment_references in zip(hypotheses, *references, strict=True):
-            print(json.dumps(_fields(sentence_bleu(hypothesis, segment_references, **settings))))
+        segments = zip(hypotheses, *references, strict=True)
+        scores = [sentence_bleu(hypothesis, texts, **settings) for hypothesis, *texts in segments]
     else:
-        bleu = corpus_bleu(hypotheses, references, use_effective_order=args.effective_order, **settings)
+        scores = [corpus_bleu(hypotheses, references, use_effective_order=args.effective_order, **settings)]
+    for bleu in scores:
         print(json.dumps(_fields(bleu)))
 
 
@@ -273,30 +264,29 @@ def _fields(bleu: BLEU) -> dict:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser("python -m minift.bleu", description="sacreBLEU's BLEU.")
-    parser.add_argument("files", nargs="*", metavar="HYP REF", help="one segment a line; more than one REF may follow")
-    parser.add_argument("--jsonl", metavar="FILE", help="instead of HYP REF: one JSON object a line")
-    parser.add_argument("--hypothesis-field", default="completion", help="default: %(default)s")
-    parser.add_argument("--reference-field", default="output", help="a string or a list of them; default: %(default)s")
-    parser.add_argument("--tokenize", choices=TOKENIZERS, default="13a", help="default: %(default)s")
-    parser.add_argument("--smooth-method", choices=SMOOTHING_DEFAULTS, default="exp", help="default: %(default)s")
-    parser.add_argument("--smooth-value", type=float, help="for floor (default 0.1) and add-k (default 1)")
-    parser.add_argument("--lowercase", action="store_true")
-    parser.add_argument("--effective-order", action="store_true", help="leave out orders the text is too short for")
-    parser.add_argument("--sentence-level", action="store_true", help="one line per segment, with effective order")
+    add = parser.add_argument
+    add("files", nargs="*", metavar="HYP REF", help="one segment a line; more than one REF may follow")
+    add("--jsonl", metavar="FILE", help="instead of HYP REF: one JSON object a line")
+    add("--hypothesis-field", default="completion", help="default: %(default)s")
+    add("--reference-field", default="output", help="a string or a list of them; default: %(default)s")
+    add("--tokenize", choices=TOKENIZERS, default="13a", help="default: %(default)s")
+    add("--smooth-method", choices=SMOOTHING_DEFAULTS, default="exp", help="default: %(default)s")
+    add("--smooth-value", type=float, help="for floor (default 0.1) and add-k (default 1)")
+    add("--lowercase", action="store_true")
+    add("--effective-order", action="store_true", help="leave out orders the text is too short for")
+    add("--sentence-level", action="store_true", help="one line per segment, with effective order")
     return parser
 
 
-def _read_lines(path: str) -> list[str]:
-    r"""The file's lines, cut at "\n" and nothing else: a form feed or U+2028 is text, and so is a byte order mark."""
-    text = read_text(path, "one segment a line", encoding="utf-8")
-    if not text:
-        raise UserError(f"{path}: empty, expected one segment a line")
-    return text.removesuffix("\n").split("\n")
-
-
 def _read_segments(paths: list[str]) -> list[list[str]]:
-    files = [_read_lines(path) for path in paths]
-    for path, lines in zip(paths[1:], files[1:], strict=True):
+    r"""The files' lines, cut at "\n" and nothing else: a form feed or U+2028 is text, and so is a byte order mark."""
+    files = []
+    for path in paths:
+        text = read_text(path, "one segment a line", encoding="utf-8")
+        if not text:
+            raise UserError(f"{path}: empty, expected one segment a line")
+        lines = text.removesuffix("\n").split("\n")
+        files.append(lines)
         if len(lines) != len(files[0]):
             raise UserError(f"{path} has {len(lines)} lines, {paths[0]} has {len(files[0])}; expected the same number")
     return files
@@ -311,19 +301,17 @@ def _read_jsonl(path: str, hypothesis_field: str, reference_field: str) -> tuple
         for flag, field in ("--hypothesis-field", hypothesis_field), ("--reference-field", reference_field):
             if field not in row:
                 raise UserError(f"{path}:{number}: no field {field!r}; name another with {flag}")
-        texts = row[reference_field]
-        texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(row[hypothesis_field], str):
             raise UserError(f"{path}:{number}: field {hypothesis_field!r} must be a string")
+        texts = row[reference_field]
+        texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{path}:{number}: field {reference_field!r} must be a string or a list of strings")
         hypotheses.append(row[hypothesis_field])
         references.append(texts)
     if not hypotheses:
         raise UserError(f"{path}: no rows in it, expected one JSON object a line")
-    width = max(len(texts) for texts in references)
-    padded = [texts + [None] * (width - len(texts)) for texts in references]
-    return hypotheses, [list(stream) for stream in zip(*padded, strict=True)]
+    return hypotheses, [list(stream) for stream in zip_longest(*references)]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Completions of prompts: greedy, sampled, or by beam search. Ids in, ids out.
 
-The batch stays full: a row leaves as soon as it has finished, and waiting prompts enter in its place. Rows never meet,
+The batch stays full: a search leaves as soon as it has finished, and waiting ones enter in its place. Rows never meet,
 so a completion does not depend on the batch it was made in, but for the rounding of matrix products.
 
-Read from the top: the cache, the forward pass, what may follow (`process`), then the two loops, one token a row
-(greedy and sampling) and beam search. The command is at the end.
+Read from the top: the options; the loop (`complete`); what may follow (`process`); what is chosen of it, by greedy
+decoding and sampling (`choose_tokens`) or by beam search (`best_continuations`, `Search`); the cache; the command.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,38 +21,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.batching import lay_out_rows
+from minift.batching import collate
 from minift.errors import CommandParser, UserError, run_command
 from minift.files import check_out, write_text
 from minift.model import OPT
 
+Completions = list[list[list[int]]]  # of each prompt, each sample's new ids
+Candidate = tuple[float, int, int]  # a beam and the token that may follow it: (Σ log p, beam, token)
+
 OUT_OF_THE_RACE = -1e9  # score of a search's beams 2, 3, … before its first token: they are copies of the first
-REFILL_SHARE = 8  # prompts enter when an eighth of the batch is free: entering one by one, each would read all weights
+REFILL_SHARE = 8  # searches enter when an eighth of the batch is free: entering one by one, each would read all weights
+
+
+def option(default: Any, about: str) -> Any:
+    """A field of `Options` that is also a flag, and what --help says of it."""
+    return field(default=default, metadata={"about": about})
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to complete. Raises ValueError, the option's name first, for a value that makes no sense.
+    """How to complete. Raises ValueError, the option's name first, for a value that makes no sense."""
 
-    `temperature` 0 is greedy, or beam search where `num_beams` is above 1; above 0 tokens are drawn, `num_samples`
-    times for each prompt. Of a beam search `num_samples` is how many finished sequences are wanted, best first.
-    `length_penalty` and `early_stopping` are beam search's alone. `batch_size` counts rows, and each beam is one.
-    """
-
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
+    max_new_tokens: int = option(128, "the most tokens of a completion")
+    min_new_tokens: int = option(0, "no end token before that many")
     eos_token_id: int | None = None
-    num_samples: int = 1
-    temperature: float = 0.0
-    top_k: int = 0  # 0: all
-    top_p: float = 1.0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0  # 0: any may repeat
-    batch_size: int = 64
-    seed: int = 42
+    temperature: float = 0.0  # 0: greedy, or beam search; above: tokens are drawn
+    early_stopping: bool | Literal["never"] = False  # of beam search: how to tell that it is over
+    num_beams: int = option(1, "above 1: beam search")
+    length_penalty: float = option(1.0, "of beam search: scores are divided by length to this power")
+    top_k: int = option(0, "draw from the k likeliest tokens; 0: from all")
+    top_p: float = option(1.0, "draw from the likeliest tokens that together have probability p")
+    repetition_penalty: float = option(1.0, "for tokens that occurred, in the prompt or after; 1: none")
+    no_repeat_ngram_size: int = option(0, "no n tokens in a row twice; 0: any may")
+    num_samples: int = option(1, "lines of --out for each prompt, numbered by `sample`; with beams, the best ones")
+    batch_size: int = option(64, "rows at a time; each beam is one")
+    seed: int = option(42, "of drawing")
 
     def __post_init__(self) -> None:
         beams, drawn = self.num_beams > 1, self.temperature > 0
@@ -86,7 +89,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     options: Options,
     on_progress: Callable[[int], Any] | None = None,
-) -> list[list[list[int]]]:
+) -> Completions:
     """Complete prompts: for each, `options.num_samples` lists of new ids, the EOS included where it was produced.
 
     `on_progress` is called with the number of completions that have just finished. The model runs in eval mode and is
@@ -100,11 +103,10 @@ def generate(
         check_prompt(prompt, f"prompt {number}", options.max_new_tokens, model.config.max_position_embeddings)
     check_beams(options.num_beams, model.config.vocab_size)
 
-    run = search_beams if options.num_beams > 1 else choose_tokens
     was_training = model.training
     model.eval()
     try:
-        return run(model, prompts, options, on_progress or (lambda finished: None))
+        return complete(model, prompts, options, on_progress or (lambda finished: None))
     finally:
         model.train(was_training)
 
@@ -125,97 +127,90 @@ def check_beams(num_beams: int, vocab_size: int) -> None:
         raise ValueError(f"num_beams is {num_beams}, expected at most half of {vocab_size} tokens")
 
 
-class KVCache:
-    """The keys and values of every token so far but each row's newest, one slot for each row of the batch.
+@dataclass
+class Search:
+    """A completion in the making, or several, by the beam search of a prompt. Without beam search there is one beam."""
 
-    Slots are padded on the right, with whatever was there before; a mask keeps attention to each row's own positions.
-    """
+    prompt: int
+    random: np.random.Generator
+    beams: list[list[int]]  # ids of the prompt and the new tokens, best first
+    scores: list[float]  # Σ log p of each beam's new tokens
+    num_new: int = 0
+    finished: list[tuple[float, list[int]]] = field(default_factory=list)  # (Σ log p / length^penalty, new ids), ranked
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.buffers: list[Tensor] = []  # a layer's keys and values: (2, slots, H, capacity, D)
-        self.length = 0  # S, positions of the longest row
+    def advance(self, candidates: list[Candidate], options: Options) -> list[int]:
+        """Take a token: which beam each new beam goes on from, none of them when the search is over.
 
-    def expect_prompts(self, first_slot: int, copies: int, length: int) -> None:
-        """The next forward pass brings whole prompts, `copies` slots for each from `first_slot` on."""
-        self.first_slot, self.copies, self.mask = first_slot, copies, None
-        self.length = max(self.length, length)
+        `candidates` are, best first, the one token chosen, or the 2 · num_beams best continuations of a beam search:
+        at most num_beams of them can end in the EOS, so as many are left to go on with.
+        """
+        self.num_new += 1
+        at_the_end = self.num_new == options.max_new_tokens
+        open_ones = []
+        for rank, (score, parent, token) in enumerate(candidates):
+            ids = [*self.beams[parent], token]
+            if not at_the_end and token != options.eos_token_id:
+                open_ones.append((score, parent, ids))
+            elif rank < options.num_beams:  # an end that is ranked lower is dropped
+                self.finished.append((score / self.num_new**options.length_penalty, ids[-self.num_new :]))
+        self.finished.sort(key=lambda scored: -scored[0])
+        del self.finished[options.num_beams :]
+        if not open_ones:
+            return []
+        self.scores, parents, self.beams = map(list, zip(*open_ones[: options.num_beams], strict=True))
+        return parents if self._worth_going_on(options) else []
 
-    def expect_tokens(self, lengths: list[int], device: torch.device) -> None:
-        """The next forward pass brings one token for each of the first R slots, which hold `lengths` tokens."""
-        self.length = max(lengths) + 1
-        self.ends = torch.tensor(lengths, device=device)  # (R,)
-        self.slots = torch.arange(len(lengths), device=device)
-        self.mask = (torch.arange(self.length, device=device) <= self.ends[:, None])[:, None, None]  # (R, 1, 1, S)
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`model.Cache`'s: store `(R, H, T, D)`, give back all that attention should see."""
-        keys, values = self._room(layer, key)  # (slots, H, capacity, D)
-        if self.mask is None:
-            R, T = key.shape[0], key.shape[2]
-            entering = slice(self.first_slot, self.first_slot + R * self.copies)
-            keys[entering, :, :T] = key.repeat_interleave(self.copies, dim=0)
-            values[entering, :, :T] = value.repeat_interleave(self.copies, dim=0)
-            return key, value, None
-        keys[self.slots, :, self.ends] = key[:, :, 0]  # (R, H, 1, D) -> (R, H, D)
-        values[self.slots, :, self.ends] = value[:, :, 0]
-        R, S = key.shape[0], self.length
-        return keys[:R, :, :S], values[:R, :, :S], self.mask
-
-    def select(self, sources: list[int]) -> None:
-        """Let slot r hold what slot `sources[r]` held: rows that move up, beams that go on from another."""
-        moves = [(target, source) for target, source in enumerate(sources) if target != source]
-        if not moves:
-            return
-        targets, origins = torch.tensor(moves, device=self.buffers[0].device).T
-        for buffer in self.buffers:
-            # All sources are read before a slot is written.
-            buffer[:, targets, :, : self.length] = buffer[:, origins, :, : self.length]
-
-    def _room(self, layer: int, key: Tensor) -> Tensor:
-        if layer == len(self.buffers):
-            self.buffers.append(key.new_zeros(2, self.num_slots, key.shape[1], 0, key.shape[3]))
-        capacity = self.buffers[layer].shape[3]
-        if capacity < self.length:
-            # By doubling, so that growing costs no more than filling. With zeros, as masked NaNs would still spread.
-            more = max(self.length, 2 * capacity) - capacity
-            self.buffers[layer] = F.pad(self.buffers[layer], (0, 0, 0, more))
-        return self.buffers[layer]
+    def _worth_going_on(self, options: Options) -> bool:
+        """Whether the best running beam might still beat the worst finished sequence, as the reference guesses it."""
+        if len(self.finished) < options.num_beams:
+            return True
+        if options.early_stopping is True:
+            return False
+        longest = options.early_stopping == "never" and options.length_penalty > 0
+        length = options.max_new_tokens if longest else self.num_new
+        return self.scores[0] / length**options.length_penalty > self.finished[-1][0]
 
 
-def next_logits(
-    model: OPT, cache: KVCache, live: list[list[int]], entering: list[list[int]], copies: int = 1
-) -> Tensor:
-    """fp32 logits `(R, V)` of the token after each row: the live ones, then `copies` rows for each entering prompt.
+def complete(model: OPT, prompts: Sequence[Sequence[int]], options: Options, on_progress: Callable) -> Completions:
+    """The loop of `generate`: one token for every row of the batch, time and again. A search's beams are neighbours."""
+    num_beams = options.num_beams
+    choose = best_continuations if num_beams > 1 else choose_tokens
+    answers = options.num_samples if num_beams > 1 else 1  # of each search
+    scores_at_first = [0.0] + [OUT_OF_THE_RACE] * (num_beams - 1)
+    searches = [
+        Search(number, np.random.default_rng((options.seed, number, sample)), [list(ids)] * num_beams, scores_at_first)
+        for number, ids in enumerate(prompts)
+        for sample in range(options.num_samples // answers)
+    ]
+    waiting, live = deque(searches), []
+    capacity = min(max(options.batch_size // num_beams, 1), len(searches))
+    cache = KVCache(capacity * num_beams)
+    while live or waiting:
+        entrants = []
+        free = capacity - len(live)
+        if not live or free * REFILL_SHARE >= capacity:
+            entrants = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+        live_rows = [ids for search in live for ids in search.beams]
+        logits = next_logits(model, cache, live_rows, [search.beams[0] for search in entrants], copies=num_beams)
+        live += entrants
 
-    Live rows are in the cache's first slots but for their newest token. Entering ones are put behind them.
-    """
-    device = model.head.device
-    logits = []
-    if live:
-        cached = [len(ids) - 1 for ids in live]
-        cache.expect_tokens(cached, device)
-        input_ids = torch.tensor([ids[-1] for ids in live], device=device)  # (N,), N = R
-        rows = torch.arange(len(live), device=device)[:, None]  # (R, 1)
-        hidden = model(input_ids, torch.tensor(cached, device=device), rows, cache)  # (R, E)
-        logits.append(model.logits(hidden).float())
-    if entering:
-        lengths = [len(ids) for ids in entering]
-        cache.expect_prompts(len(live), copies, max(lengths))
-        input_ids = torch.tensor([token for ids in entering for token in ids], device=device)  # (N,)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        hidden = model(input_ids, positions, lay_out_rows(lengths).to(device), cache)  # (N, E)
-        last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        logits.append(model.logits(hidden[last]).float().repeat_interleave(copies, dim=0))
-    return torch.cat(logits)
+        rows = [ids for search in live for ids in search.beams]
+        num_new = [search.num_new for search in live for _ in search.beams]
+        scores = process(logits.log_softmax(1) if num_beams > 1 else logits, rows, num_new, options)  # (R, V)
+        candidates = choose(scores, live, options)
+        parents = [search.advance(found, options) for search, found in zip(live, candidates, strict=True)]
 
+        is_over = [not beams for beams in parents]
+        if any(is_over):
+            on_progress(answers * sum(is_over))
+        staying = close_ranks(is_over)
+        cache.select([place * num_beams + beam for place in staying for beam in parents[place]])
+        live = [live[place] for place in staying]
 
-def take_entrants(waiting: deque, num_live: int, capacity: int) -> list:
-    """Those of the waiting that enter the batch now."""
-    free = capacity - num_live
-    if num_live and free * REFILL_SHARE < capacity:
-        return []
-    return [waiting.popleft() for _ in range(min(free, len(waiting)))]
+    completions: Completions = [[] for _ in prompts]
+    for search in searches:
+        completions[search.prompt] += [ids for _, ids in search.finished[:answers]]
+    return completions
 
 
 def close_ranks(finished: list[bool]) -> list[int]:
@@ -273,6 +268,17 @@ def _mark(ids: Tensor, vocab_size: int) -> Tensor:
     return marks.scatter_(1, ids, True)[:, :vocab_size]
 
 
+def choose_tokens(scores: Tensor, searches: list[Search], options: Options) -> list[list[Candidate]]:
+    """Greedy decoding and sampling: of scores `(R, V)`, one token for each search."""
+    _check_choice(scores.amax(1))
+    if options.temperature > 0:
+        uniforms = torch.tensor([search.random.random() for search in searches], dtype=torch.float64)
+        tokens = draw(scores.softmax(1), uniforms)
+    else:
+        tokens = scores.argmax(1)
+    return [[(0.0, 0, token)] for token in tokens.tolist()]
+
+
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens `(R,)` drawn from `(R, V)` by inverting the distribution function at numbers `(R,)` out of [0, 1)."""
     cumulative = probabilities.double().cumsum(1)
@@ -281,141 +287,101 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, places[:, None], right=True).squeeze(1)
 
 
-@dataclass
-class Row:
-    """A completion in the making."""
-
-    prompt: int
-    sample: int
-    ids: list[int]  # of the prompt and the new tokens
-    num_new: int
-    random: np.random.Generator
-
-
-def choose_tokens(
-    model: OPT, prompts: Sequence[Sequence[int]], options: Options, on_progress: Callable[[int], Any]
-) -> list[list[list[int]]]:
-    """Greedy decoding and sampling: see `generate`."""
-    waiting = deque(
-        Row(prompt, sample, list(ids), 0, np.random.default_rng((options.seed, prompt, sample)))
-        for prompt, ids in enumerate(prompts)
-        for sample in range(options.num_samples)
-    )
-    completions: list[list[list[int]]] = [[[] for _ in range(options.num_samples)] for _ in prompts]
-    capacity = min(options.batch_size, len(waiting))
-    cache = KVCache(capacity)
-    live: list[Row] = []  # the row in each slot
-    while live or waiting:
-        entrants = take_entrants(waiting, len(live), capacity)
-        logits = next_logits(model, cache, [row.ids for row in live], [row.ids for row in entrants])
-        live += entrants
-        scores = process(logits, [row.ids for row in live], [row.num_new for row in live], options)  # (R, V)
-        _check_choice(scores.amax(1))
-        if options.temperature > 0:
-            tokens = draw(scores.softmax(1), torch.tensor([row.random.random() for row in live], dtype=torch.float64))
-        else:
-            tokens = scores.argmax(1)
-        finished = []
-        for row, token in zip(live, tokens.tolist(), strict=True):
-            row.ids.append(token)
-            row.num_new += 1
-            finished.append(token == options.eos_token_id or row.num_new == options.max_new_tokens)
-            if finished[-1]:
-                completions[row.prompt][row.sample] = row.ids[-row.num_new :]
-        staying = close_ranks(finished)
-        cache.select(staying)
-        live = [live[slot] for slot in staying]
-        if any(finished):
-            on_progress(sum(finished))
-    return completions
-
-
-@dataclass
-class Search:
-    """The beam search of one prompt."""
-
-    prompt: int
-    num_new: int
-    beams: list[list[int]]  # ids of the prompt and the new tokens, best first
-    scores: list[float]  # Σ log p of each beam's new tokens
-    finished: list[tuple[float, list[int]]]  # (Σ log p / length^penalty, new ids), best first, at most num_beams
-
-    def advance(self, candidates: list[tuple[float, int, int]], options: Options) -> tuple[list[int], bool]:
-        """Take a token: (which beam each new beam goes on from, whether the search is over).
-
-        `candidates` are the 2 · num_beams best continuations, (Σ log p, beam, token), best first: at most num_beams
-        of them can end in the EOS, so as many are left to go on with.
-        """
-        self.num_new += 1
-        at_the_end = self.num_new == options.max_new_tokens
-        open_ones = []
-        for rank, (score, parent, token) in enumerate(candidates):
-            if not at_the_end and token != options.eos_token_id:
-                open_ones.append((score, parent, token))
-            elif rank < options.num_beams:  # an end that is ranked lower is dropped
-                ids = [*self.beams[parent], token]
-                self.finished.append((score / self.num_new**options.length_penalty, ids[-self.num_new :]))
-        self.finished.sort(key=lambda scored: -scored[0])
-        del self.finished[options.num_beams :]
-        if at_the_end:
-            return [], True
-
-        self.scores, parents, tokens = map(list, zip(*open_ones[: options.num_beams], strict=True))
-        self.beams = [[*self.beams[parent], token] for parent, token in zip(parents, tokens, strict=True)]
-        return parents, len(self.finished) == options.num_beams and not self._worth_going_on(options)
-
-    def _worth_going_on(self, options: Options) -> bool:
-        """Whether the best running beam might still beat the worst finished sequence, as the reference guesses it."""
-        if options.early_stopping is True:
-            return False
-        longest = options.early_stopping == "never" and options.length_penalty > 0
-        length = options.max_new_tokens if longest else self.num_new
-        return self.scores[0] / length**options.length_penalty > self.finished[-1][0]
-
-
-def search_beams(
-    model: OPT, prompts: Sequence[Sequence[int]], options: Options, on_progress: Callable[[int], Any]
-) -> list[list[list[int]]]:
-    """Beam search: see `generate`. The beams of a prompt have neighbouring slots."""
-    num_beams = options.num_beams
-    scores_at_first = [0.0] + [OUT_OF_THE_RACE] * (num_beams - 1)
-    waiting = deque(
-        Search(number, 0, [list(ids)] * num_beams, scores_at_first, []) for number, ids in enumerate(prompts)
-    )
-    completions: list[list[list[int]]] = [[] for _ in prompts]
-    capacity = min(max(options.batch_size // num_beams, 1), len(waiting))
-    cache = KVCache(capacity * num_beams)
-    live: list[Search] = []
-    while live or waiting:
-        entrants = take_entrants(waiting, len(live), capacity)
-        live_rows = [ids for search in live for ids in search.beams]
-        logits = next_logits(model, cache, live_rows, [search.beams[0] for search in entrants], copies=num_beams)
-        live += entrants
-        rows = [ids for search in live for ids in search.beams]
-        num_new = [search.num_new for search in live for _ in search.beams]
-        so_far = torch.tensor([score for search in live for score in search.scores], device=logits.device)
-        scores = process(logits.log_softmax(1), rows, num_new, options) + so_far[:, None]  # (R, V)
-        best = scores.view(len(live), -1).topk(2 * num_beams)  # of (searches, num_beams * V)
-        _check_choice(best.values[:, 0])
-
-        parents, over = [], []
-        for search, values, places in zip(live, best.values.tolist(), best.indices.tolist(), strict=True):
-            candidates = [(value, *divmod(place, scores.shape[1])) for value, place in zip(values, places, strict=True)]
-            came_from, is_over = search.advance(candidates, options)
-            parents.append(came_from)
-            over.append(is_over)
-            if is_over:
-                completions[search.prompt] = [ids for _, ids in search.finished[: options.num_samples]]
-                on_progress(options.num_samples)
-        staying = close_ranks(over)
-        cache.select([place * num_beams + parent for place in staying for parent in parents[place]])
-        live = [live[place] for place in staying]
-    return completions
+def best_continuations(scores: Tensor, searches: list[Search], options: Options) -> list[list[Candidate]]:
+    """Beam search: of log-probabilities `(R, V)`, the 2 · num_beams best continuations of each search, best first."""
+    vocab_size = scores.shape[1]
+    so_far = torch.tensor([score for search in searches for score in search.scores], device=scores.device)  # (R,)
+    totals = (scores + so_far[:, None]).view(len(searches), -1)  # (searches, num_beams * V)
+    best = totals.topk(2 * options.num_beams)
+    _check_choice(best.values[:, 0])
+    return [
+        [(score, *divmod(place, vocab_size)) for score, place in zip(*found, strict=True)]
+        for found in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
 
 
 def _check_choice(best: Tensor) -> None:
     if not best.isfinite().all():
         raise ValueError("no token can follow: all are banned (no_repeat_ngram_size), or the model's logits are NaN")
+
+
+class KVCache:
+    """The keys and values of every token so far but each row's newest, one slot for each row of the batch.
+
+    Slots are padded on the right, with whatever was there before; a mask keeps attention to each row's own positions.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.buffers: list[Tensor] = []  # a layer's keys and values: (2, slots, H, capacity, D)
+        self.length = 0  # S, positions of the longest row
+
+    def expect_prompts(self, first_slot: int, copies: int, length: int) -> None:
+        """The next forward pass brings whole prompts, `copies` slots for each from `first_slot` on."""
+        self.first_slot, self.copies, self.mask = first_slot, copies, None
+        self.length = max(self.length, length)
+
+    def expect_tokens(self, lengths: list[int], device: torch.device) -> None:
+        """The next forward pass brings one token for each of the first R slots, which hold `lengths` tokens."""
+        self.length = max(lengths) + 1
+        self.slots = torch.arange(len(lengths), device=device)  # (R,)
+        self.ends = torch.tensor(lengths, device=device)  # (R,)
+        self.mask = (torch.arange(self.length, device=device) <= self.ends[:, None])[:, None, None]  # (R, 1, 1, S)
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`model.Cache`'s: store `(R, H, T, D)`, give back all that attention should see."""
+        R, _, T, _ = key.shape
+        keys, values = self._room(layer, key)  # (slots, H, capacity, D)
+        if self.mask is None:
+            entering = slice(self.first_slot, self.first_slot + R * self.copies)
+            keys[entering, :, :T] = key.repeat_interleave(self.copies, dim=0)
+            values[entering, :, :T] = value.repeat_interleave(self.copies, dim=0)
+            return key, value, None
+        keys[self.slots, :, self.ends] = key[:, :, 0]  # (R, H, 1, D) -> (R, H, D)
+        values[self.slots, :, self.ends] = value[:, :, 0]
+        return keys[:R, :, : self.length], values[:R, :, : self.length], self.mask  # (R, H, S, D), (R, 1, 1, S)
+
+    def select(self, sources: list[int]) -> None:
+        """Let slot r hold what slot `sources[r]` held: rows that move up, beams that go on from another."""
+        moves = [(target, source) for target, source in enumerate(sources) if target != source]
+        if not moves:
+            return
+        targets, origins = torch.tensor(moves, device=self.buffers[0].device).T
+        for buffer in self.buffers:  # all sources are read before a slot is written
+            buffer[:, targets, :, : self.length] = buffer[:, origins, :, : self.length]
+
+    def _room(self, layer: int, key: Tensor) -> Tensor:
+        if layer == len(self.buffers):
+            self.buffers.append(key.new_zeros(2, self.num_slots, key.shape[1], 0, key.shape[3]))
+        capacity = self.buffers[layer].shape[3]
+        if capacity < self.length:
+            # By doubling, so that growing costs no more than filling. With zeros, as masked NaNs would still spread.
+            more = max(self.length, 2 * capacity) - capacity
+            self.buffers[layer] = F.pad(self.buffers[layer], (0, 0, 0, more))
+        return self.buffers[layer]
+
+
+def next_logits(
+    model: OPT, cache: KVCache, live: list[list[int]], entering: list[list[int]], copies: int = 1
+) -> Tensor:
+    """fp32 logits `(R, V)` of the token after each row: the live ones, then `copies` rows for each entering prompt.
+
+    Live rows are in the cache's first slots but for their newest token. Entering ones are put behind them.
+    """
+    device = model.head.device
+    logits = []
+    if live:
+        cache.expect_tokens([len(ids) - 1 for ids in live], device)
+        newest = torch.tensor([ids[-1] for ids in live], device=device)  # (N,), N = R
+        hidden = model(newest, cache.ends, cache.slots[:, None], cache)  # (R, E)
+        logits.append(model.logits(hidden).float())
+    if entering:
+        batch = collate([(ids, []) for ids in entering]).to(device)
+        cache.expect_prompts(len(live), copies, batch.rows.shape[1])
+        hidden = model(batch.input_ids, batch.positions, batch.rows, cache)  # (N, E)
+        last = batch.rows.amax(1)  # (R,), as −1 stands past a row's end
+        logits.append(model.logits(hidden[last]).float().repeat_interleave(copies, dim=0))
+    return torch.cat(logits)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -440,17 +406,15 @@ def main(arguments: list[str] | None = None) -> None:
     check_fits(tokenizer, model.config.vocab_size, args.model)
 
     options = replace(options, eos_token_id=tokenizer.eos_token_id)
-    positions = model.config.max_position_embeddings
     prompts = []
     for row in rows:
         try:
             prompts.append(tokenizer.encode(render_prompt(row, template, tokenizer.eos_token, tokenizer.bos_token)))
-            check_prompt(prompts[-1], "the prompt", options.max_new_tokens, positions)
+            check_prompt(prompts[-1], "the prompt", options.max_new_tokens, model.config.max_position_embeddings)
         except (ValueError, UserError) as error:
             raise UserError(f"{args.prompts}: {row.place}: {error}") from None
     try:
-        # Here too, as a message should not come after a progress bar.
-        check_beams(options.num_beams, model.config.vocab_size)
+        check_beams(options.num_beams, model.config.vocab_size)  # here too, as no message should follow a progress bar
         with tqdm(total=len(prompts) * options.num_samples, desc="completions") as bar:
             completions = generate(model, prompts, options, bar.update)
     except ValueError as error:
@@ -467,21 +431,6 @@ def main(arguments: list[str] | None = None) -> None:
         write_text(args.out, "".join(lines))
 
 
-FLAGS = {  # of `Options`, and what --help says of them
-    "max_new_tokens": "the most tokens of a completion",
-    "min_new_tokens": "no end token before that many",
-    "num_beams": "above 1: beam search",
-    "length_penalty": "of beam search: scores are divided by length to this power",
-    "top_k": "draw from the k likeliest tokens; 0: from all",
-    "top_p": "draw from the likeliest tokens that together have probability p",
-    "repetition_penalty": "for tokens that occurred, in the prompt or after; 1: none",
-    "no_repeat_ngram_size": "no n tokens in a row twice; 0: any may",
-    "num_samples": "lines of --out for each prompt, numbered by `sample`; with beams, the best so many of them",
-    "batch_size": "rows at a time; each beam is one",
-    "seed": "of drawing",
-}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser("python -m minift.generate", description="Completes prompts.")
     add = parser.add_argument
@@ -489,9 +438,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", required=True, help='JSONL: {"prompt": …}, or {"instruction": …, "input": …} for the template')
     add("--out", help="JSONL: the same lines with `completion` and `token_ids` (stdout if left out)")
     add("--template", default="course", help="course, alpaca, dialogue, none, or a file (%(default)s)")
-    for name, about in FLAGS.items():
-        default = getattr(Options(), name)
-        add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{about} ({default})")
+    for each in fields(Options):
+        if about := each.metadata.get("about"):
+            flag = f"--{each.name.replace('_', '-')}"
+            add(flag, type=type(each.default), default=each.default, help=f"{about} ({each.default})")
     add("--early-stopping", choices=("true", "false", "never"), default="false", help="of beam search (%(default)s)")
     add("--temperature", type=float, help="0 is greedy, above 0 tokens are drawn (0, or 1 where --top-k, --top-p or "
         "--num-samples without beams ask for drawing)")  # fmt: skip

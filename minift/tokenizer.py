@@ -141,8 +141,7 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
         if "tokenizer.json" in files:
             backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
         else:
-            backend = _byte_level_bpe(directory, bool(settings.get("add_prefix_space")))
-            _add_listed_tokens(backend, directory, settings, files, set(named.values()))
+            backend = _byte_level_bpe(directory, settings, set(named.values()))
     except UserError:
         raise
     except Exception as error:  # tokenizers raises bare Exceptions
@@ -158,9 +157,9 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     # Without the flag "special", text that spells the token would become it whatever `encode_special_tokens` says.
-    listed = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    unlisted = set(named.values()) - listed
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in sorted(unlisted)])
+    flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    unflagged = sorted(set(named.values()) - flagged)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unflagged])
     backend.encode_special_tokens = True
 
     bos_token_id = None
@@ -188,22 +187,23 @@ def _read_files(directory: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The tokenizer's own files, and what they and config.json say of special tokens."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory, expected one with a tokenizer's files")
-    files = {name: Path(directory, name).read_bytes() for name in FILES if Path(directory, name).is_file()}
+    files = {name: (directory / name).read_bytes() for name in FILES if (directory / name).is_file()}
+    default = {}
     if "tokenizer.json" not in files:
         if "vocab.json" not in files or "merges.txt" not in files:
             raise UserError(f"{directory}: no tokenizer here, expected tokenizer.json, or vocab.json and merges.txt")
-        files.setdefault("tokenizer_config.json", json.dumps(OPT_SETTINGS, indent=2).encode())
+        default = OPT_SETTINGS
+        files.setdefault("tokenizer_config.json", json.dumps(default, indent=2).encode())
 
-    config_file = Path(directory, "config.json")
-    model_config = _read_object(directory, "config.json", config_file.read_bytes() if config_file.is_file() else b"{}")
-    settings = _read_object(directory, "tokenizer_config.json", files.get("tokenizer_config.json", b"{}"))
-    token_map = _read_object(directory, "special_tokens_map.json", files.get("special_tokens_map.json", b"{}"))
+    settings = _read_object(directory / "tokenizer_config.json", default)
+    token_map = _read_object(directory / "special_tokens_map.json")
     # The reference's precedence: the map is the older format, which `added_tokens_decoder` replaced.
-    settings = {**token_map, **settings} if "added_tokens_decoder" in settings else {**settings, **token_map}
-    return files, {"eos_token_id": model_config.get("eos_token_id"), **settings}
+    settings = token_map | settings if "added_tokens_decoder" in settings else settings | token_map
+    return files, {"eos_token_id": _read_object(directory / "config.json").get("eos_token_id")} | settings
 
 
-def _byte_level_bpe(directory: Path, add_prefix_space: bool) -> tokenizers.Tokenizer:
+def _byte_level_bpe(directory: Path, settings: dict[str, Any], named: set[str]) -> tokenizers.Tokenizer:
+    """From vocab.json and merges.txt, and from where a tokenizer that was extended lists its tokens beyond these."""
     model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
     lost = [symbol for symbol in pre_tokenizers.ByteLevel.alphabet() if model.token_to_id(symbol) is None]
     if lost:
@@ -212,27 +212,21 @@ def _byte_level_bpe(directory: Path, add_prefix_space: bool) -> tokenizers.Token
             "expected a byte-level BPE vocabulary as OPT's or GPT-2's"
         )
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space")))
     backend.decoder = decoders.ByteLevel()
-    return backend
 
-
-def _add_listed_tokens(
-    backend: tokenizers.Tokenizer, directory: Path, settings: dict[str, Any], files: dict[str, bytes], named: set[str]
-) -> None:
-    """Tokens beyond vocab.json, which a tokenizer that was extended lists in one of two places."""
     if "added_tokens_decoder" in settings:
-        listed = {int(token_id): AddedToken(**token) for token_id, token in settings["added_tokens_decoder"].items()}
+        added = {int(token_id): AddedToken(**token) for token_id, token in settings["added_tokens_decoder"].items()}
     else:
-        added = _read_object(directory, "added_tokens.json", files.get("added_tokens.json", b"{}"))
-        listed = {
+        added = {
             token_id: AddedToken(token, special=token in named, normalized=token not in named)
-            for token, token_id in added.items()
+            for token, token_id in _read_object(directory / "added_tokens.json").items()
         }
-    for token_id, token in sorted(listed.items()):
+    for token_id, token in sorted(added.items()):
         backend.add_tokens([token])
         if backend.token_to_id(token.content) != token_id:
             raise UserError(f"{directory}: the added token {token.content!r} can't have id {token_id}: ids have a gap")
+    return backend
 
 
 def _bos_of_post_processor(backend: tokenizers.Tokenizer, directory: Path) -> int | None:
@@ -248,13 +242,16 @@ def _bos_of_post_processor(backend: tokenizers.Tokenizer, directory: Path) -> in
     )
 
 
-def _read_object(directory: Path, name: str, content: bytes) -> dict[str, Any]:
+def _read_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A file's JSON object; the default, or an empty one, where there is no file."""
+    if not path.is_file():
+        return default or {}
     try:
-        value = json.loads(content)
+        value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{directory / name}: not valid JSON: {error}") from None
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{directory / name}: expected a JSON object")
+        raise UserError(f"{path}: expected a JSON object")
     return value
 
 

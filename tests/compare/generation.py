@@ -253,7 +253,7 @@ def watched_searches(
     finished: dict[int, list[list[list[int]]]] = {}
     advance = Search.advance
 
-    def look_on(search: Search, *arguments: Any) -> tuple[list[int], bool]:
+    def look_on(search: Search, *arguments: Any) -> list[int]:
         answer = advance(search, *arguments)
         new = slice(len(prompts[search.prompt]), None)
         beams.setdefault(search.prompt, []).append([ids[new] for ids in search.beams])
