@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from minift.batching import PairBatch, Sampler, collate_rankings
-from minift.checkpoint import open_run, versions
+from minift.checkpoint import open_run, recorded_commits, versions
 from minift.config import describe, length_limit, parse, to_dict
 from minift.cost import announce
 from minift.datasets import PAIR_KINDS, fingerprint, load_rows, split
 from minift.encode import Ranking, encode_rankings, group_by_chosen, responses_of
 from minift.errors import UserError, run_command
 from minift.files import write_text
-from minift.hub import commit_of, data_files
+from minift.hub import at_commit, commit_of, data_files
 from minift.lora import add_lora, merge, num_adapter_parameters, save_adapters, unmerge
 from minift.losses import bradley_terry, completion_cross_entropy
 from minift.model import set_dropout
@@ -40,7 +40,9 @@ def main() -> None:
     device = pick_device(config.device)
 
     # 1. A language model's body under a fresh head of one output, and its tokenizer.
-    source = resolve(config.model, config.revision)
+    # A run that goes on does so with what it began with: the hub's branches may have moved on since.
+    began = recorded_commits(Path(config.out), to_dict(config, "rm")) if config.resume else {}
+    source = resolve(config.model, began.get("weights") or config.revision)
     tokenizer = load_tokenizer(source)
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     model = new_reward_model(source, dtype=dtype, seed=config.seed).to(device)
@@ -56,11 +58,13 @@ def main() -> None:
         print(f"LoRA: {num_adapter_parameters(model):,} parameters to train, and the head")
 
     # 2. Pairs to learn from, and pairs held out.
-    rows = load_rows(config.data, PAIR_KINDS)
+    files = {"data": config.data} | ({"eval_data": config.eval_data} if config.eval_data else {})
+    files = {name: at_commit(file, began.get(name)) for name, file in files.items()}
+    rows = load_rows(files["data"], PAIR_KINDS)
     train_indices, eval_indices = split(len(rows), config.eval_fraction, config.seed)
     train_rows, eval_rows = [rows[i] for i in train_indices], [rows[i] for i in eval_indices]
     if config.eval_data:
-        eval_rows = load_rows(config.eval_data, PAIR_KINDS)
+        eval_rows = load_rows(files["eval_data"], PAIR_KINDS)
 
     # 3. Text becomes ids: the prompt with each of its responses, best first, each closed by the end token.
     options = {
@@ -129,9 +133,8 @@ def main() -> None:
         return [[next(rewards) for _ in ranking.responses] for ranking in held_out]
 
     # 6. Train.
-    files = {"data": config.data, "eval_data": config.eval_data}
-    fingerprints = {name: fingerprint(file) for name, file in files.items() if file}
-    commits = {name: commit_of(data_files(file)[0]) for name, file in files.items() if file}
+    fingerprints = {name: fingerprint(file) for name, file in files.items()}
+    commits = {name: commit_of(data_files(file)[0]) for name, file in files.items()}
     record = {
         "task": "rm",
         "values": to_dict(config, "rm"),

@@ -8,14 +8,14 @@ import torch
 
 from minift.answers import answer, bleu_by_kind, questions
 from minift.batching import Batch, Sampler, collate
-from minift.checkpoint import open_run, versions
+from minift.checkpoint import open_run, recorded_commits, versions
 from minift.config import describe, length_limit, parse, to_dict
 from minift.cost import announce
 from minift.datasets import drop_rows_with_input, fingerprint, load_rows, split
 from minift.encode import encode_rows
 from minift.errors import UserError, run_command
 from minift.files import write_text
-from minift.hub import commit_of, data_files
+from minift.hub import at_commit, commit_of, data_files
 from minift.lora import add_lora, merge, num_adapter_parameters, save_adapters, unmerge
 from minift.losses import completion_cross_entropy
 from minift.model import set_dropout
@@ -37,7 +37,9 @@ def main() -> None:
     device = pick_device(config.device)
 
     # 1. A pre-trained model and its tokenizer.
-    source = resolve(config.model, config.revision)
+    # A run that goes on does so with what it began with: the hub's branches may have moved on since.
+    began = recorded_commits(Path(config.out), to_dict(config, "sft")) if config.resume else {}
+    source = resolve(config.model, began.get("weights") or config.revision)
     tokenizer = load_tokenizer(source)
     model = load_model(source, dtype=torch.float64 if config.dtype == "float64" else torch.float32).to(device)
     check_fits(tokenizer, model.config.vocab_size, config.model)
@@ -52,14 +54,17 @@ def main() -> None:
         print(f"LoRA: {num_adapter_parameters(model):,} parameters to train")
 
     # 2. Rows to learn from, and rows held out.
+    files = {"data": config.data} | ({"eval_data": config.eval_data} if config.eval_data else {})
+    files = {name: at_commit(file, began.get(name)) for name, file in files.items()}
+
     def read(path: str):
         return drop_rows_with_input(load_rows(path)) if config.no_input_only else load_rows(path)
 
-    rows = read(config.data)
+    rows = read(files["data"])
     train_indices, eval_indices = split(len(rows), config.eval_fraction, config.seed)
     train_rows, eval_rows = [rows[i] for i in train_indices], [rows[i] for i in eval_indices]
     if config.eval_data:
-        eval_rows = read(config.eval_data)
+        eval_rows = read(files["eval_data"])
 
     # 3. Text becomes ids and labels: the completion and its end token are supervised, the prompt is not.
     template = load_template(config.template)
@@ -115,9 +120,8 @@ def main() -> None:
     )
 
     # 6. Train.
-    files = {"data": config.data, "eval_data": config.eval_data}
-    fingerprints = {name: fingerprint(file) for name, file in files.items() if file}
-    commits = {name: commit_of(data_files(file)[0]) for name, file in files.items() if file}
+    fingerprints = {name: fingerprint(file) for name, file in files.items()}
+    commits = {name: commit_of(data_files(file)[0]) for name, file in files.items()}
     record = {
         "task": "sft",
         "values": to_dict(config, "sft"),

@@ -68,6 +68,20 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path:
     return folder
 
 
+def recorded_commits(folder: Path, values: dict[str, Any]) -> dict[str, str | None]:
+    """The commits of a run's `data`, `eval_data` and `weights`, of those that the resolved `values` still name.
+
+    None if run.json is not there or is damaged, which `open_run` tells.
+    """
+    try:
+        recorded = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        flags = {name: "model" if name == "weights" else name for name in recorded["commits"]}
+        same = [name for name, flag in flags.items() if recorded["values"][flag] == values[flag]]
+        return {name: recorded["commits"][name] for name in same}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
 def versions() -> dict[str, str]:
     """Of Python and the packages that a run's numbers depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

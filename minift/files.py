@@ -30,6 +30,17 @@ def read_text(path: str | os.PathLike[str], expected: str, encoding: str = "utf-
         raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); convert it") from None
 
 
+def read_json(path: str | os.PathLike[str], expected: str) -> dict[str, Any]:
+    """The JSON object in a file. UserError as `read_text`, and for anything that is no JSON object."""
+    try:
+        value = json.loads(read_text(path, expected))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: expected a JSON object: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
 def json_lines(
     text: str, path: str | os.PathLike[str], expected: str = "one JSON object a line"
 ) -> Iterator[tuple[int, Any]]:

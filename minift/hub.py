@@ -24,11 +24,14 @@ from huggingface_hub.errors import (
 )
 
 from minift.errors import UserError
+from minift.files import write_text
 
 TIMEOUT = 10  # seconds for the hub's first answer, for which huggingface_hub by itself waits without end
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
-DATA_NAME = re.compile(rf"({NAME.pattern})(?:@([^:@]+))?(?::(\w+))?")  # owner/name@revision:split
+DATA_NAME = re.compile(rf"({NAME.pattern})(?:@([^:@]+))?(?::([\w./-]+))?")  # owner/name@revision:split
+# How the files of one split differ: -00000-of-00001 and a hash, and the suffix.
+SHARD = re.compile(r"([-_.]?\d+)?([-_.]of[-_.]\d+)?(-[0-9a-f]{16})?\.\w+$")
 SPLITS = {  # a word in a file's path → the split that it is of
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -57,7 +60,7 @@ def model_folder(model: str | Path, revision: str | None = None) -> Path:
     """
     folder = Path(model)
     if folder.is_dir():
-        if revision is not None:
+        if revision not in (None, commit_of(folder)):
             raise UserError(f"--revision {revision}: {model} is a folder, which has no revisions: leave the flag out")
         return folder
     if not NAME.fullmatch(str(model)) or folder.parent.is_dir():
@@ -73,8 +76,10 @@ def model_folder(model: str | Path, revision: str | None = None) -> Path:
 def data_files(data: str | Path) -> list[Path]:
     """The files of a data set in the order of their names: `data` itself, or those of `owner/name@revision:split`.
 
-    Revision and split may be left out: main, and train or, where no path names a split, all files. Raises UserError
-    when the repository has no files that minift reads, none of the split, or several kinds; and as `look_up` does.
+    Revision and split may be left out: main, and train or, where no path names a split, all files. A split is train,
+    validation or test, by whatever word for it the paths have, or a path without the shard's number and suffix. Raises
+    UserError when the repository has no files that minift reads, none of the split, or several that could be it; and as
+    `look_up` does.
     """
     path, parts = Path(data), DATA_NAME.fullmatch(str(data))
     if parts is None or path.exists() or path.suffix in DATA_SUFFIXES or path.parent.is_dir():
@@ -82,6 +87,14 @@ def data_files(data: str | Path) -> list[Path]:
     name, revision, split = parts.groups()
     repository = look_up(name, "dataset", revision)
     return fetch(repository, _files_of_split(repository, split))
+
+
+def at_commit(data: str, commit: str | None) -> str:
+    """A hub data set's name with `commit` as its revision; any other path, and without a commit, as it is."""
+    parts = DATA_NAME.fullmatch(data)
+    if commit is None or parts is None or Path(data).exists():
+        return data
+    return f"{parts[1]}@{commit}" + (f":{parts[3]}" if parts[3] else "")
 
 
 def commit_of(path: Path) -> str | None:
@@ -115,15 +128,22 @@ def look_up(name: str, kind: str, revision: str | None = None) -> Repository:
 def fetch(repository: Repository, names: Iterable[str]) -> list[Path]:
     """Where some of a repository's files lie in the cache, after a download with a progress bar of those it lacked.
 
-    A connection that breaks off is taken up again where it broke. Raises as `look_up`.
+    A connection that breaks off is taken up again where it broke; where the hub falls silent, huggingface_hub goes on
+    asking for about a minute. A process that is killed keeps its whole files and starts the current one again. Raises
+    as `look_up`.
     """
-    with _failures_named(repository.name, repository.kind, repository.revision):
-        paths = [
-            Path(hf_hub_download(repository.name, name, repo_type=repository.kind, revision=repository.commit))
-            for name in names
-        ]
-        if not constants.is_offline_mode():
-            _note(repository)  # last, so that files which did not all come are not found
+    paths = []
+    for name in names:
+        with _failures_named(repository.name, repository.kind, repository.revision, name):
+            path = hf_hub_download(repository.name, name, repo_type=repository.kind, revision=repository.commit)
+            paths.append(Path(path))
+    if not constants.is_offline_mode() and repository.revision != repository.commit:
+        # Which commit the branch is at, by which the cache is asked offline. Last: files that did not all come must not
+        # be found.
+        folder = f"{repository.kind}s--{repository.name.replace('/', '--')}"
+        note = Path(constants.HF_HUB_CACHE, folder, "refs", repository.revision or constants.DEFAULT_REVISION)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_text(note, repository.commit)
     return paths
 
 
@@ -133,14 +153,22 @@ def _files_of_split(repository: Repository, split: str | None) -> list[str]:
         for name in repository.files
         if name.endswith(DATA_SUFFIXES) and name not in NO_ROWS and not re.search(r"(^|/)[._]", name)
     ]
-    splits = {name: _split_of(name) for name in readable}
-    found = sorted(set(filter(None, splits.values())))
-    wanted = SPLITS.get(split, split) if split else "train" if found else None
-    files = [name for name in readable if splits[name] == wanted]
     if not readable:
         raise UserError(f"{repository}: no {', '.join(DATA_SUFFIXES)} file in it: convert one, and name the file")
-    if not files:
-        raise UserError(f"{repository}: no {wanted} split, expected {' or '.join(found) or 'none named'}")
+    paths = {name: SHARD.sub("", name) for name in readable}
+    splits = {name: _split_of(name) for name in readable}
+    found = sorted(set(filter(None, splits.values())))
+    if split in paths.values():
+        files = [name for name in readable if paths[name] == split]
+    else:
+        wanted = SPLITS.get(split, split) if split else "train" if found else None
+        files = [name for name in readable if splits[name] == wanted]
+        if not files:
+            raise UserError(f"{repository}: no {wanted} split, expected {' or '.join(found) or 'none named'}")
+        several = sorted({paths[name] for name in files})
+        if wanted and len(several) > 1:
+            choice = f"name one of them, as in {repository.name}:{several[0]}"
+            raise UserError(f"{repository}: several are a {wanted} split ({', '.join(several[:5])}): {choice}")
     if len({Path(name).suffix for name in files}) > 1:
         raise UserError(f"{repository}: files of several kinds ({', '.join(files[:5])}): download and name one of them")
     return files
@@ -151,36 +179,37 @@ def _split_of(path: str) -> str | None:
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), None)
 
 
-@cache
-def _note(repository: Repository) -> None:
-    """Have the cache note which commit the branch is at, by which it is found offline."""
-    HfApi().resolve_revision(repository.name, repo_type=repository.kind, revision=repository.revision)
-
-
 @contextmanager
-def _failures_named(name: str, kind: str, revision: str | None) -> Iterator[None]:
+def _failures_named(name: str, kind: str, revision: str | None, file: str | None = None) -> Iterator[None]:
     try:
         yield
     # RuntimeError is how hf_xet fails; the last three come of an answer that no hub would give, such as a log-in page.
     except (HTTPError, EntryNotFoundError, RevisionResolutionError, RuntimeError, ValueError, TypeError, KeyError) as e:
-        raise _told_apart(e, name, kind, revision) from None
+        raise _told_apart(e, name, kind, revision, file) from None
 
 
-def _told_apart(error: BaseException, name: str, kind: str, revision: str | None) -> UserError | ConnectionError:
-    """What huggingface_hub raised, as UserError for the user's mistakes and ConnectionError for the rest."""
+def _told_apart(
+    error: BaseException, name: str, kind: str, revision: str | None, file: str | None
+) -> UserError | ConnectionError:
+    """What huggingface_hub raised, as UserError for the user's mistakes and ConnectionError for the rest.
+
+    `file` is what was asked for after the repository had been found and listed.
+    """
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     at = f"revision {revision}" if revision else "main"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     token_refused = status == 401 and "Invalid credentials" in str(error)
     if isinstance(error, LocalEntryNotFoundError | RevisionResolutionError):
         if not constants.is_offline_mode():
-            return _told_apart(error.__cause__ or RuntimeError(error), name, kind, revision)
+            return _told_apart(error.__cause__ or RuntimeError(error), name, kind, revision, file)
         what = f"the cache in {constants.HF_HUB_CACHE} has no {kind} of that name at {at}"
         return UserError(f"{name}: {what}, and HF_HUB_OFFLINE is set: run once without it")
     if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, which is its base class
         return UserError(f"{name}: gated: accept its terms at {page}, then run `hf auth login`")
     if isinstance(error, RevisionNotFoundError):
         return UserError(f"{name}: no {at} on the hub, expected a branch, tag or commit of {page}")
+    if file and status in (401, 404) and not token_refused:
+        return UserError(f"{name}: {file} can't be had though the hub lists it ({status}): see {page}, or try again")
     if isinstance(error, HFValidationError) or (status in (401, 404) and not token_refused):
         what = f"no such file or folder here, and no {kind} of that name on the hub, or a private one"
         return UserError(f"{name}: {what}: check the name, or run `hf auth login`")

@@ -14,7 +14,7 @@ from minift.encode import UNSUPERVISED, Example, encode_rows
 from minift.errors import CommandParser, UserError, run_command, whole_number
 from minift.files import check_out, written_whole
 from minift.hub import model_folder
-from minift.prompts import TEMPLATES, load_template
+from minift.prompts import TEMPLATES, template_of
 from minift.tokenizer import Tokenizer, check_fits, load_tokenizer
 
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     examples, kept, report = encode_rows(
         load_rows(args.data),
         tokenizer,
-        load_template(args.template),
+        template_of(args.template, folder, "course"),
         max_length=args.max_length,
         positions=config.get("max_position_embeddings"),
         response_template=args.response_template,
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser("python -m minift.preview", description=about)
     parser.add_argument("--model", required=True, help="a model's directory or hub id; its weights are not read")
     parser.add_argument("--data", required=True, help="rows: a JSON, JSONL or parquet file, or a hub data set")
-    parser.add_argument("--template", default="course", help=f"one of {', '.join(TEMPLATES)}, or a file")
+    parser.add_argument("--template", help=f"one of {', '.join(TEMPLATES)}, or a file (the run's own, or course)")
     parser.add_argument("--response-template", help="what the response follows in rows of text (the template's own)")
     parser.add_argument(
         "--max-length", type=whole_number(1), help="tokens kept of a row (all, up to the model's positions)"

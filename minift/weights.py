@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minift.errors import UserError
-from minift.files import read_text, write_text, written_whole
+from minift.files import read_json, write_text, written_whole
 from minift.hub import fetch, look_up, model_folder
 from minift.model import OPT, OPTConfig, RewardModel
 
@@ -25,8 +27,12 @@ LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 EMBEDDING = "decoder.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SCORE = "score.weight"
+CONFIG = "an OPT's config.json"
 REWARD_ARCHITECTURE = "OPTForSequenceClassification"
 HARMLESS = 2**24  # so many weights get their memory, and the modules around them, before any file is read
+CALLS = {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"}  # the pickle's operations that name a function
+MAKES_TENSORS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
+LONGEST_NAME = 200  # of a shard's file
 STRAY = {"decoder.version"}  # fairseq's file version, which the first conversions carried along
 
 
@@ -60,7 +66,7 @@ def load_model(model: str | Path, *, dtype: torch.dtype = torch.float32, revisio
     """
     folder = resolve(model, revision)
     path = folder / "config.json"
-    if REWARD_ARCHITECTURE in str(_read_json(path).get("architectures")):
+    if REWARD_ARCHITECTURE in str(read_json(path, CONFIG).get("architectures")):
         raise UserError(f"{path}: this is a reward model ({REWARD_ARCHITECTURE}), expected a language model")
     return _load(OPT, folder, dtype)
 
@@ -92,7 +98,7 @@ def new_reward_model(
 
 def read_config(path: Path) -> OPTConfig:
     """Read an OPT's config.json; UserError if it is absent, malformed, or some other kind of model's."""
-    values = _read_json(path)
+    values = read_json(path, CONFIG)
     try:
         return OPTConfig.from_dict(values)
     except ValueError as error:
@@ -150,14 +156,15 @@ def fingerprint(model: str | Path, revision: str | None = None) -> str:
 
 def _shard_names(index: Path) -> list[str]:
     """The files that an index names, sorted."""
-    shard_of = _read_json(index).get("weight_map")
+    shard_of = read_json(index, "which file holds which weight").get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise UserError(f"{index}: expected a weight_map from weights to files")
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     for shard in shard_of.values():
         # Nothing but a file of the same kind in this very folder: an index is as untrusted as the weights.
-        if not isinstance(shard, str) or "/" in shard or "\\" in shard or not shard.endswith(suffix):
-            raise UserError(f"{index}: weight_map names {shard!r}, expected a {suffix} file in the same folder")
+        plain = isinstance(shard, str) and len(shard) < LONGEST_NAME and not {"/", "\\", "\0"} & {*shard}
+        if not plain or not shard.endswith(suffix):
+            raise UserError(f"{index}: weight_map names {shard!r:.200}, expected a {suffix} file in the same folder")
     return sorted(set(shard_of.values()))
 
 
@@ -194,7 +201,7 @@ def _read_state(
                 continue
             if name not in shapes or name in state:
                 unexpected.append(full_name)
-            elif tensor.shape != shapes[name] or not _is_plain(tensor):
+            elif tensor.shape != shapes[name] or not tensor.is_floating_point():
                 misshapen[name] = f"{full_name} {tensor.dtype} {[*tensor.shape]} for {[*shapes[name]]}"
             else:
                 # A pickle can spread one number over any shape. The head may share the embedding's bytes.
@@ -225,10 +232,6 @@ def _read_state(
     return state
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
-
-
 def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of one file, as views of it wherever it can be mapped. UserError when the file is damaged."""
     if path.suffix == ".safetensors":
@@ -248,13 +251,12 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
+        _check_pickle(path)
         with warnings.catch_warnings(action="ignore"):  # torch's own, about a pickle it then refuses
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except MemoryError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # a damaged pickle fails in whatever way its bytes say
-        if "Unsupported" in str(error):
-            raise UserError(f"{path}: holds more than weights and was not run, expected a plain state dict") from None
         raise UserError(
             f"{path}: unreadable, truncated or damaged: download or copy it again ({type(error).__name__})"
         ) from None
@@ -264,11 +266,21 @@ def _read_pickle(path: Path) -> Iterator[tuple[str, Tensor]]:
     yield from tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(read_text(path, "a model's folder to hold it"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
+def _check_pickle(path: Path) -> None:
+    """Refuse a pickle that calls anything but what makes tensors, before any of it runs.
+
+    torch's `weights_only` runs a few calls more, with which a small file can take any amount of memory. A zip holds one
+    pickle, not compressed; files from before torch 1.6 begin with five, the fourth of which is the state dict.
+    """
+    with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else path.open("rb") as file:
+        if isinstance(file, zipfile.ZipFile):
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                raise UserError(f"{path}: a compressed archive, expected weights as torch.save writes them")
+            pickles = [file.open(name) for name in file.namelist() if name.endswith("/data.pkl")]
+        else:
+            pickles = [file] * 5
+        for pickled in pickles:
+            for operation, name, _ in pickletools.genops(pickled):
+                makes_storage = isinstance(name, str) and re.fullmatch(r"torch \w+Storage", name)
+                if operation.name in CALLS and not makes_storage and name not in MAKES_TENSORS:
+                    raise UserError(f"{path}: holds more than weights and was not run, expected a plain state dict")

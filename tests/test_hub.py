@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,6 @@ def start_afresh() -> None:
     """Forget what this process keeps, as a new one would."""
     utils.close_session()
     look_up.cache_clear()
-    minift.hub._note.cache_clear()
 
 
 def go_offline(monkeypatch) -> None:
@@ -171,16 +171,39 @@ def test_a_hub_that_never_answers(hub, monkeypatch):
     assert len(hub.requests) == 1, "tried again and again"
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
+@pytest.mark.parametrize("status", [500, 503, 429, 408])
 def test_a_hub_that_is_out_of_order(hub, status):
     hub.status = status
     assert str(status) in refused(resolve, MODEL, error=ConnectionError)
     assert len(hub.requests) == 1, "tried again and again"
 
 
-def test_something_else_answers(hub):
+def test_something_else_answers(hub, monkeypatch):
     hub.log_in_page = True
     assert "no proper answer" in refused(resolve, MODEL, error=ConnectionError)
+    monkeypatch.setattr(minift.hub.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha="main", siblings=[]))
+    assert "no commit in its answer: main" in refused(resolve, MODEL, error=ConnectionError)
+
+
+def test_files_that_fail_after_the_listing(hub, tmp_path, monkeypatch):
+    hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin"))
+    files = hub.repositories[MODEL].commits[hub.repositories[MODEL].branches["main"]]
+
+    def lose(path: str) -> None:
+        if "/resolve/" in path:
+            files.pop("config.json", None)
+
+    hub.before_answer = lose
+    message = refused(resolve, MODEL)
+    assert f"{MODEL}: config.json can't be had though the hub lists it (404)" in message
+    hub.before_answer = lambda path: None
+    hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin"))
+
+    def fail(*_, **__):
+        raise RuntimeError("Data processing error")
+
+    monkeypatch.setattr(minift.hub, "hf_hub_download", fail)  # as hf_xet does
+    assert "Data processing error" in refused(resolve, MODEL, error=ConnectionError)
 
 
 def test_what_is_not_there_or_not_for_everyone(hub, tmp_path):
@@ -269,6 +292,17 @@ def test_a_run_that_was_stopped_keeps_the_files_it_has(hub, tmp_path, monkeypatc
     assert hub.downloads() == ["pytorch_model-00002-of-00003.bin", "pytorch_model-00003-of-00003.bin"]
 
 
+def test_a_branch_that_moves_while_its_files_come(hub, tmp_path, monkeypatch):
+    """What was found first is what is fetched, and what is found offline."""
+    first = hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin"))
+    other = model_files(tmp_path / "other", "pytorch_model.bin", seed=1)
+    hub.before_answer = lambda path: hub.add(MODEL, other) if "/resolve/" in path else None
+    assert resolve(MODEL).name == first
+    go_offline(monkeypatch)
+    assert resolve(MODEL).name == first
+    assert_holds(load_model(MODEL), hub_state())
+
+
 def test_offline_after_online(hub, tmp_path, monkeypatch):
     commit = hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin.index.json"))
     online = resolve(MODEL)
@@ -333,7 +367,7 @@ def test_json_as_code_alpaca_has_it(hub):
     [path] = data_files("sahil2801/CodeAlpaca-20k")
     assert path.name == "code_alpaca_20k.json" and commit_of(path) == commit
     assert fingerprint("sahil2801/CodeAlpaca-20k") == fingerprint(path)
-    assert len([request for request in hub.requests if "GET /api/" in request]) == 2, "looked up more than once"
+    assert len([request for request in hub.requests if "GET /api/" in request]) == 1, "looked up more than once"
 
 
 def test_parquet_as_synthetic_instruct_has_it(hub):
@@ -361,6 +395,10 @@ def test_splits_and_shards(hub):
     assert load_rows(f"{DATA}:dev", PAIR_KINDS) == pairs("e")
     hub.add(f"datasets/{DATA}", {"en/train.json": b"{}", "training/test/held.json": b'{"text": "x"}'}, "v2")
     assert load_rows(f"{DATA}@v2:test") == [{"text": "x"}]
+    parts = {f"data/train_{name}-0000{n}-of-00002.json": b'{"text": "%d"}' % n for n in (0, 1) for name in ("a", "b")}
+    hub.add(f"datasets/{DATA}", parts | {"eval/prompts-1.jsonl": b"", "rows/all.json": b'{"text": "y"}'}, "v3")
+    assert load_rows(f"{DATA}@v3:data/train_b") == [{"text": "0"}, {"text": "1"}]
+    assert load_rows(f"{DATA}@v3:rows/all") == [{"text": "y"}]
 
 
 def test_a_data_set_s_revision_is_pinned(hub):
@@ -383,6 +421,8 @@ def test_a_data_set_s_revision_is_pinned(hub):
         ({"train.json": b""}, ":test", "no test split, expected train"),
         ({"rows.json": b""}, ":test", "no test split, expected none named"),
         ({"train.json": b"", "train.parquet": b""}, "", "files of several kinds (train.json, train.parquet)"),
+        ({"a/train-00000-of-00001.json": b"", "b/train.json": b""}, "", "train split (a/train, b/train): name one of"),
+        ({"train_sft-0.json": b"", "train_gen-0.json": b""}, ":train", f"as in {DATA}:train_gen"),
         ({"train.json": b'{"instruction": "a"}'}, "", "train.json:1: field 'output' is missing"),
     ],
 )
@@ -468,3 +508,17 @@ def test_training_from_the_hub_equals_training_from_a_folder(hub, tmp_path, monk
     assert records[1]["commits"] == {"data": data_commit, "weights": commit}
     assert records[0]["fingerprints"]["data"] == records[1]["fingerprints"]["data"]
     assert hub.downloads() == [f"pytorch_model-0000{n}-of-00003.bin" for n in (1, 2, 3)]
+
+    # Taken up again when both branches have moved on, the run goes on with what it began with, and says so.
+    hub.add(MODEL, files | {"model.safetensors": b""})
+    hub.add(f"datasets/{DATA}", {"train.jsonl": b'{"instruction": "other", "output": "rows"}'})
+    start_afresh()
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *flags, "--resume"])
+    train_sft.main()
+    assert json.loads((out / "run.json").read_text())["commits"] == records[1]["commits"]
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *flags, "--resume", "--data", f"{DATA}@{data_commit}"])
+    with pytest.raises(UserError, match="--data was"):
+        train_sft.main()
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *flags, "--resume", "--model", "someone/else"])
+    with pytest.raises(UserError, match="someone/else: no such"):
+        train_sft.main()

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,7 +228,7 @@ def test_loading_shards_takes_the_model_once_and_a_shard(tmp_path):
     assert done.returncode == 0, done.stderr
     ratios = [float(line) for line in done.stdout.split()]
     # 1 for the model, and the mapped pages of one or two shards of seven; with all of them it would be 2.
-    assert len(ratios) == 2 and all(1 < ratio < 1.6 for ratio in ratios), ratios
+    assert len(ratios) == 2 and all(1 < ratio < 1.45 for ratio in ratios), ratios
 
 
 # The hub's configs: hidden size (a quarter of the feed-forward's), layers, heads, embedding width, LayerNorm before.
@@ -286,8 +287,9 @@ def test_folders_that_are_no_model(tmp_path):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("", "not valid JSON"),
-        ('{"hidden_size": 16', "not valid JSON"),
+        ("", "expected a JSON object"),
+        ('{"hidden_size": 16', "expected a JSON object"),
+        ("[" * 200_000, "expected a JSON object"),
         (b"\xff\xfe{}", "not UTF-8 text"),
         ("[]", "expected a JSON object"),
         ('{"hidden_size": "16"}', "hidden_size"),
@@ -379,7 +381,7 @@ def test_one_number_spread_over_the_shapes_of_a_large_model(tmp_path):
 def test_tensors_without_numbers_of_their_own(tmp_path, odd):
     write_config(tmp_path)
     torch.save(hub_state() | {FC1: odd}, tmp_path / "pytorch_model.bin")
-    assert_refused(tmp_path, "1 misshapen")
+    assert_refused(tmp_path, "holds more than weights")
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "older pickle"])
@@ -409,6 +411,42 @@ def test_no_code_in_a_checkpoint_runs(tmp_path):
     assert not (tmp_path / "it ran").exists()
 
 
+@pytest.mark.parametrize("new_format", [True, False])
+def test_no_call_in_a_checkpoint_takes_memory(tmp_path, new_format):
+    """torch's own `weights_only` makes a bytearray of any size that a file of a few bytes asks for."""
+
+    class Hoard:
+        def __reduce__(self):
+            return bytearray, (10**13,)
+
+    write_config(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(hub_state() | {"hoard": Hoard()}, path, _use_new_zipfile_serialization=new_format)
+    assert_refused(tmp_path, str(path), "holds more than weights")
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path):
+    write_config(tmp_path)
+    plain, path = tmp_path / "plain.bin", tmp_path / "pytorch_model.bin"
+    torch.save(hub_state(), plain)
+    with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as compressed:
+        for name in archive.namelist():
+            compressed.writestr(name, archive.read(name))
+    assert_refused(tmp_path, str(path), "a compressed archive")
+
+
+def test_memory_that_ran_out_is_not_the_files_fault(tmp_path, monkeypatch):
+    write_config(tmp_path)
+    write_weights(tmp_path, "pytorch_model.bin", hub_state())
+
+    def load(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        load_model(tmp_path)
+
+
 @pytest.mark.parametrize("held", [[torch.ones(2)], {"state_dict": hub_state()}, {"step": 3}, {3: torch.ones(2)}])
 def test_a_pickle_that_is_no_state_dict(tmp_path, held):
     write_config(tmp_path)
@@ -417,7 +455,9 @@ def test_a_pickle_that_is_no_state_dict(tmp_path, held):
 
 
 @pytest.mark.parametrize(
-    "shard", ["../outside.safetensors", "/etc/outside.safetensors", "a\\b.safetensors", "..", "weights.bin", 3, None]
+    "shard",
+    ["../outside.safetensors", "/etc/outside.safetensors", "a\\b.safetensors", "..", "weights.bin", 3, None]
+    + ["a" * 5000 + ".safetensors", "a\0.safetensors"],
 )
 def test_an_index_that_leads_outside(tmp_path, shard):
     folder = tmp_path / "model"
@@ -425,7 +465,7 @@ def test_an_index_that_leads_outside(tmp_path, shard):
     save_file(hub_state(), tmp_path / "outside.safetensors")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": dict.fromkeys(hub_state(), shard)}))
-    assert_refused(folder, str(index), repr(shard), "in the same folder")
+    assert_refused(folder, str(index), repr(shard)[:200], "in the same folder")
 
 
 def test_broken_indexes(tmp_path):
@@ -435,7 +475,7 @@ def test_broken_indexes(tmp_path):
         index.write_text(text)
         assert_refused(tmp_path, str(index), "weight_map")
     index.write_text("{")
-    assert_refused(tmp_path, str(index), "not valid JSON")
+    assert_refused(tmp_path, str(index), "expected a JSON object")
     write_weights(tmp_path, index.name, hub_state())[1].unlink()
     assert_refused(tmp_path, "model-00002-of-00003.safetensors", "no such file", index.name)
 
