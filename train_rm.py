@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from minift.adapters import save_adapters
 from minift.batching import PairBatch, Sampler, collate_rankings
 from minift.checkpoint import open_run, recorded_commits, versions
 from minift.config import describe, length_limit, parse, to_dict
@@ -18,14 +19,14 @@ from minift.encode import Ranking, encode_rankings, group_by_chosen, responses_o
 from minift.errors import UserError, run_command
 from minift.files import write_text
 from minift.hub import at_commit, commit_of, data_files
-from minift.lora import add_lora, merge, num_adapter_parameters, save_adapters, unmerge
+from minift.lora import add_lora, merge, num_adapter_parameters, unmerge
 from minift.losses import bradley_terry, completion_cross_entropy
 from minift.model import set_dropout
 from minift.prompts import load_template
 from minift.report import write_report
 from minift.scoring import examine, score_rows, table
 from minift.tokenizer import Tokenizer, check_fits, load_tokenizer
-from minift.trainer import Task, pick_device, pick_dtype, train
+from minift.trainer import Task, pick_device, pick_dtype, train, weights_dtype
 from minift.weights import fingerprint as weights_fingerprint
 from minift.weights import new_reward_model, resolve, save_model
 
@@ -44,8 +45,7 @@ def main() -> None:
     began = recorded_commits(Path(config.out), to_dict(config, "rm")) if config.resume else {}
     source = resolve(config.model, began.get("weights") or config.revision)
     tokenizer = load_tokenizer(source)
-    dtype = torch.float64 if config.dtype == "float64" else torch.float32
-    model = new_reward_model(source, dtype=dtype, seed=config.seed).to(device)
+    model = new_reward_model(source, dtype=weights_dtype(config), seed=config.seed).to(device)
     check_fits(tokenizer, model.config.vocab_size, config.model)
     if config.dropout is not None:
         set_dropout(model, config.dropout)
@@ -54,7 +54,7 @@ def main() -> None:
         try:
             add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
         except ValueError as error:
-            raise UserError(f"--lora-targets: {error}") from None
+            raise UserError(f"--lora-{error}") from None
         print(f"LoRA: {num_adapter_parameters(model):,} parameters to train, and the head")
 
     # 2. Pairs to learn from, and pairs held out.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from minift.adapters import save_adapters
 from minift.answers import answer, bleu_by_kind, questions
 from minift.batching import Batch, Sampler, collate
 from minift.checkpoint import open_run, recorded_commits, versions
@@ -16,14 +17,14 @@ from minift.encode import encode_rows
 from minift.errors import UserError, run_command
 from minift.files import write_text
 from minift.hub import at_commit, commit_of, data_files
-from minift.lora import add_lora, merge, num_adapter_parameters, save_adapters, unmerge
+from minift.lora import add_lora, merge, num_adapter_parameters, unmerge
 from minift.losses import completion_cross_entropy
 from minift.model import set_dropout
 from minift.preview import safe, show
 from minift.prompts import load_template
 from minift.report import write_report
 from minift.tokenizer import check_fits, load_tokenizer
-from minift.trainer import Task, pick_device, pick_dtype, train
+from minift.trainer import Task, pick_device, pick_dtype, train, weights_dtype
 from minift.weights import fingerprint as weights_fingerprint
 from minift.weights import load_model, resolve, save_model
 
@@ -41,7 +42,7 @@ def main() -> None:
     began = recorded_commits(Path(config.out), to_dict(config, "sft")) if config.resume else {}
     source = resolve(config.model, began.get("weights") or config.revision)
     tokenizer = load_tokenizer(source)
-    model = load_model(source, dtype=torch.float64 if config.dtype == "float64" else torch.float32).to(device)
+    model = load_model(source, dtype=weights_dtype(config)).to(device)
     check_fits(tokenizer, model.config.vocab_size, config.model)
     if config.dropout is not None:
         set_dropout(model, config.dropout)
@@ -50,7 +51,7 @@ def main() -> None:
         try:
             add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
         except ValueError as error:
-            raise UserError(f"--lora-targets: {error}") from None
+            raise UserError(f"--lora-{error}") from None
         print(f"LoRA: {num_adapter_parameters(model):,} parameters to train")
 
     # 2. Rows to learn from, and rows held out.

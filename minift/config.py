@@ -110,6 +110,8 @@ class Config:
     lora_rank: int = _flag(0, _whole(0), "0 trains all weights")
     lora_alpha: float = _flag(8.0, ABOVE_ZERO, "the adapter's output is scaled by alpha / rank")
     lora_dropout: float = _flag(0.0, SHARE, "on the adapter's input")
+    base_dtype: str = _flag("float32", _choice("float32", "float16", "bfloat16"), "of the weights that adapters leave "
+                            "frozen, and of arithmetic with them")
     lora_targets: tuple[str, ...] = _flag(("q_proj", "v_proj"), NAMES, "names of the linears that get an adapter")
 
     # What is written down, and when
@@ -267,6 +269,10 @@ def parse(task: str, argv: list[str] | None = None) -> Config:
     if "eval_fraction" in given:
         recipe.pop("eval_data", None)
     values = defaults | recipe | given
+    if values["base_dtype"] != "float32" and not values["lora_rank"]:
+        raise UserError(f"--base-dtype {values['base_dtype']}: only frozen weights can be so coarse: give --lora-rank")
+    if values["base_dtype"] != "float32" and values["dtype"] == "float64":
+        raise UserError(f"--base-dtype {values['base_dtype']}: --dtype float64 takes weights of its own: leave it out")
     sources = {name: "flag" if name in given else "recipe" if name in recipe else "default" for name in values}
     if values["eval_data"] is not None:
         values["eval_fraction"], sources["eval_fraction"] = 0.0, sources["eval_data"]

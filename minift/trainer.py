@@ -57,6 +57,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def weights_dtype(config: Config) -> torch.dtype:
+    """The dtype in which the weights are loaded: the arithmetic's if it is float64, else that of the frozen base."""
+    return torch.float64 if config.dtype == "float64" else getattr(torch, config.base_dtype)
+
+
 def train(task: Task, config: Config, folder: Path) -> None:
     """Train `task.model` where it is for `task.total_steps` optimiser steps; leave metrics and checkpoints in `folder`.
 

@@ -13,7 +13,7 @@ from minift.errors import UserError
 
 BOTH = """recipe model revision data eval-data out template epochs max-steps batch-size grad-accum lr schedule
     warmup-steps weight-decay max-grad-norm max-length dropout eval-fraction eval-every save-every log-every seed device
-    dtype lora-rank lora-alpha lora-dropout lora-targets resume order""".split()
+    dtype base-dtype lora-rank lora-alpha lora-dropout lora-targets resume order""".split()
 ONLY = {
     "sft": ["response-template", "no-input-only", "bleu-samples", "supervise"],
     "rm": ["margin-field", "center-rewards", "group-prompts", "lm-weight", "shuffle-labels"],
@@ -263,3 +263,9 @@ def test_the_control_is_about_labels_alone():
     assert (config.lm_weight, config.group_prompts, config.max_steps) == (0.0, False, 400)
     assert parse("rm", ["--shuffle-labels", "--lm-weight", "0.5"]).lm_weight == 0.5
     assert parse("rm", []).lm_weight > 0 and parse("rm", []).group_prompts
+
+
+def test_only_what_adapters_freeze_may_be_in_half_precision():
+    assert "--lora-rank" in refusal(["--base-dtype", "float16"])
+    assert "--dtype float64" in refusal(["--base-dtype", "float16", "--lora-rank", "4", "--dtype", "float64"])
+    assert parse("rm", ["--base-dtype", "bfloat16", "--recipe", "course"]).base_dtype == "bfloat16"

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from minift.batching import collate
-from minift.datasets import drop_rows_with_input, load_rows
+from minift.datasets import PAIR_KINDS, drop_rows_with_input, load_rows
 from minift.encode import encode_rankings, encode_rows
 from minift.prompts import load_template
 from minift.scoring import score_rows
@@ -116,7 +116,7 @@ def test_steps_of_the_reward_models_course(opt_350m, real_data):
     pairs = real_data / "davinci_pairs.jsonl"
     tokenizer = load_tokenizer(opt_350m)
     options = {"max_length": 512, "positions": 2048, "source": str(pairs)}
-    rankings, _, _ = encode_rankings(load_rows(pairs)[:4], tokenizer, load_template("dialogue"), **options)
+    rankings, _, _ = encode_rankings(load_rows(pairs, PAIR_KINDS)[:4], tokenizer, load_template("dialogue"), **options)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         lines, text = train("train_rm.py", run, "--model", opt_350m, "--data", pairs, "--max-steps", REWARD_STEPS)

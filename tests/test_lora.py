@@ -12,18 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minift.adapters import load_adapters, save_adapters
 from minift.batching import collate, collate_rankings
 from minift.errors import UserError
-from minift.lora import (
-    LoRALinear,
-    adapter_state,
-    add_lora,
-    load_adapters,
-    merge,
-    num_adapter_parameters,
-    save_adapters,
-    unmerge,
-)
+from minift.lora import LoRALinear, adapter_state, add_lora, merge, num_adapter_parameters, unmerge
 from minift.losses import bradley_terry, completion_cross_entropy
 from minift.model import OPT, OPTConfig, RewardModel
 from minift.optim import adamw

@@ -195,6 +195,20 @@ def test_lora_trains_its_linears_and_the_head(run, data, tmp_path):
     assert (after["score.weight"] - fresh).abs().max() > 1e-4
 
 
+def test_what_adapters_freeze_may_be_in_half_precision_and_what_trains_is_not(run, data, tmp_path):
+    losses = {}
+    for dtype in ("float32", "float16", "bfloat16"):
+        out = tmp_path / dtype
+        run(*SMALL, *data, "--out", out, "--lora-rank", 4, "--base-dtype", dtype, "--lr", 1e-2, "--lm-weight", 0.1)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        losses[dtype] = [line["loss"] for line in lines if line["split"] == "train"]
+        stored, adapters = load_file(out / "model.safetensors"), load_file(out / "adapter/adapter_model.safetensors")
+        assert stored["model.decoder.layers.0.self_attn.q_proj.weight"].dtype == getattr(torch, dtype)
+        assert {tensor.dtype for tensor in [*adapters.values(), stored["score.weight"]]} == {torch.float32}
+    for dtype, tolerance in (("float16", 2e-3), ("bfloat16", 2e-2)):
+        assert losses[dtype] == pytest.approx(losses["float32"], rel=tolerance) and losses[dtype] != losses["float32"]
+
+
 def test_a_run_starts_from_a_tuned_model_or_goes_on_from_a_reward_model(task_of, finished, data, tmp_path):
     out, _ = finished
     judge = load_judge(out)
@@ -431,6 +445,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(refused, finished, tmp_pa
     assert "the prompt alone fills" in refused_rows([PAIR | {"prompt": "word " * 600}])
     assert "--max-length 5000" in refused_rows([PAIR], "--max-length", 5000)
     assert "--lora-targets" in refused_rows([PAIR], "--lora-rank", 2, "--lora-targets", "c_attn")
+    assert "--lora-rank is 1000, expected 1 to 256" in refused_rows([PAIR], "--lora-rank", 1000)
     assert "only train_sft.py has it" in refused("--out", out, "--bleu-samples", 3)
     assert not out.exists()
 

@@ -16,7 +16,8 @@ ROOMS = {
     "files": set(),
     "hub": {"huggingface_hub"},
     "model": {"torch"},
-    "lora": {"torch", "safetensors"},
+    "lora": {"torch"},
+    "adapters": {"torch", "safetensors", "minift.lora"},
     "weights": {"torch", "safetensors", "minift.hub", "minift.model"},
     "tokenizer": {"tokenizers"},
     "prompts": {"minift.tokenizer"},  # for `Special`, the kind of string that is one token

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from minift.lora import adapter_state, add_lora, load_adapters, merge, num_adapter_parameters, save_adapters
+from minift.adapters import load_adapters, save_adapters
+from minift.lora import adapter_state, add_lora, merge, num_adapter_parameters
 from minift.tokenizer import load_tokenizer
 from minift.weights import load_model, read_config
 from tests.compare import Check, Setting
