@@ -3,16 +3,51 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from huggingface_hub.utils import tqdm
 
 from minift.bleu import corpus_bleu
+from minift.datasets import Row
 from minift.encode import is_text_row, prompt_ids_and_reference
-from minift.generate import Options, generate
+from minift.errors import UserError
+from minift.generate import Options, check_prompt, generate
 from minift.model import OPT
-from minift.prompts import Template
-from minift.tokenizer import Special, Tokenizer
+from minift.prompts import Template, render_prompt, template_of
+from minift.tokenizer import Special, Tokenizer, check_fits, load_tokenizer
+from minift.weights import load_model, resolve
 
 MOST_KINDS = 20  # a field that tells more kinds than this is no kind
+
+
+def load_and_prompt(
+    name: str,
+    rows: Sequence[Row],
+    template: str | None,
+    *,
+    source: str,
+    max_new_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[OPT, Tokenizer, list[list[int]]]:
+    """A language model (directory or hub id), its tokenizer, and the ids that it completes rows from.
+
+    `template` is a name or file; if None, that of the run which left the model, or `course`. `source` is what messages
+    call the rows. Raises UserError as `load_model` and `load_template` do, and for a prompt that can't be encoded or
+    has no room for the new tokens.
+    """
+    folder = resolve(name)
+    form = template_of(template, folder, "course")
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, dtype=dtype).to(device)
+    check_fits(tokenizer, model.config.vocab_size, name)
+    prompts = []
+    for row in rows:
+        try:
+            prompts.append(tokenizer.encode(render_prompt(row, form, tokenizer.eos_token, tokenizer.bos_token)))
+            check_prompt(prompts[-1], "the prompt", max_new_tokens, model.config.max_position_embeddings)
+        except (ValueError, UserError) as error:
+            raise UserError(f"{source}: {row.place}: {error}") from None
+    return model, tokenizer, prompts
 
 
 class Question(NamedTuple):

@@ -141,10 +141,19 @@ def _parquet_values(path: Path) -> Iterator[tuple[str, str, Any]]:
         with ParquetFile(path) as file:
             values = (value for batch in file.iter_batches() for value in batch.to_pylist())
             for number, value in enumerate(values, start=1):
-                # Dates, bytes and the like become text: a row is to be written as JSON again.
-                yield f"{path}: row {number}", f"row {number}", json.loads(json.dumps(value, default=str))
-    except (ArrowException, OSError) as error:
+                yield f"{path}: row {number}", f"row {number}", json.loads(json.dumps(value, default=_as_json))
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: no readable parquet, truncated or damaged: download it again ({error})") from None
+
+
+def _as_json(value: Any) -> Any:
+    """What JSON has no word for, as text: a row is to be written as JSON again."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode("utf-8")  # text whose writer left out that it is
+    except UnicodeDecodeError:
+        return {"bytes": len(value)}  # so that a field that should be text is refused
 
 
 def _array_values(text: str, path: str | os.PathLike[str]) -> Iterator[tuple[str, str, Any]]:

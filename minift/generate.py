@@ -388,31 +388,24 @@ def main(arguments: list[str] | None = None) -> None:
     """The command: prompts in, completions out, in the prompts' order."""
     from huggingface_hub.utils import tqdm
 
+    from minift.answers import load_and_prompt
     from minift.datasets import PROMPT_KINDS, load_rows
-    from minift.prompts import load_template, render_prompt
-    from minift.tokenizer import check_fits, load_tokenizer
     from minift.trainer import pick_device
-    from minift.weights import load_model, resolve
 
     args = _parser().parse_args(arguments)
     options = _options(args)
     check_out(args.out, "--prompts", args.prompts)
-    template = load_template(args.template)
     rows = load_rows(args.prompts, PROMPT_KINDS, mixed=True)
-    device = pick_device(args.device)
-    folder = resolve(args.model)
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype=getattr(torch, args.dtype)).to(device)
-    check_fits(tokenizer, model.config.vocab_size, args.model)
-
+    model, tokenizer, prompts = load_and_prompt(
+        args.model,
+        rows,
+        args.template,
+        source=args.prompts,
+        max_new_tokens=options.max_new_tokens,
+        device=pick_device(args.device),
+        dtype=getattr(torch, args.dtype),
+    )
     options = replace(options, eos_token_id=tokenizer.eos_token_id)
-    prompts = []
-    for row in rows:
-        try:
-            prompts.append(tokenizer.encode(render_prompt(row, template, tokenizer.eos_token, tokenizer.bos_token)))
-            check_prompt(prompts[-1], "the prompt", options.max_new_tokens, model.config.max_position_embeddings)
-        except (ValueError, UserError) as error:
-            raise UserError(f"{args.prompts}: {row.place}: {error}") from None
     try:
         check_beams(options.num_beams, model.config.vocab_size)  # here too, as no message should follow a progress bar
         with tqdm(total=len(prompts) * options.num_samples, desc="completions") as bar:
@@ -437,7 +430,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="a model's directory or hub id")
     add("--prompts", required=True, help='JSONL: {"prompt": …}, or {"instruction": …, "input": …} for the template')
     add("--out", help="JSONL: the same lines with `completion` and `token_ids` (stdout if left out)")
-    add("--template", default="course", help="course, alpaca, dialogue, none, or a file (%(default)s)")
+    add("--template", help="course, alpaca, dialogue, none, or a file (what the model's run.json says, or course)")
     for each in fields(Options):
         if about := each.metadata.get("about"):
             flag = f"--{each.name.replace('_', '-')}"

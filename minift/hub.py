@@ -62,6 +62,8 @@ def model_folder(model: str | Path, revision: str | None = None) -> Path:
     if folder.is_dir():
         if revision not in (None, commit_of(folder)):
             raise UserError(f"--revision {revision}: {model} is a folder, which has no revisions: leave the flag out")
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise UserError(f"{model}: adapters without their model: the merged one lies beside them in a run's folder")
         return folder
     if not NAME.fullmatch(str(model)) or folder.parent.is_dir():
         # A folder that holds no such folder is a slip in a path; nobody means to ask the hub for runs/stf.

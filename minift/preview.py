@@ -12,7 +12,7 @@ from typing import TextIO
 from minift.datasets import load_rows
 from minift.encode import UNSUPERVISED, Example, encode_rows
 from minift.errors import CommandParser, UserError, run_command, whole_number
-from minift.files import check_out, written_whole
+from minift.files import check_out, read_json, written_whole
 from minift.hub import model_folder
 from minift.prompts import TEMPLATES, template_of
 from minift.tokenizer import Tokenizer, check_fits, load_tokenizer
@@ -106,7 +106,7 @@ def _read_config(directory: Path) -> dict[str, int]:
     path = Path(directory, "config.json")
     if not path.is_file():
         return {}
-    config = json.loads(path.read_bytes())
+    config = read_json(path, "an OPT's config.json")
     sizes = {name: config[name] for name in ("vocab_size", "max_position_embeddings") if name in config}
     for name, size in sizes.items():
         if not isinstance(size, int):

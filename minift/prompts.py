@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minift.errors import UserError
-from minift.files import read_text
+from minift.files import read_json, read_text
 from minift.tokenizer import Special
 
 PLACEHOLDER = re.compile(r"(\{(?:instruction|input|response|bos|eos)\})")
@@ -72,8 +72,8 @@ def template_of(name_or_path: str | None, folder: str | Path, otherwise: str, fl
     run = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json"
     if name_or_path is None and run.is_file():
         try:
-            name_or_path = str(json.loads(read_text(run, "a run's values"))["values"]["template"])
-        except (ValueError, KeyError, TypeError):
+            name_or_path = str(read_json(run, "a run's values")["values"]["template"])
+        except (KeyError, TypeError):
             raise UserError(f"{run}: names no template of its run, expected one: name it with {flag}") from None
     return load_template(name_or_path or otherwise, flag)
 
@@ -169,7 +169,7 @@ def _fill(text: str, row: Mapping[str, str], template: Template, eos_token: str,
 def _read_forms(text: str, flag: str) -> dict[str, str]:
     try:
         forms = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{flag}: not valid JSON: {error}") from None
     named = isinstance(forms, dict) and forms.keys() == {"with_input", "without_input"}
     if not named or not all(isinstance(form, str) for form in forms.values()):

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from minift.errors import UserError
-from minift.files import written_whole
+from minift.files import read_json, written_whole
 
 FILES = (
     "tokenizer.json",
@@ -244,15 +244,7 @@ def _bos_of_post_processor(backend: tokenizers.Tokenizer, directory: Path) -> in
 
 def _read_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """A file's JSON object; the default, or an empty one, where there is no file."""
-    if not path.is_file():
-        return default or {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
+    return read_json(path, "a tokenizer's file") if path.is_file() else default or {}
 
 
 def _content(token: str | dict[str, Any]) -> str:

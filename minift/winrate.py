@@ -17,13 +17,12 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from huggingface_hub.utils import tqdm
 
-    from minift.datasets import PROMPT_KINDS, load_rows
-    from minift.generate import Options, check_prompt, generate
-    from minift.prompts import render_prompt, template_of
+    from minift.answers import load_and_prompt
+    from minift.datasets import PROMPT_KINDS, Row, load_rows
+    from minift.generate import Options, generate
     from minift.scoring import load_judge, score_rows, win_rate
-    from minift.tokenizer import check_fits, load_tokenizer
     from minift.trainer import pick_device
-    from minift.weights import load_model, resolve
+    from minift.weights import resolve
 
     args = _parser().parse_args(arguments)
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
@@ -33,21 +32,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     def answer_all(name: str, flag: str) -> list[str]:
         """One model's greedy answers to all prompts; it is gone before the other one is loaded."""
-        folder = resolve(name)
-        template = template_of(args.template, folder, "course")
-        tokenizer = load_tokenizer(folder)
-        model = load_model(folder, dtype=dtype).to(device)
-        check_fits(tokenizer, model.config.vocab_size, name)
-        prompts = []
-        for row in rows:
-            try:
-                fields = row if "instruction" in row else {"instruction": row["prompt"]}
-                prompts.append(
-                    tokenizer.encode(render_prompt(fields, template, tokenizer.eos_token, tokenizer.bos_token))
-                )
-                check_prompt(prompts[-1], "the prompt", args.max_new_tokens, model.config.max_position_embeddings)
-            except (ValueError, UserError) as error:
-                raise UserError(f"{args.prompts}: {row.place}: {flag}: {error}") from None
+        model, tokenizer, prompts = load_and_prompt(
+            name,
+            [row if "instruction" in row else Row({"instruction": row["prompt"]}, row.place) for row in rows],
+            args.template,
+            source=f"{args.prompts}: {flag}",
+            max_new_tokens=args.max_new_tokens,
+            device=device,
+            dtype=dtype,
+        )
         options = Options(
             max_new_tokens=args.max_new_tokens, eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size
         )

@@ -131,8 +131,10 @@ def test_a_local_parquet_file(parquet):
 
 
 def test_what_json_has_no_word_for_becomes_text(parquet):
-    row = {"text": "a", "when": datetime.date(2022, 5, 2), "raw": b"\xff", "list": [1, 2]}
-    assert load_rows(parquet([row])) == [{"text": "a", "when": "2022-05-02", "raw": "b'\\xff'", "list": [1, 2]}]
+    row = {"text": "ä".encode(), "when": datetime.date(2022, 5, 2), "raw": b"\xff", "list": [1, 2]}
+    assert load_rows(parquet([row])) == [{"text": "ä", "when": "2022-05-02", "raw": {"bytes": 1}, "list": [1, 2]}]
+    with pytest.raises(UserError, match="row 1: field 'text' is an object, expected a string"):
+        load_rows(parquet([{"text": b"\xff"}]))
 
 
 def test_wrong_parquet_files(parquet, tmp_path, monkeypatch):
@@ -145,6 +147,14 @@ def test_wrong_parquet_files(parquet, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="rows.parquet: no readable parquet") as caught:
             load_rows(path)
         assert "\n" not in str(caught.value)
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    latin1 = pyarrow.array(["é".encode("latin-1")], pyarrow.binary())
+    text = pyarrow.StringArray.from_buffers(1, *latin1.buffers()[1:])
+    write_table(pyarrow.table({"text": text}), path)
+    with pytest.raises(UserError, match="rows.parquet: no readable parquet.*utf-8"):
+        load_rows(path)
     for name in ("nowhere.parquet", "someone/nowhere.parquet"):
         with pytest.raises(UserError, match=f"{name}: no such file"):
             load_rows(name)

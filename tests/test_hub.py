@@ -1,5 +1,6 @@
 """Models and data from a hub served on 127.0.0.1: each layout, each failure, broken downloads, offline after online."""
 
+import hashlib
 import json
 import os
 import re
@@ -245,6 +246,11 @@ def test_an_index_that_leads_outside_asks_for_nothing(hub, tmp_path, shard):
     assert not any("secret" in request or shard in request for request in hub.requests)
 
 
+def test_a_folder_of_adapters_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert f"{tmp_path}: adapters without their model" in refused(resolve, tmp_path)
+
+
 def test_slips_in_a_path_are_not_asked_of_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -389,6 +395,7 @@ def test_splits_and_shards(hub):
     rows = load_rows(DATA, PAIR_KINDS)
     assert rows == pairs("a", "b", "c")
     assert rows[1].place == "train-00001-of-00003.parquet: row 1"
+    assert fingerprint(DATA) == hashlib.sha256(b"".join(path.read_bytes() for path in data_files(DATA))).hexdigest()
     assert load_rows(f"{DATA}:train", PAIR_KINDS) == rows
     assert not any("test" in request or "validation" in request for request in hub.requests)
     assert load_rows(f"{DATA}:test", PAIR_KINDS) == load_rows(f"{DATA}@main:test", PAIR_KINDS) == pairs("d")

@@ -228,7 +228,7 @@ def test_merged_is_the_same_function_in_plain_linears_and_unmerge_is_exact(build
     assert {name: (weight.shape, weight.dtype) for name, weight in model.decoder.state_dict().items()} == plain
     tolerance = {torch.float16: 0.02, torch.bfloat16: 0.1, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
     assert difference(our_output(model).double(), adapted.double()) < tolerance
-    assert num_adapter_parameters(model) == 0
+    assert num_adapter_parameters(model) == 0 and not any(weight.requires_grad for weight in model.decoder.parameters())
     unmerge(model, adapters)
     assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
     assert torch.equal(our_output(model), adapted)
@@ -543,7 +543,8 @@ def assert_refused(model: nn.Module, folder: Path, *words: str) -> None:
         ("r", 0, ["rank of at least 1", "r 0"]),
         ("r", True, ["r True"]),
         ("r", "3", ["r '3'"]),
-        ("r", 10**30, ["of another shape"]),
+        ("r", 10**30, ["rank is 10", "expected 1 to 16"]),
+        ("use_rslora", "false", ["use_rslora is 'false'"]),
         ("lora_alpha", None, ["lora_alpha None"]),
         ("lora_alpha", math.inf, ["lora_alpha inf"]),
         ("lora_alpha", math.nan, ["lora_alpha nan"]),

@@ -31,13 +31,16 @@ ROOMS = {
     "generate": {"torch", "numpy", "minift.model", "minift.batching"},
     "bleu": set(),
     "answers": {
+        "torch",
         "huggingface_hub",
         "minift.bleu",
+        "minift.datasets",
         "minift.encode",
         "minift.generate",
         "minift.model",
         "minift.prompts",
         "minift.tokenizer",
+        "minift.weights",
     },  # fmt: skip
     "scoring": {"torch", "minift.model", "minift.weights", "minift.tokenizer", "minift.prompts", "minift.encode"}
     | {"minift.batching"},

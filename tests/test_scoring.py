@@ -309,5 +309,5 @@ def test_winrate_refuses_in_one_line(folder, tokenizer, tmp_path):
 
     assert "this is a language model" in refused(model, model, model)
     assert "this is a reward model" in refused(folder, model, folder, "--limit", "1", "--max-new-tokens", "2")
-    assert "line 2: --model-a: the prompt has" in refused(model, model, folder, "--max-new-tokens", "2")
+    assert "--model-a: line 2: the prompt has" in refused(model, model, folder, "--max-new-tokens", "2")
     assert "--judge-template" in refused(model, model, folder, "--judge-template", "nowhere")

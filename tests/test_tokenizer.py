@@ -240,7 +240,7 @@ def broken_copies(source: Path, gpt2: Path, target: Path):
     yield "a byte missing", "1 of the 256 byte symbols are missing"
     fresh(source)
     (target / "tokenizer_config.json").write_text("{")
-    yield "cut tokenizer_config.json", "tokenizer_config.json: not valid JSON"
+    yield "cut tokenizer_config.json", "tokenizer_config.json: expected a JSON object"
     (target / "tokenizer_config.json").write_text("[]")
     yield "a list for an object", "expected a JSON object"
     (target / "tokenizer_config.json").write_text('{"eos_token": 2}')
