@@ -1,7 +1,7 @@
 """The course's own model at its true shape, with random weights: what ten steps cost, and whose logits they are.
 
 Skipped unless MINIFT_REAL_DATA names a folder with opt_configs.json, opt_tokenizer/, code_alpaca_2k.json and
-davinci_pairs.jsonl (rows of synthetic-instruct-gptj-pairwise); it takes some minutes and 4 GB. `python -m pytest -s
+davinci_pairs.jsonl (rows of synthetic-instruct-gptj-pairwise); it takes some minutes and 7 GB. `python -m pytest -s
 tests/test_course.py` prints the numbers.
 """
 
@@ -87,7 +87,7 @@ def train(script: str, run: Path, *flags: object) -> tuple[list[dict], str]:
     tokens = lines[-1]["tokens"] / len(lines)
     print(f"{statistics.median(seconds):.2f} s a step (median) of {tokens:.0f} tokens (mean), {os.cpu_count()} cores")
     print(f"peak memory of the whole run {usage.ru_maxrss / 2**20:.2f} GiB")
-    assert usage.ru_maxrss < 6 * 2**20
+    assert usage.ru_maxrss < 8 * 2**20
     return lines, text
 
 

@@ -529,3 +529,35 @@ def test_training_from_the_hub_equals_training_from_a_folder(hub, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *flags, "--resume", "--model", "someone/else"])
     with pytest.raises(UserError, match="someone/else: no such"):
         train_sft.main()
+
+
+@pytest.mark.parametrize("script, task", [("train_sft", "sft"), ("train_rm", "rm")])
+def test_the_courses_own_names(hub, tmp_path, monkeypatch, tokenizer_directory, script, task):
+    """Everything but the sizes as `make sft RECIPE=course` and `make rm RECIPE=course` find it on the hub."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, vocab_size=480, max_position_embeddings=64, hidden_size=32, ffn_dim=64)
+    save_model(OPT(config), tmp_path / "model", torch.float16)
+    weights = hub.add("facebook/opt-350m", files_of(tmp_path / "model") | files_of(tokenizer_directory))
+    answers = [{"instruction": f"Add {n}.", "input": "1" * (n % 2), "output": f"return {n}"} for n in range(20)]
+    page = "datasets/sahil2801/CodeAlpaca-20k"
+    data = hub.add(page, {"code_alpaca_20k.json": json.dumps(answers).encode(), "README.md": b""})
+    if task == "rm":
+        page = "datasets/Dahoas/synthetic-instruct-gptj-pairwise"
+        data = hub.add(page, {"data/train-00000-of-00001-1e5d57b93c448e7a.parquet": parquet(pairs(*"abcdefghij"))})
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    flags = ["--recipe", "course", "--max-steps", "2", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags, *(["--bleu-samples", "1"] if task == "sft" else [])])
+    __import__(script).main()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["commits"] == {"data": data, "weights": weights}
+    values = [
+        "facebook/opt-350m",
+        page.removeprefix("datasets/"),
+        {"sft": 10, "rm": 3}[task],
+        {"sft": 16, "rm": 8}[task],
+    ]
+    assert [record["values"][name] for name in ("model", "data", "epochs", "lora_rank")] == values
+    settings = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("facebook/opt-350m", weights)

@@ -592,3 +592,21 @@ def test_folders_that_are_no_reward_model(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     assert_refused(load_reward_model, tmp_path, str(path), "truncated or damaged")
     assert_refused(load_reward_model, tmp_path, "--revision", revision="main")
+
+
+def test_labels_turned_round_and_a_head_of_the_other_sign_give_the_opposite_rewards():
+    """Why the control with shuffled labels is right for half of the pairs on average over seeds, whatever it learns."""
+    rewards = []
+    for sign, pairs in ((1, PAIRS), (-1, [pair[::-1] for pair in PAIRS])):
+        model = our_model(PROJECTED, torch.float64)
+        model.score.weight.data *= sign
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.003)
+        for _ in range(10):
+            loss, count = our_loss(model, collate_rankings([(pair, 0.0) for pair in pairs]), CENTER)
+            (loss / count).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        rewards.append(our_rewards(model, collate([(row, row) for pair in PAIRS for row in pair])).detach())
+    start = our_rewards(our_model(PROJECTED, torch.float64), collate([(row, row) for pair in PAIRS for row in pair]))
+    assert difference(rewards[0], start.detach()) > 0.1, "nothing was learned"
+    assert difference(rewards[1], -rewards[0]) < 1e-12
