@@ -194,7 +194,7 @@ def examine(rewards: Sequence[Sequence[float]], kinds: Sequence[Any]) -> dict[st
 def table(exams: dict[str, dict[str, Any]]) -> list[str]:
     """Lines for people: what `examine` found, a column for each exam under its name."""
     last = [*exams.values()][-1]
-    lines = [f"{'':30}" + "".join(f"{name:>24}" for name in exams)]
+    lines = [f"{'':30}" + "".join(f"{name:>24}" for name in exams)] if any(exams) else []
     for kind, pairs in last["pairs"].items():
         name = "accuracy" if kind == "all" else f"  {kind}"
         cells = []
