@@ -39,7 +39,8 @@ def announce(
     per_token, per_supervised = products(model)
     work = total_steps / looked_at * (per_token * sum(tokens) + per_supervised * sum(supervised))
     rate = matrix_rate(sum(tokens) // len(tokens), model.config.hidden_size, dtype)
-    gigabytes, mean = memory(model, max(tokens), max(supervised)) / 1e9, sum(tokens) / looked_at
+    sizes = zip(tokens, (batch.rows.numel() for batch in batches), supervised, strict=True)
+    gigabytes, mean = max(memory(model, *size) for size in sizes) / 1e9, sum(tokens) / looked_at
     return (
         f"\nOn this CPU training will take about {duration(work / rate / SHARE)} and {gigabytes:.1f} GB of memory: "
         f"{total_steps:,} steps of\nabout {mean:,.0f} tokens, {work / 1e12:,.1f} TFLOP at {SHARE:.0%} "
@@ -60,20 +61,20 @@ def products(model: nn.Module) -> tuple[int, int]:
     return sum(of(linear.weight) for linear in linears), of(model.head)
 
 
-def memory(model: nn.Module, tokens: int, supervised: int) -> float:
-    """Bytes at the peak of a step whose largest micro-batch has so many tokens, in the weights' own precision.
+def memory(model: nn.Module, tokens: int, slots: int, supervised: int) -> float:
+    """Bytes at the peak of a step with a micro-batch of so many tokens in R·T slots, in the weights' own precision.
 
     A weight that trains has a gradient and AdamW's two moments beside it. For the backward pass each layer keeps about
-    12C + F numbers a token: q, k, v and attention's result; the inputs of two LayerNorms; two dropouts' masks, kept as
-    numbers; four more (each linear's input, or with adapters on q_proj and v_proj their inputs before and after
-    dropout); and ReLU's result. A chunk's logits exist twice.
+    8C + F numbers a token: the inputs of two LayerNorms; two dropouts' masks, kept as numbers; four more (each linear's
+    input, or with adapters on q_proj and v_proj their inputs before and after dropout); and ReLU's result. And 4C
+    numbers a slot: q, k, v and attention's result. A chunk's logits exist twice.
     """
     weights = sum(parameter.nbytes for parameter in model.parameters())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     config, size = model.config, model.head.element_size()
-    kept = tokens * config.num_hidden_layers * (12 * config.hidden_size + config.ffn_dim) * size
+    kept = tokens * (8 * config.hidden_size + config.ffn_dim) + slots * 4 * config.hidden_size
     logits = 2 * min(supervised, CHUNK) * config.vocab_size * size
-    return PYTHON + weights + 3 * trained + kept + logits
+    return PYTHON + weights + 3 * trained + kept * config.num_hidden_layers * size + logits
 
 
 def matrix_rate(tokens: int, width: int, dtype: torch.dtype, seconds: float = 0.3) -> float:

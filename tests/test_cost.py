@@ -88,23 +88,27 @@ def test_memory_of_the_courses_model_by_hand():
     model = meta(OPT_350M)
     weights, adapters = 331_196_416, 1_572_864
     assert sum(parameter.numel() for parameter in model.parameters()) == weights
-    all_weights = cost.memory(model, 0, 0)
+    all_weights = cost.memory(model, 0, 0, 0)
     assert all_weights - cost.PYTHON == 4 * 4 * weights
     model.decoder.requires_grad_(False)
     trained = torch.nn.Parameter(torch.empty(adapters, device="meta"))
     model.register_parameter("adapters", trained)
-    assert cost.memory(model, 0, 0) - cost.PYTHON == 4 * (weights + 4 * adapters)
-    # 16 numbers of width 1024 (ReLU's are 4 of them) in each of 24 layers; logits of at most 1,024 positions, twice.
-    assert cost.memory(model, 1, 0) - cost.memory(model, 0, 0) == 4 * 24 * 16 * 1024 == 1_572_864
-    assert cost.memory(model, 0, 100) - cost.memory(model, 0, 0) == 4 * 2 * 100 * 50272
-    assert cost.memory(model, 0, 9999) - cost.memory(model, 0, 0) == 4 * 2 * 1024 * 50272
-    assert cost.memory(model.double(), 1, 0) - cost.memory(model, 0, 0) == 8 * 24 * 16 * 1024
+    empty = cost.memory(model, 0, 0, 0)
+    assert empty - cost.PYTHON == 4 * (weights + 4 * adapters)
+    # 12 numbers of width 1024 a token (ReLU's are 4 of them) and 4 a slot, in each of 24 layers; twice the logits of at
+    # most 1,024 positions.
+    assert cost.memory(model, 1, 1, 0) - empty == 4 * 24 * 16 * 1024 == 1_572_864
+    assert cost.memory(model, 0, 1, 0) - empty == 4 * 24 * 4 * 1024
+    assert cost.memory(model, 0, 0, 100) - empty == 4 * 2 * 100 * 50272
+    assert cost.memory(model, 0, 0, 9999) - empty == 4 * 2 * 1024 * 50272
+    assert cost.memory(model.double(), 1, 1, 0) - cost.memory(model, 0, 0, 0) == 8 * 24 * 16 * 1024
 
 
+@pytest.mark.parametrize("lengths", [(32, 32), (60, 4, 3, 3)])
 @pytest.mark.parametrize(
     "adapters, dropout, share", [(True, 0.1, (0.95, 1.05)), (False, 0.1, (0.9, 1.1)), (False, 0.0, (0.75, 1))]
 )
-def test_memory_is_what_autograd_keeps(adapters, dropout, share):
+def test_memory_is_what_autograd_keeps(adapters, dropout, share, lengths):
     model = small(adapters)
     set_dropout(model, dropout)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -117,11 +121,11 @@ def test_memory_is_what_autograd_keeps(adapters, dropout, share):
         return tensor
 
     model.train()
-    batch = batch_of(32, 32, supervised=5)
+    batch = batch_of(*lengths, supervised=2)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(batch.input_ids, batch.positions, batch.rows)
     found = sum(nbytes for _, nbytes in kept.values())
-    told = cost.memory(model, 64, 0) - cost.memory(model, 0, 0)
+    told = cost.memory(model, sum(lengths), batch.rows.numel(), 0) - cost.memory(model, 0, 0, 0)
     assert share[0] <= found / told <= share[1]
 
 
@@ -140,11 +144,11 @@ def told(monkeypatch, total_steps: int, **options) -> tuple[str, list[int]]:
 def test_an_announcement_worked_out_by_hand(monkeypatch):
     # Two steps of 1,400 and 1,200 tokens, of which 200 are supervised: 2,600 · 6 · 303,038,464 + 400 · 6 · 25,739,264
     # = 4.789 TFLOP, so 684 s at 70% of 10 GFLOP/s. Memory: 0.4 + 16 · 0.3312 GB of weights, gradients and moments,
-    # 700 · 1,572,864 B kept and 2 · 100 · 50,272 · 4 B of logits = 6.84 GB.
+    # 700 tokens · 1,179,648 B and 800 slots · 393,216 B kept and 2 · 100 · 50,272 · 4 B of logits = 6.88 GB.
     text, looked_at = told(monkeypatch, 2)
     assert looked_at == [0, 1]
     assert text.split("\n")[1:] == [
-        "On this CPU training will take about 11.4 minutes and 6.8 GB of memory: 2 steps of",
+        "On this CPU training will take about 11.4 minutes and 6.9 GB of memory: 2 steps of",
         "about 1,300 tokens, 4.8 TFLOP at 70% of the 10 GFLOP/s of matrix products here; evaluation comes on top",
     ]
     assert ", 4.7 TFLOP at" in told(monkeypatch, 2, uses_head=False)[0]
