@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import asdict
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,14 @@ def main() -> None:
     record = {
         "task": "rm",
         "values": to_dict(config, "rm"),
+        "template": asdict(template),
         "versions": versions(),
         "fingerprints": fingerprints | {"weights": weights_fingerprint(source)},
         "commits": commits | {"weights": commit_of(source)},
     }
     run = open_run(Path(config.out), record, resume=config.resume)
     if device.type == "cpu":
-        dtype, uses_head = pick_dtype(config.dtype, device), config.lm_weight > 0
+        dtype, uses_head = pick_dtype(config, device), config.lm_weight > 0
         print(announce(model, micro_batches, total_steps, dtype, uses_head=uses_head), flush=True)
     before = rewards_held_out()
     train(
@@ -200,12 +202,12 @@ def named(responses: Sequence, best_only: bool = False) -> dict[str, Any]:
 
 
 def turn_half_round(rankings: Sequence[Ranking], kinds: Sequence[Any], seed: int) -> None:
-    """The control's labels: of each kind half of the pairs, drawn by `seed`, get the worse response as the better."""
+    """The control's labels: half of the pairs, and of each kind, get the worse response as the better, by `seed`."""
     generator = random.Random(seed)
-    for kind in sorted(set(kinds), key=str):
-        members = [ranking for ranking, its_kind in zip(rankings, kinds, strict=True) if its_kind == kind]
-        for ranking in generator.sample(members, len(members) // 2):
-            ranking.responses.reverse()
+    order = generator.sample(range(len(rankings)), len(rankings))
+    order.sort(key=lambda number: str(kinds[number]))
+    for two in zip(order[::2], order[1::2], strict=False):
+        rankings[generator.choice(two)].responses.reverse()
 
 
 def show(rankings: Sequence[Ranking], tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -126,13 +127,14 @@ def main() -> None:
     record = {
         "task": "sft",
         "values": to_dict(config, "sft"),
+        "template": asdict(template),
         "versions": versions(),
         "fingerprints": fingerprints | {"weights": weights_fingerprint(source)},
         "commits": commits | {"weights": commit_of(source)},
     }
     run = open_run(Path(config.out), record, resume=config.resume)
     if device.type == "cpu":
-        print(announce(model, micro_batches, total_steps, pick_dtype(config.dtype, device)), flush=True)
+        print(announce(model, micro_batches, total_steps, pick_dtype(config, device)), flush=True)
     before = answer(model, tokenizer, asked, "before") if asked else []
     train(
         Task(

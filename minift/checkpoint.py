@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -44,13 +45,14 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path:
             raise UserError(f"--resume: {folder} has no checkpoint to go on from; leave --resume out to start afresh")
         try:
             earlier = json.loads(before.read_text(encoding="utf-8"))
-            earlier["values"].items(), earlier["fingerprints"].items()
+            earlier["values"].items(), earlier["fingerprints"].items(), earlier["template"].items()
         except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"--resume: {before} is damaged; leave --resume out to start afresh") from None
-        for part in ("values", "fingerprints"):
+        for part in ("values", "fingerprints", "template"):
             for name, value in record[part].items():
                 if name not in MAY_DIFFER and earlier[part].get(name) != value:
-                    what = f"--{name.replace('_', '-')}" if part == "values" else f"the {name}"
+                    of = {"fingerprints": "the ", "template": "the template's "}
+                    what = f"--{name.replace('_', '-')}" if part == "values" else f"{of[part]}{name}"
                     raise UserError(f"--resume: {what} was {earlier[part].get(name)} in {folder}, and is now {value}")
         return folder
     try:
@@ -68,7 +70,7 @@ def open_run(folder: Path, record: dict[str, Any], *, resume: bool) -> Path:
     return folder
 
 
-def recorded_commits(folder: Path, values: dict[str, Any]) -> dict[str, str | None]:
+def recorded_commits(folder: Path, values: dict[str, Any]) -> dict[str, str]:
     """The commits of a run's `data`, `eval_data` and `weights`, of those that the resolved `values` still name.
 
     None if run.json is not there or is damaged, which `open_run` tells.
@@ -77,7 +79,8 @@ def recorded_commits(folder: Path, values: dict[str, Any]) -> dict[str, str | No
         recorded = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         flags = {name: "model" if name == "weights" else name for name in recorded["commits"]}
         same = [name for name, flag in flags.items() if recorded["values"][flag] == values[flag]]
-        return {name: recorded["commits"][name] for name in same}
+        commits = {name: recorded["commits"][name] for name in same}
+        return {name: commit for name, commit in commits.items() if re.fullmatch("[0-9a-f]{40}", commit or "")}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

@@ -271,8 +271,10 @@ def parse(task: str, argv: list[str] | None = None) -> Config:
     values = defaults | recipe | given
     if values["base_dtype"] != "float32" and not values["lora_rank"]:
         raise UserError(f"--base-dtype {values['base_dtype']}: only frozen weights can be so coarse: give --lora-rank")
-    if values["base_dtype"] != "float32" and values["dtype"] == "float64":
-        raise UserError(f"--base-dtype {values['base_dtype']}: --dtype float64 takes weights of its own: leave it out")
+    if values["base_dtype"] != "float32" and values["dtype"] != "auto":
+        raise UserError(f"--base-dtype {values['base_dtype']}: it is the arithmetic's dtype too, so leave --dtype out")
+    if values.get("shuffle_labels") and values["group_prompts"]:
+        raise UserError("--group-prompts: with --shuffle-labels no response stays the chosen one to group by")
     sources = {name: "flag" if name in given else "recipe" if name in recipe else "default" for name in values}
     if values["eval_data"] is not None:
         values["eval_fraction"], sources["eval_fraction"] = 0.0, sources["eval_data"]

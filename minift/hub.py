@@ -6,7 +6,7 @@ fetched later is of that commit, even if the branch has moved. With HF_HUB_OFFLI
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -78,10 +78,10 @@ def model_folder(model: str | Path, revision: str | None = None) -> Path:
 def data_files(data: str | Path) -> list[Path]:
     """The files of a data set in the order of their names: `data` itself, or those of `owner/name@revision:split`.
 
-    Revision and split may be left out: main, and train or, where no path names a split, all files. A split is train,
-    validation or test, by whatever word for it the paths have, or a path without the shard's number and suffix. Raises
-    UserError when the repository has no files that minift reads, none of the split, or several that could be it; and as
-    `look_up` does.
+    Revision and split may be left out: main, and train, which is all files where no path names a split. A split is
+    train, validation or test, by whatever word for it the paths have, or a path without suffix and shard's number.
+    Raises UserError when the repository has no files that minift reads, none of the split, or several that could be it;
+    and as `look_up` does.
     """
     path, parts = Path(data), DATA_NAME.fullmatch(str(data))
     if parts is None or path.exists() or path.suffix in DATA_SUFFIXES or path.parent.is_dir():
@@ -144,8 +144,10 @@ def fetch(repository: Repository, names: Iterable[str]) -> list[Path]:
         # be found.
         folder = f"{repository.kind}s--{repository.name.replace('/', '--')}"
         note = Path(constants.HF_HUB_CACHE, folder, "refs", repository.revision or constants.DEFAULT_REVISION)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_text(note, repository.commit)
+        with suppress(OSError, UserError):  # a cache that can only be read; another process that writes the same
+            if not note.is_file() or note.read_text() != repository.commit:
+                note.parent.mkdir(parents=True, exist_ok=True)
+                write_text(note, repository.commit)
     return paths
 
 
@@ -157,18 +159,22 @@ def _files_of_split(repository: Repository, split: str | None) -> list[str]:
     ]
     if not readable:
         raise UserError(f"{repository}: no {', '.join(DATA_SUFFIXES)} file in it: convert one, and name the file")
+    whole = {name: Path(name).with_suffix("").as_posix() for name in readable}
     paths = {name: SHARD.sub("", name) for name in readable}
     splits = {name: _split_of(name) for name in readable}
     found = sorted(set(filter(None, splits.values())))
-    if split in paths.values():
-        files = [name for name in readable if paths[name] == split]
+    if named := [name for name in readable if split in (whole[name], paths[name])]:
+        files = named
+    elif not found and split in (None, "train"):
+        files = readable
     else:
-        wanted = SPLITS.get(split, split) if split else "train" if found else None
+        wanted = SPLITS.get(split, split) if split else "train"
         files = [name for name in readable if splits[name] == wanted]
         if not files:
-            raise UserError(f"{repository}: no {wanted} split, expected {' or '.join(found) or 'none named'}")
+            what = f"expected {' or '.join(found)}" if found else f"as no path names one: leave :{split} out"
+            raise UserError(f"{repository}: no {wanted} split, {what}")
         several = sorted({paths[name] for name in files})
-        if wanted and len(several) > 1:
+        if len(several) > 1:
             choice = f"name one of them, as in {repository.name}:{several[0]}"
             raise UserError(f"{repository}: several are a {wanted} split ({', '.join(several[:5])}): {choice}")
     if len({Path(name).suffix for name in files}) > 1:

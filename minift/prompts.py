@@ -66,16 +66,17 @@ TEMPLATES = {
 def template_of(name_or_path: str | None, folder: str | Path, otherwise: str, flag: str = "--template") -> Template:
     """The template so named; if None, the one that a run which left `folder` was trained with; else `otherwise`.
 
-    Raises UserError as `load_template` does, also when a run's template was a file that is no longer there.
+    A run keeps the text of its template in run.json: a file of that name may be gone, or another one by now. Raises
+    UserError as `load_template` does, or for a run.json that has none.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     run = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json"
-    if name_or_path is None and run.is_file():
-        try:
-            name_or_path = str(read_json(run, "a run's values")["values"]["template"])
-        except (KeyError, TypeError):
-            raise UserError(f"{run}: names no template of its run, expected one: name it with {flag}") from None
-    return load_template(name_or_path or otherwise, flag)
+    if name_or_path is not None or not run.is_file():
+        return load_template(name_or_path or otherwise, flag)
+    try:
+        return Template(**read_json(run, "a run's values")["template"])
+    except (KeyError, TypeError):
+        raise UserError(f"{run}: has no template of its run, expected one: name it with {flag}") from None
 
 
 def load_template(name_or_path: str, flag: str = "--template") -> Template:

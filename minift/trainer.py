@@ -45,16 +45,19 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the forward pass: `auto` is bfloat16 autocast on a GPU that has it, float32 on a CPU.
+def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of the forward pass: `auto` is that of the frozen weights, if they are in half precision; else bfloat16
+    autocast on a GPU that has it, float32 on a CPU.
 
     The weights being trained stay in float32 (float64 when asked for): an AdamW step is often smaller than bfloat16 can
     tell from nothing.
     """
-    if name == "auto":
+    if config.base_dtype != "float32":
+        return getattr(torch, config.base_dtype)
+    if config.dtype == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bfloat16 else torch.float32
-    return getattr(torch, name)
+    return getattr(torch, config.dtype)
 
 
 def weights_dtype(config: Config) -> torch.dtype:
@@ -71,7 +74,7 @@ def train(task: Task, config: Config, folder: Path) -> None:
     """
     model = task.model
     device = next(model.parameters()).device
-    dtype = pick_dtype(config.dtype, device)
+    dtype = pick_dtype(config, device)
     optimizer = adamw(model, config.weight_decay)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     metrics_file = folder / "metrics.jsonl"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickletools
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -273,14 +274,34 @@ def _check_pickle(path: Path) -> None:
     pickle, not compressed; files from before torch 1.6 begin with five, the fourth of which is the state dict.
     """
     with zipfile.ZipFile(path) if zipfile.is_zipfile(path) else path.open("rb") as file:
+        pickles = [file] * 5
         if isinstance(file, zipfile.ZipFile):
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
-                raise UserError(f"{path}: a compressed archive, expected weights as torch.save writes them")
-            pickles = [file.open(name) for name in file.namelist() if name.endswith("/data.pkl")]
-        else:
-            pickles = [file] * 5
+            entries = file.infolist()
+            names = [entry.filename.lower() for entry in entries]  # torch, unlike Python, finds them in either case
+            pickles = [file.open(entry) for entry in entries if entry.filename.lower().endswith("/data.pkl")]
+            is_plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            if not is_plain or len(pickles) != 1 or len({*names}) < len(names) or not _has_one_directory(path):
+                raise UserError(f"{path}: an archive unlike those of torch.save, expected one of these, not compressed")
         for pickled in pickles:
             for operation, name, _ in pickletools.genops(pickled):
                 makes_storage = isinstance(name, str) and re.fullmatch(r"torch \w+Storage", name)
                 if operation.name in CALLS and not makes_storage and name not in MAKES_TENSORS:
-                    raise UserError(f"{path}: holds more than weights and was not run, expected a plain state dict")
+                    what = f"holds more than weights ({operation.name} {name}) and was not run"
+                    raise UserError(f"{path}: {what}, expected a plain state dict, of pickle protocol 2")
+
+
+def _has_one_directory(path: Path) -> bool:
+    """Whether a zip's directory is where both ways lead: back from the end, as Python goes, and the offset told there,
+    as torch does. Layout: PKWARE's APPNOTE, 4.3.14 to 4.3.16."""
+    with path.open("rb") as file:
+        end = file.seek(-22, 2)
+        record = file.read()
+        size, offset, comment = struct.unpack("<IIH", record[12:])
+        file.seek(max(0, end - 76))
+        larger = file.read(76)  # the records of zip64, which stand in front where there are any
+    if larger[-20:-16] == b"PK\6\7":
+        end -= 76
+        size, offset = struct.unpack("<QQ", larger[40:56])
+        if larger[:4] != b"PK\6\6" or struct.unpack("<Q", larger[-12:-4]) != (end,):
+            return False
+    return record[:4] == b"PK\5\6" and comment == 0 and offset + size == end

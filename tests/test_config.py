@@ -262,10 +262,11 @@ def test_the_control_is_about_labels_alone():
     config = parse("rm", ["--shuffle-labels"])
     assert (config.lm_weight, config.group_prompts, config.max_steps) == (0.0, False, 400)
     assert parse("rm", ["--shuffle-labels", "--lm-weight", "0.5"]).lm_weight == 0.5
+    assert "--group-prompts" in refusal(["--shuffle-labels", "--group-prompts"], "rm")
     assert parse("rm", []).lm_weight > 0 and parse("rm", []).group_prompts
 
 
 def test_only_what_adapters_freeze_may_be_in_half_precision():
     assert "--lora-rank" in refusal(["--base-dtype", "float16"])
-    assert "--dtype float64" in refusal(["--base-dtype", "float16", "--lora-rank", "4", "--dtype", "float64"])
+    assert "leave --dtype out" in refusal(["--base-dtype", "float16", "--lora-rank", "4", "--dtype", "float64"])
     assert parse("rm", ["--base-dtype", "bfloat16", "--recipe", "course"]).base_dtype == "bfloat16"

@@ -406,6 +406,9 @@ def test_splits_and_shards(hub):
     hub.add(f"datasets/{DATA}", parts | {"eval/prompts-1.jsonl": b"", "rows/all.json": b'{"text": "y"}'}, "v3")
     assert load_rows(f"{DATA}@v3:data/train_b") == [{"text": "0"}, {"text": "1"}]
     assert load_rows(f"{DATA}@v3:rows/all") == [{"text": "y"}]
+    hub.add(f"datasets/{DATA}", {"part-1.json": b'{"text": "1"}', "part-2.json": b'{"text": "2"}'}, "v4")
+    assert load_rows(f"{DATA}@v4") == load_rows(f"{DATA}@v4:train") == load_rows(f"{DATA}@v4:part")
+    assert load_rows(f"{DATA}@v4:part-2") == [{"text": "2"}]
 
 
 def test_a_data_set_s_revision_is_pinned(hub):
@@ -426,7 +429,7 @@ def test_a_data_set_s_revision_is_pinned(hub):
         ({"data.csv": b"", "README.md": b""}, "", "no .json, .jsonl, .parquet file in it"),
         ({"test.json": b"", "dev.json": b""}, "", "no train split, expected test or validation"),
         ({"train.json": b""}, ":test", "no test split, expected train"),
-        ({"rows.json": b""}, ":test", "no test split, expected none named"),
+        ({"rows.json": b""}, ":test", "no test split, as no path names one: leave :test out"),
         ({"train.json": b"", "train.parquet": b""}, "", "files of several kinds (train.json, train.parquet)"),
         ({"a/train-00000-of-00001.json": b"", "b/train.json": b""}, "", "train split (a/train, b/train): name one of"),
         ({"train_sft-0.json": b"", "train_gen-0.json": b""}, ":train", f"as in {DATA}:train_gen"),

@@ -1,11 +1,12 @@
 """Templates and the pieces they make of rows."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 from minift.errors import UserError
-from minift.prompts import TEMPLATES, load_template, render, render_prompt, template_of
+from minift.prompts import TEMPLATES, Template, load_template, render, render_prompt, template_of
 from minift.tokenizer import Special, load_tokenizer
 
 ROW = {"instruction": "Add them.", "input": "1, 2", "output": "3"}
@@ -152,17 +153,19 @@ def test_copies_of_an_instruction_under_other_names_are_not_used():
     assert render(row, TEMPLATES["course"], "</s>", "</s>") == (["rendered"], ["3"])
 
 
-def test_a_model_is_read_by_the_template_of_its_run(tmp_path):
+def test_a_model_is_read_by_the_template_of_its_run(tmp_path, monkeypatch):
     assert template_of(None, tmp_path, "course") is TEMPLATES["course"]  # no run left this folder
+    own = Template("gone.txt", "{input}>{instruction}{response}", "{instruction}{response}")
     run = tmp_path / "run.json"
-    run.write_text('{"values": {"template": "alpaca"}}')
-    assert template_of(None, tmp_path, "course") is TEMPLATES["alpaca"]
-    assert template_of(None, tmp_path / "checkpoints" / "last", "course") is TEMPLATES["alpaca"]
+    run.write_text(json.dumps({"template": asdict(own)}))
+    assert template_of(None, tmp_path, "course") == own
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    assert template_of(None, "last", "course") == template_of(None, tmp_path / "checkpoints/last", "course") == own
     assert template_of("none", tmp_path, "course") is TEMPLATES["none"]
-    run.write_text('{"values": {"template": "gone.txt"}}')
     with pytest.raises(UserError, match="--judge-template gone.txt: no such file"):
-        template_of(None, tmp_path, "course", "--judge-template")
-    for damaged in ("{}", '{"values": {}}', '{"values": 3}'):
+        template_of("gone.txt", tmp_path, "course", "--judge-template")
+    for damaged in ("{}", '{"template": {}}', '{"template": 3}', '{"template": {"other": ""}}'):
         run.write_text(damaged)
-        with pytest.raises(UserError, match="run.json: names no template .* --template$"):
+        with pytest.raises(UserError, match="run.json: has no template .* --template$"):
             template_of(None, tmp_path, "course")

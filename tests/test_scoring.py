@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from statistics import NormalDist
 
@@ -13,6 +14,7 @@ from minift import score, winrate
 from minift.datasets import SCORE_KINDS, load_rows
 from minift.errors import UserError
 from minift.model import OPT, OPTConfig, RewardModel, initialise
+from minift.prompts import TEMPLATES
 from minift.scoring import Judge, calibration, examine, load_judge, table, wilson_interval, win_rate
 from minift.weights import save_model
 
@@ -228,7 +230,7 @@ def test_score_refuses_in_one_line(folder, tmp_path, tokenizer):
 def test_a_judge_reads_by_the_template_of_its_run(tokenizer, tmp_path):
     folder = saved(RewardModel, tmp_path / "reward", 0, tokenizer)
     assert load_judge(folder).template.name == "dialogue"
-    (folder / "run.json").write_text('{"values": {"template": "alpaca"}}')
+    (folder / "run.json").write_text(json.dumps({"template": asdict(TEMPLATES["alpaca"])}))
     assert load_judge(folder).template.name == "alpaca"
     assert load_judge(folder, "none").template.name == "none"
 
@@ -291,7 +293,7 @@ def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, mon
     # Each model by the template that it was trained with, where its run tells.
     asked.clear()
     other = saved(OPT, tmp_path / "b", 1, tokenizer)
-    (other / "run.json").write_text('{"values": {"template": "none"}}')
+    (other / "run.json").write_text(json.dumps({"template": asdict(TEMPLATES["none"])}))
     winrate.main([*map(str, flags), "--model-b", str(other), "--limit", "1"])
     assert asked == [[plain], ["Add."]]
 

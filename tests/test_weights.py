@@ -432,7 +432,7 @@ def test_a_compressed_archive_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as compressed:
         for name in archive.namelist():
             compressed.writestr(name, archive.read(name))
-    assert_refused(tmp_path, str(path), "a compressed archive")
+    assert_refused(tmp_path, str(path), "an archive unlike those of torch.save")
 
 
 def test_memory_that_ran_out_is_not_the_files_fault(tmp_path, monkeypatch):
