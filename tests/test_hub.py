@@ -309,6 +309,19 @@ def test_a_branch_that_moves_while_its_files_come(hub, tmp_path, monkeypatch):
     assert_holds(load_model(MODEL), hub_state())
 
 
+def test_a_cache_that_can_only_be_read_serves_what_it_holds(hub, tmp_path, monkeypatch):
+    hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin"))
+    folder = resolve(MODEL)
+    hub.add(MODEL, hub.repositories[MODEL].commits[folder.name], "v2")  # the same commit under another name
+    start_afresh()
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(minift.hub, "write_text", refuse)
+    assert resolve(MODEL) == resolve(MODEL, "v2") == folder
+
+
 def test_offline_after_online(hub, tmp_path, monkeypatch):
     commit = hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin.index.json"))
     online = resolve(MODEL)
@@ -526,6 +539,11 @@ def test_training_from_the_hub_equals_training_from_a_folder(hub, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *flags, "--resume"])
     train_sft.main()
     assert json.loads((out / "run.json").read_text())["commits"] == records[1]["commits"]
+    for damaged in (5, ["a"], "main"):
+        (out / "run.json").write_text(json.dumps(records[1] | {"commits": {"weights": damaged}}))
+        with pytest.raises(UserError, match="--resume: the (data|weights) was|truncated"):
+            train_sft.main()
+    (out / "run.json").write_text(json.dumps(records[1]))
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *flags, "--resume", "--data", f"{DATA}@{data_commit}"])
     with pytest.raises(UserError, match="--data was"):
         train_sft.main()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, OPTForCausalLM, OPTForSequenceClassification
 
 from minift.datasets import PAIR_KINDS, load_rows
-from minift.encode import encode_rankings, encode_response
+from minift.encode import Ranking, encode_rankings, encode_response
 from minift.errors import UserError
 from minift.prompts import load_template
 from minift.scoring import load_judge
@@ -318,6 +318,24 @@ def test_shuffled_labels_are_right_half_of_the_time_and_held_out_ones_always(tas
     assert all(ours in (theirs, theirs[::-1]) for ours, theirs in zip(found, expected, strict=True))
     assert 10 <= sum(swapped) <= 30
     assert rows(shuffled.eval_batches()) == rows(plain.eval_batches())
+
+
+@pytest.mark.parametrize("kinds", [["a"] * 9 + ["b"] * 6 + ["c"] * 5, [f"id {n}" for n in range(20)], [["list"]] * 20])
+def test_half_of_all_pairs_are_turned_whatever_their_kinds(monkeypatch, kinds):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from train_rm import turn_half_round
+
+    drawn = set()
+    for seed in range(20):
+        rankings = [Ranking([[1], [2]], 0.0) for _ in kinds]
+        turn_half_round(rankings, kinds, seed)
+        turned = [ranking.responses == [[2], [1]] for ranking in rankings]
+        drawn.add(tuple(turned))
+        assert sum(turned) == 10
+        for kind in ("a", "b", "c"):
+            members = [was for was, its in zip(turned, kinds, strict=True) if its == kind]
+            assert abs(sum(members) - len(members) / 2) <= 1
+    assert len(drawn) > 10
 
 
 def test_whole_dialogues_share_their_beginning(run, tmp_path, capsys):

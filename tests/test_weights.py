@@ -1,11 +1,13 @@
 """Every layout of OPT.md's "Files on the hub", every way for one to be broken, and what transformers makes of ours."""
 
 import hashlib
+import io
 import json
 import os
 import resource
 import subprocess
 import sys
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -432,6 +434,53 @@ def test_a_compressed_archive_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as compressed:
         for name in archive.namelist():
             compressed.writestr(name, archive.read(name))
+    assert_refused(tmp_path, str(path), "an archive unlike those of torch.save")
+
+
+def archive(*entries: tuple[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as written, warnings.catch_warnings(action="ignore"):
+        for name, data in entries:
+            written.writestr(name, data)
+    return stream.getvalue()
+
+
+HOARD = b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x40\x85R."  # bytearray(2**30)
+HARMLESS = b"\x80\x02}."
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [("archive/DATA.PKL", HOARD)],
+        [("archive/data.pkl", HARMLESS), ("archive/DATA.PKL", HOARD)],
+        [("archive/data.pkl", HOARD), ("archive/data.pkl", HARMLESS)],
+        [("archive/data.pkl", HARMLESS), ("other/data.pkl", HOARD)],
+        [("data.pkl", HOARD)],
+    ],
+)
+def test_what_is_checked_is_what_is_read(tmp_path, entries):
+    """torch's reader takes the first of two entries and minds no case; Python's takes the last."""
+    write_config(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(archive(*entries, ("archive/version", b"3\n")))
+    with pytest.raises(UserError, match="pytorch_model.bin: (an archive unlike|holds more than weights)"):
+        load_model(tmp_path)
+
+
+def test_an_archive_with_two_directories_is_not_read(tmp_path):
+    """Python goes back from the end to the nearer one, torch to the offset that the end record tells."""
+    first, second = (
+        archive(("archive/data.pkl", data.ljust(40)), ("archive/version", b"3\n")) for data in (HOARD, HARMLESS)
+    )
+    assert len(first) == len(second)
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(first[: first.rindex(b"PK\5\6")] + second)
+    with zipfile.ZipFile(path) as seen:
+        assert seen.read("archive/data.pkl") == HARMLESS.ljust(40)
+    reader = torch._C.PyTorchFileReader(str(path))
+    assert reader.get_record("data.pkl") == HOARD.ljust(40)
+    write_config(tmp_path)
     assert_refused(tmp_path, str(path), "an archive unlike those of torch.save")
 
 
