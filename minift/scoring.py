@@ -169,8 +169,8 @@ def examine(rewards: Sequence[Sequence[float]], kinds: Sequence[Any]) -> dict[st
     of σ(chosen − rejected), which stays near 0.5 where a model has no opinion and the accuracy is that of tiny signs.
 
     `rewards` holds for each row those of its two responses, the chosen one first, or of K ranked ones, which make
-    K(K - 1)/2 pairs. `kinds` says what each row's kind is; only text counts as one. The
-    intervals take the pairs for independent, which those of one prompt are not quite.
+    K(K - 1)/2 pairs. `kinds` says what each row's kind is; only text counts as one. The intervals take the pairs for
+    independent, which those of one prompt are not quite.
     """
     groups: dict[str, list[float]] = {"all": []}
     told_apart = len({kind for kind in kinds if isinstance(kind, str)}) <= MOST_KINDS
