@@ -15,7 +15,7 @@ FLAGS = set --; \
 	set -- "$$@" $(ARGS)
 PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help sft rm compare test clean
+.PHONY: help sft rm compare bench test clean
 
 help:
 	@echo "make sft                 tune the model in data/ on the instructions in data/; leaves runs/sft/"
@@ -26,6 +26,7 @@ help:
 	@echo "make compare             minift beside trl, transformers, peft and sacreBLEU: what agrees, and how far;"
 	@echo "                         leaves runs/compare/. ONLY=bleu,sft for some sections; MODEL=… DATA=… for your own;"
 	@echo "                         ARGS=--faults plants ten faults, each of which must be noticed"
+	@echo "make bench               minift and what it replaces, timed in turn; ARGS=\"--shape 125m\" for a larger model"
 	@echo "make test                check the style, run the tests"
 	@echo "make clean               remove .venv and the caches; runs/ stays"
 	@echo "PYTHON=python3.12 after make chooses the Python that .venv is made with"
@@ -41,6 +42,9 @@ rm: .venv/installed
 compare: .venv/installed-for-tests
 	@$(FLAGS); if [ -n '$(ONLY)' ]; then set -- "$$@" --only '$(ONLY)'; fi; \
 		printf '%s\n' ".venv/bin/python -m tests.compare $$*"; exec .venv/bin/python -m tests.compare "$$@"
+
+bench: .venv/installed-for-tests
+	@printf '%s\n' ".venv/bin/python -m tests.bench $(ARGS)"; exec .venv/bin/python -m tests.bench $(ARGS)
 
 test: .venv/installed-for-tests
 	.venv/bin/python -m ruff check .
