@@ -22,7 +22,7 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import NamedTuple
 
 from minift.errors import CommandParser, UserError, run_command
@@ -96,12 +96,15 @@ def corpus_bleu(
         sys_len += len(hypothesis_tokens)
         # The nearest length; of two as near, the shorter.
         ref_len += min(map(len, reference_tokens), key=lambda length: (abs(length - len(hypothesis_tokens)), length))
-        allowed = Counter()  # how often the references let each n-gram count
-        for reference in reference_tokens:
+        first, *others = reference_tokens
+        allowed = _ngrams(first, max_ngram_order)  # how often the references let each n-gram count
+        for reference in others:
             allowed |= _ngrams(reference, max_ngram_order)
-        for ngram, count in _ngrams(hypothesis_tokens, max_ngram_order).items():
-            totals[len(ngram) - 1] += count
-            counts[len(ngram) - 1] += min(count, allowed[ngram])
+        found = _ngrams(hypothesis_tokens, max_ngram_order)
+        for ngram in found.keys() & allowed.keys():
+            counts[len(ngram) - 1] += min(found[ngram], allowed[ngram])
+        for n in range(1, max_ngram_order + 1):
+            totals[n - 1] += max(len(hypothesis_tokens) - n + 1, 0)
 
     bp = 1.0
     if sys_len < ref_len:
@@ -123,9 +126,8 @@ def corpus_bleu(
 
 
 def _ngrams(words: list[str], max_ngram_order: int) -> Counter[tuple[str, ...]]:
-    return Counter(
-        tuple(words[start : start + n]) for n in range(1, max_ngram_order + 1) for start in range(len(words) - n + 1)
-    )
+    orders = range(1, max_ngram_order + 1)
+    return Counter(chain.from_iterable(zip(*(words[start:] for start in range(n)), strict=False) for n in orders))
 
 
 def _smoothed(counts: list[float], totals: list[float], method: str, value: float | None) -> tuple[list[float], ...]:
