@@ -130,9 +130,9 @@ def look_up(name: str, kind: str, revision: str | None = None) -> Repository:
 def fetch(repository: Repository, names: Iterable[str]) -> list[Path]:
     """Where some of a repository's files lie in the cache, after a download with a progress bar of those it lacked.
 
-    A connection that breaks off is taken up again where it broke; where the hub falls silent, huggingface_hub goes on
-    asking for about a minute. A process that is killed keeps its whole files and starts the current one again. Raises
-    as `look_up`.
+    A connection that breaks off is taken up again where it broke; where the hub falls silent, huggingface_hub asks
+    several times more. A process that is killed keeps its whole files and starts the current one again. Raises as
+    `look_up`.
     """
     paths = []
     for name in names:

@@ -32,7 +32,7 @@ from minift.bleu import corpus_bleu
 from minift.config import Config
 from minift.cost import matrix_rate, products
 from minift.datasets import PAIR_KINDS, load_rows
-from minift.encode import encode_rankings, encode_rows
+from minift.encode import encode_rankings, encode_rows, prompt_ids_and_reference, split_row
 from minift.errors import CommandParser, run_command, whole_number
 from minift.generate import Options, generate
 from minift.losses import bradley_terry, completion_cross_entropy
@@ -155,7 +155,10 @@ def sft_line(folder: Path, args: argparse.Namespace, scratch: Path) -> Line:
         return time_own(model, loss, collated, "supervised_tokens", args, scratch)
 
     def reference() -> Timing:
-        texts = [{"prompt": course_prompt(row), "completion": row["output"]} for row in rows]
+        texts = []
+        for row in rows:
+            prompt, completion = split_row(row, tokenizer, template, "")
+            texts.append({"prompt": "".join(prompt), "completion": "".join(completion[:-1])})  # trl adds the end token
         model = reference_model(AutoModelForCausalLM, folder, "float32")
         return time_reference(trl.SFTTrainer, trl.SFTConfig, model, texts, folder, args, scratch)
 
@@ -186,19 +189,14 @@ def reward_line(folder: Path, args: argparse.Namespace, scratch: Path) -> Line:
         return time_own(model, loss, collated, "pairs", args, scratch)
 
     def reference() -> Timing:
-        texts = [
-            {"prompt": f"\n\nHuman: {row['prompt']}\n\nAssistant: "} | {side: row[side] for side in PAIR_KINDS["pair"]}
-            for row in rows
-        ]
+        texts = []
+        for row in rows:
+            prompt, _ = split_row({"instruction": row["prompt"], "output": ""}, tokenizer, template, "")
+            texts.append({"prompt": "".join(prompt), "chosen": row["chosen"], "rejected": row["rejected"]})
         model = start_model(folder, "float32")
         return time_reference(trl.RewardTrainer, trl.RewardConfig, model, texts, folder, args, scratch)
 
     return Line("pairs, reward model", minift, reference)
-
-
-def course_prompt(row: dict[str, Any]) -> str:
-    given = f"### Input:\n{row['input']}\n\n" if row["input"] else ""
-    return f"### Instruction:\n{row['instruction']}\n\n{given}### Response:\n"
 
 
 def time_own(
@@ -266,8 +264,9 @@ def time_reference(
 
 
 def prompts_of(folder: Path, how_many: int) -> list[list[int]]:
-    tokenizer = load_tokenizer(folder)
-    return [tokenizer.encode(course_prompt(row)) for row in load_rows(DATA / "heldout.jsonl")[:how_many]]
+    tokenizer, template = load_tokenizer(folder), TEMPLATES["course"]
+    rows = load_rows(DATA / "heldout.jsonl")[:how_many]
+    return [prompt_ids_and_reference(row, tokenizer, template)[0] for row in rows]
 
 
 def generation_line(what: str, folder: Path, prompts: Sequence[list[int]], new_tokens: int, beams: int) -> Line:
