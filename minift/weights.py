@@ -277,10 +277,10 @@ def _check_pickle(path: Path) -> None:
         pickles = [file] * 5
         if isinstance(file, zipfile.ZipFile):
             entries = file.infolist()
-            names = [entry.filename.lower() for entry in entries]  # torch, unlike Python, finds them in either case
+            # torch, unlike Python, finds an entry whatever the case of its name, and the first of two.
             pickles = [file.open(entry) for entry in entries if entry.filename.lower().endswith("/data.pkl")]
             is_plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            if not is_plain or len(pickles) != 1 or len({*names}) < len(names) or not _has_one_directory(path):
+            if not is_plain or len(pickles) != 1 or not _has_one_directory(path):
                 raise UserError(f"{path}: an archive unlike those of torch.save, expected one of these, not compressed")
         for pickled in pickles:
             for operation, name, _ in pickletools.genops(pickled):

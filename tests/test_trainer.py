@@ -16,7 +16,7 @@ from minift.config import Config
 from minift.errors import UserError
 from minift.losses import completion_cross_entropy
 from minift.model import OPT, OPTConfig, initialise, set_dropout
-from minift.trainer import Task, pick_device, train
+from minift.trainer import Task, pick_device, pick_dtype, train, weights_dtype
 from minift.weights import save_model
 
 SHAPE = {
@@ -170,6 +170,14 @@ def test_evaluating_more_often_changes_nothing(tmp_path):
     seldom, _ = run(tmp_path / "seldom", dropout=0.1)
     assert largest_difference(often, seldom) == 0.0
     assert [line["step"] for line in log if line["split"] == "eval"] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_frozen_weights_in_half_precision_are_the_arithmetic_too():
+    cpu = torch.device("cpu")
+    assert pick_dtype(Config(base_dtype="float16"), cpu) == weights_dtype(Config(base_dtype="float16")) == torch.float16
+    assert pick_dtype(Config(), cpu) == weights_dtype(Config()) == torch.float32
+    assert pick_dtype(Config(dtype="bfloat16"), cpu) == torch.bfloat16 != weights_dtype(Config(dtype="bfloat16"))
+    assert pick_dtype(Config(dtype="float64"), cpu) == weights_dtype(Config(dtype="float64")) == torch.float64
 
 
 def test_bfloat16_is_the_arithmetic_of_the_forward_pass_and_not_of_the_weights(tmp_path):
