@@ -1,5 +1,5 @@
-# `make` lists the commands. POSIX make and sh. Only the command line sets these, so that a DATA in someone's
-# environment does not choose what is trained on.
+# `make` lists the targets. Needs POSIX make and sh only. These variables come from the command line only: a variable
+# DATA in the environment must not choose the training data.
 RECIPE =
 MODEL =
 DATA =
@@ -7,29 +7,32 @@ ONLY =
 ARGS =
 PYTHON ?= python3
 
-# What make's variables become on a script's command line, "$@" in the shell.
+# Sets the shell's "$@" to the script's command line.
 FLAGS = set --; \
 	if [ -n '$(RECIPE)' ]; then set -- "$$@" --recipe '$(RECIPE)'; fi; \
 	if [ -n '$(MODEL)' ]; then set -- "$$@" --model '$(MODEL)'; fi; \
 	if [ -n '$(DATA)' ]; then set -- "$$@" --data '$(DATA)'; fi; \
 	set -- "$$@" $(ARGS)
 PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check
+PATH_FILES = $(patsubst %,minift/%.py,prompts encode batching model losses optim trainer)
+HEART_FILES = $(PATH_FILES) $(patsubst %,minift/%.py,generate processors beam bleu pairs scoring lora)
 
-.PHONY: help sft rm compare bench test clean
+.PHONY: help sft rm compare bench test lines clean
 
 help:
-	@echo "make sft                 tune the model in data/ on the instructions in data/; leaves runs/sft/"
-	@echo "make sft RECIPE=course   the course's own run: facebook/opt-350m on CodeAlpaca-20k, from the hub"
-	@echo "make sft MODEL=… DATA=… ARGS=\"--lr 1e-4\"   anything else; ARGS takes every flag of train_sft.py"
-	@echo "make sft ARGS=--help     lists these flags"
-	@echo "make rm                  a reward model from the pairs in data/; leaves runs/rm/; RECIPE, MODEL, DATA, ARGS alike"
-	@echo "make compare             minift beside trl, transformers, peft and sacreBLEU: what agrees, and how far;"
-	@echo "                         leaves runs/compare/. ONLY=bleu,sft for some sections; MODEL=… DATA=… for your own;"
-	@echo "                         ARGS=--faults plants ten faults, each of which must be noticed"
-	@echo "make bench               minift and what it replaces, timed in turn; ARGS=\"--shape 125m\" for a larger model"
-	@echo "make test                check the style, run the tests"
+	@echo "make sft                 tune the model in data/ on the instructions in data/; writes runs/sft/"
+	@echo "make sft RECIPE=course   the course's run: facebook/opt-350m on CodeAlpaca-20k, from the hub"
+	@echo "make sft MODEL=… DATA=… ARGS=\"--lr 1e-4\"   your own run; ARGS takes every flag of train_sft.py"
+	@echo "make sft ARGS=--help     list these flags"
+	@echo "make rm                  train a reward model on the pairs in data/; writes runs/rm/; takes RECIPE, MODEL, DATA, ARGS"
+	@echo "make compare             compare minift with trl, transformers, peft and sacreBLEU; writes runs/compare/;"
+	@echo "                         ONLY=bleu,sft runs some sections; MODEL=… DATA=… take your own;"
+	@echo "                         ARGS=--faults plants ten faults and checks that each is noticed"
+	@echo "make bench               time minift and the packages it replaces; ARGS=\"--shape 125m\" takes a larger model"
+	@echo "make test                check style and types, run the tests"
+	@echo "make lines               count the lines of code"
 	@echo "make clean               remove .venv and the caches; runs/ stays"
-	@echo "PYTHON=python3.12 after make chooses the Python that .venv is made with"
+	@echo "make PYTHON=python3.12 … create .venv with this Python"
 
 sft: .venv/installed
 	@$(FLAGS); printf '%s\n' ".venv/bin/python train_sft.py $$*"; exec .venv/bin/python train_sft.py "$$@"
@@ -49,25 +52,35 @@ bench: .venv/installed-for-tests
 test: .venv/installed-for-tests
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
 	.venv/bin/python -m pytest -q
 
+lines:
+	@count() { printf '%6d  %s\n' "$$(shift; cat "$$@" | wc -l)" "$$1"; }; \
+		count "the heart, files 1 to 13" $(HEART_FILES); \
+		count "instruction tuning: files 1 to 7 and train_sft.py" $(PATH_FILES) train_sft.py; \
+		count "the heart with its support: all of minift/*.py" minift/*.py; \
+		count "all of minift/" $$(find minift -name '*.py'); \
+		count "train_sft.py" train_sft.py; \
+		count "train_rm.py" train_rm.py
+
 clean:
-	rm -rf .venv minift.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv minift.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps are touched last, so that an installation that failed is tried again.
+# The stamps are touched last, so that a failed installation is repeated.
 .venv/installed: pyproject.toml
-	@command -v '$(PYTHON)' >/dev/null || { echo "error: no $(PYTHON) here: install Python 3.11 or newer" >&2; exit 1; }
+	@command -v '$(PYTHON)' >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.11 or newer" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $(PYTHON) is older than Python 3.11: name a newer one, make PYTHON=…" >&2; exit 1; }
+		{ echo "error: $(PYTHON) is older than Python 3.11: choose a newer one, make PYTHON=…" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "error: $(PYTHON) has no venv: install it (the package python3-venv on Debian and Ubuntu)" >&2; exit 1; }
-	@echo "installing what pyproject.toml names into .venv: once, some minutes"
+	@echo "installing the packages of pyproject.toml into .venv (only once, takes some minutes)"
 	@'$(PYTHON)' -m venv .venv
 	@$(PIP_INSTALL) -e .
 	@touch $@
 
 .venv/installed-for-tests: .venv/installed
-	@echo "installing what the tests need into .venv: once"
+	@echo "installing the packages of the tests into .venv (only once)"
 	@$(PIP_INSTALL) -e '.[test]'
 	@touch $@

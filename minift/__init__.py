@@ -1,1 +1,42 @@
-"""Instruction tuning and reward modelling from scratch in plain PyTorch."""
+"""Instruction tuning and reward modelling from scratch in plain PyTorch.
+
+Reading order. Start with train_sft.py and train_rm.py, which tell the two stories; then read the files of this folder,
+the heart, which import only each other, torch, numpy and tokenizers:
+
+     1  prompts      a row → prompt and completion, as text
+     2  encode       text → ids and labels: what is supervised
+     3  batching     examples → packed batches, and those of each optimiser step
+     4  model        OPT and the reward model on packed tokens
+     5  losses       cross entropy and Bradley–Terry as (sum, count)
+     6  optim        AdamW's groups, and the learning rate as a function of the step
+     7  trainer      the loop
+     8  generate     KV cache, greedy decoding, sampling; processors: which token may follow
+     9  beam         beam search
+    10  bleu         BLEU
+    11  pairs        preference pairs → ids
+    12  scoring      a reward model in use
+    13  lora         low-rank adapters
+        encoded      an encoded data set: what was kept of it, remarks, categories
+        tokenizer, config, errors
+
+Around the heart: files/ (what is on disk and on the hub), run/ (one training run), commands/ (the command line).
+Imports go one way: scripts → commands → run → files → heart.
+
+Glossary:
+
+    row             one entry of a data set: a dict of fields
+    schema          which fields a row has: an instruction, a prompt and its completion, a pair, …
+    category        what a row's field "kind" says; results are also given by category
+    prompt          the text a model is given; the completion is the text it should continue with
+    response        a completion, or an answer that a reward model scores
+    template        the prompt format that turns an instruction, and its input, into a prompt
+    supervised      counted in the loss: a token whose label is its id, not IGNORE_INDEX (-100)
+    example         one row as `input_ids` and `labels`
+    ranking, pair   two or more responses to one prompt, best first; with two of them, `chosen` and `rejected`
+    batch           the packed tokens of several examples, and `rows`: where in them the tokens of each row are
+    position        a token's number in its row, from 0
+    optimiser step  one update of the weights; its gradient is accumulated over `grad_accum` batches (micro-batches)
+    prefill         the first forward pass of a prompt; each decode step after it adds one token
+    slot            the part of the KV cache with the keys and values of one row
+    reward          the number that a reward model gives a response
+"""

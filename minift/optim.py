@@ -1,4 +1,4 @@
-"""AdamW's groups, and the learning rate as a pure function of the step."""
+"""AdamW's parameter groups, and the learning rate as a function of the step."""
 
 import math
 
@@ -9,13 +9,14 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the reference's betas, eps and groups.
+    """Return AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the betas, eps and groups of transformers.
 
-    Decay acts on every trainable parameter but biases and LayerNorms; embeddings decay too, as in transformers'
-    `Trainer`. The learning rate is set by the loop before each step.
+    Every trainable parameter decays except biases and LayerNorms; embeddings decay too. The training loop sets the
+    learning rate before each step: until then it is 0.
     """
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (exempt if name.endswith("bias") or id(parameter) in norms else decayed).append(parameter)
@@ -23,12 +24,12 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-def learning_rate(step: int, *, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
-    """The learning rate that optimiser step `step`, counted from 0, uses.
+def learning_rate(step: int, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:
+    """Return the learning rate of optimiser step `step`, counted from 0.
 
-    It rises linearly from 0 over `warmup_steps`, then falls to 0 at `total_steps` along a line or half a cosine, or
-    stays. As the reference's, the first step of a warm-up has rate 0 and the last step before `total_steps` a little
-    more than 0 (transformers' `get_linear_schedule_with_warmup` and its siblings).
+    It rises linearly from 0 over `warmup_steps`. Then it falls to 0 at `total_steps`, along a line or half a cosine, or
+    stays constant. As in transformers (`get_linear_schedule_with_warmup` and others), the first step of a warm-up has
+    rate 0. The last step before `total_steps` has a rate above 0. Raises ValueError for an unknown schedule.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}, expected one of {SCHEDULES}")

@@ -1,18 +1,17 @@
-"""A row's prompt and completion, as pieces of text. Nothing here knows a token; see encode.py for those.
+"""A row → its prompt and completion, as pieces of text. Ids are made in encode.py.
 
-A template is plain text with the placeholders {instruction} {input} {response} {bos} {eos}. What stands before
-{response} is the prompt, what follows belongs to the completion. Every other brace, in the template or in a row, is
-text like any other: rows are code, and code is full of braces.
+A template is plain text with the placeholders {instruction} {input} {response} {bos} {eos}. The text before {response}
+is the prompt; the text after it belongs to the completion. Every other brace, in the template or in a row, is ordinary
+text, because rows are code and code is full of braces.
 """
 
-import json
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from minift.errors import UserError
-from minift.files import read_json, read_text
 from minift.tokenizer import Special
 
 PLACEHOLDER = re.compile(r"(\{(?:instruction|input|response|bos|eos)\})")
@@ -20,7 +19,7 @@ PLACEHOLDER = re.compile(r"(\{(?:instruction|input|response|bos|eos)\})")
 
 @dataclass(frozen=True)
 class Template:
-    """The same prompt in two forms: for rows with an input, and for those without (an empty one counts as none)."""
+    """A prompt format: one text for rows with an input, one for rows without (or with an empty one)."""
 
     name: str
     with_input: str
@@ -28,18 +27,18 @@ class Template:
 
     @property
     def response_template(self) -> str:
-        """The text that the response follows, from the last field on: "### Response:\\n" in `course`; "" if none."""
+        r"""The text between the last placeholder and {response}: "### Response:\n" in `course`; "" if there is none."""
         return PLACEHOLDER.split(self.without_input.split("{response}")[0])[-1].lstrip()
 
 
 TEMPLATES = {
-    # The course's. No word before the instruction: a small model has nothing to gain from a preamble.
+    # The course's. A preamble would not help a small model.
     "course": Template(
         "course",
         with_input="### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{response}",
         without_input="### Instruction:\n{instruction}\n\n### Response:\n{response}",
     ),
-    # Stanford Alpaca's, train.py: nothing between "Response:" and the response.
+    # Stanford Alpaca's train.py. Nothing follows "Response:", not even a line end.
     "alpaca": Template(
         "alpaca",
         with_input="Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -49,95 +48,80 @@ TEMPLATES = {
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Response:{response}",
     ),
-    # The reward model's.
+    # The reward model's default.
     "dialogue": Template(
         "dialogue",
         with_input="\n\nHuman: {instruction}\n\n{input}\n\nAssistant: {response}",
         without_input="\n\nHuman: {instruction}\n\nAssistant: {response}",
     ),
-    "none": Template(
-        "none",
-        with_input="{instruction}\n\n{input}{response}",
-        without_input="{instruction}{response}",
-    ),
+    "none": Template("none", with_input="{instruction}\n\n{input}{response}", without_input="{instruction}{response}"),
 }
 
 
-def template_of(name_or_path: str | None, folder: str | Path, otherwise: str, flag: str = "--template") -> Template:
-    """The template so named; if None, the one that a run which left `folder` was trained with; else `otherwise`.
+def render_prompt(row: Mapping[str, Any], template: Template, eos_token: str, bos_token: str | None) -> list[str]:
+    """Return the pieces of a row's prompt: `Special` pieces for {bos} and {eos}, plain text otherwise.
 
-    A run keeps the text of its template in run.json: a file of that name may be gone, or another one by now. Raises
-    UserError as `load_template` does, or for a run.json that has none.
+    A row with an "instruction" goes through the template. A row with a "prompt" is used as it is.
+    Raises UserError if the row has an input and the template no {input}, or if the template has {bos} and the tokenizer
+    does not name a BOS token.
     """
-    folder = Path(folder).absolute()
-    run = (folder.parents[1] if folder.parent.name == "checkpoints" else folder) / "run.json"
-    if name_or_path is not None or not run.is_file():
-        return load_template(name_or_path or otherwise, flag)
-    try:
-        return Template(**read_json(run, "a run's values")["template"])
-    except (KeyError, TypeError):
-        raise UserError(f"{run}: has no template of its run, expected one: name it with {flag}") from None
-
-
-def load_template(name_or_path: str, flag: str = "--template") -> Template:
-    """One of `TEMPLATES` by its name, or a template of one's own from a file.
-
-    A file ending in .json holds an object with both forms, "with_input" and "without_input". Any other file is one form
-    for all rows, where {input} may be empty; the line end that closes the file is not part of it.
-
-    Raises UserError naming `flag`: no such name or file, no {instruction} before {response}, not one {response}.
-    """
-    if name_or_path in TEMPLATES:
-        return TEMPLATES[name_or_path]
-    what = f"{flag} {name_or_path}"
-    try:
-        text = read_text(name_or_path, f"one of {', '.join(TEMPLATES)}, or a file").replace("\r\n", "\n")
-    except (UserError, ValueError) as error:  # ValueError: a path with NUL in it
-        raise UserError(f"{flag} {error}") from None
-    if name_or_path.endswith(".json"):
-        forms = _read_forms(text, what)
-    else:
-        text = text.removesuffix("\n")
-        forms = {"with_input": text, "without_input": text}
-    for form in forms.values():
-        _check_form(form, what)
-    if name_or_path.endswith(".json") and "{input}" not in forms["with_input"]:
-        raise UserError(f'{what}: "with_input" has no {{input}}')
-    return Template(name_or_path, **forms)
-
-
-def render_prompt(row: Mapping[str, str], template: Template, eos_token: str, bos_token: str | None) -> list[str]:
-    """The pieces a model is given before it responds: `Special` ones for {bos} and {eos}, else plain text.
-
-    A row with an "instruction" goes through the template; one with a "prompt" is used as it is.
-    Raises UserError if the row has an input and the template no place for it, or if {bos} has no token to stand for.
-    """
-    if not _goes_through_template(row):
+    if not _uses_template(row):
         return [row["prompt"]]
     before, _ = _form(row, template).split("{response}")
     return _fill(before, row, template, eos_token, bos_token)
 
 
 def render(
-    row: Mapping[str, str], template: Template, eos_token: str, bos_token: str | None
+    row: Mapping[str, Any], template: Template, eos_token: str, bos_token: str | None
 ) -> tuple[list[str], list[str]]:
-    """The pieces of a row's prompt and of its completion ("output" of an instruction; else "completion" or "response").
+    """Return the pieces of a row's prompt and of its completion.
 
-    Errors as `render_prompt`. Whether an EOS is still to be added is for encode.py to say.
+    The completion is the "output" of an instruction, else the row's "completion" or "response". The EOS is added later,
+    by encode.py. Raises UserError like `render_prompt`.
     """
     prompt = render_prompt(row, template, eos_token, bos_token)
-    if not _goes_through_template(row):
+    if not _uses_template(row):
         return prompt, [row["completion"] if "completion" in row else row["response"]]
     _, after = _form(row, template).split("{response}")
     return prompt, [row["output"], *_fill(after, row, template, eos_token, bos_token)]
 
 
-def _goes_through_template(row: Mapping[str, str]) -> bool:
-    # Data sets keep rendered copies of their instructions under "prompt".
+def is_text_row(row: Mapping[str, Any]) -> bool:
+    """Return whether to use the row's "text": some data sets also keep rendered copies of their instructions there."""
+    return "text" in row and not any(name in row for name in ("instruction", "prompt"))
+
+
+def likely_cause(text: str, response_template: str) -> str:
+    """Return a likely reason, in one line, why a text does not contain a response template."""
+    unescaped = response_template.replace("\\n", "\n").replace("\\t", "\t")
+    if unescaped != response_template and unescaped in text:
+        return (
+            "the template has a backslash and a letter where the row has a line end or tab; in a shell, write $'…\\n'"
+        )
+    words = response_template.split()
+    bare_words = re.findall(r"\w+", response_template)
+    for pattern, flags, difference in (
+        (re.escape(response_template), re.IGNORECASE, "upper and lower case"),
+        (r"\s*".join(map(re.escape, words)), 0, "spaces or line ends"),
+        (r"\s*".join(map(re.escape, words)), re.IGNORECASE, "case and in spaces or line ends"),
+        (r"\W*".join(bare_words), re.IGNORECASE, "punctuation"),
+    ):
+        found = list(re.finditer(pattern, text, flags)) if pattern else []
+        if found:
+            # One more character on either side, to show the space or colon that makes the difference.
+            around = text[max(found[-1].start() - 1, 0) : found[-1].end() + 1]
+            return f"it differs in {difference}: the row has {around!r}, the template is {response_template!r}"
+    lines = [line for line in text.splitlines() if line.strip()]
+    close = difflib.get_close_matches(response_template.strip(), lines, n=1, cutoff=0.6)
+    return f"the nearest line is {close[0]!r}" if close else f"none of its lines is like {response_template!r}"
+
+
+def _uses_template(row: Mapping[str, Any]) -> bool:
+    # Some data sets keep rendered copies of their instructions under "prompt".
     return "instruction" in row and ("output" in row or "prompt" not in row)
 
 
-def _form(row: Mapping[str, str], template: Template) -> str:
+def _form(row: Mapping[str, Any], template: Template) -> str:
     if not row.get("input"):
         return template.without_input
     if "{input}" not in template.with_input:
@@ -148,8 +132,8 @@ def _form(row: Mapping[str, str], template: Template) -> str:
     return template.with_input
 
 
-def _fill(text: str, row: Mapping[str, str], template: Template, eos_token: str, bos_token: str | None) -> list[str]:
-    # The template is cut at its placeholders first, so a row's text is never searched for any.
+def _fill(text: str, row: Mapping[str, Any], template: Template, eos_token: str, bos_token: str | None) -> list[str]:
+    # The template is split at its placeholders before they are filled, so braces in a row's text stay text.
     pieces: list[str] = []
     for part in PLACEHOLDER.split(text):
         if part == "{instruction}":
@@ -160,29 +144,8 @@ def _fill(text: str, row: Mapping[str, str], template: Template, eos_token: str,
             pieces.append(Special(eos_token))
         elif part == "{bos}":
             if bos_token is None:
-                raise UserError(f"--template {template.name}: it has {{bos}}, but this tokenizer names no BOS token")
+                raise UserError(f"--template {template.name}: it has {{bos}}, but this tokenizer has no BOS token")
             pieces.append(Special(bos_token))
         elif part:
             pieces.append(part)
     return pieces
-
-
-def _read_forms(text: str, flag: str) -> dict[str, str]:
-    try:
-        forms = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{flag}: not valid JSON: {error}") from None
-    named = isinstance(forms, dict) and forms.keys() == {"with_input", "without_input"}
-    if not named or not all(isinstance(form, str) for form in forms.values()):
-        raise UserError(f'{flag}: expected a JSON object of two strings, "with_input" and "without_input"')
-    return forms
-
-
-def _check_form(form: str, flag: str) -> None:
-    if form.count("{response}") != 1:
-        raise UserError(f"{flag}: expected {{response}} once, found it {form.count('{response}')} times")
-    before, after = form.split("{response}")
-    if "{instruction}" not in before:
-        raise UserError(f"{flag}: expected {{instruction}} before {{response}}")
-    if "{instruction}" in after or "{input}" in after:
-        raise UserError(f"{flag}: {{instruction}} and {{input}} belong before {{response}}, not after it")

@@ -1,29 +1,28 @@
-"""A reward model in use: score, compare, win rate, best of n; how well its choices agree with what was preferred."""
+"""Use a reward model: score, compare, win rate, best of n; measure how well it agrees with held-out preferences."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from pathlib import Path
+from itertools import chain, combinations
 from typing import Any, NamedTuple
 
 import torch
 
 from minift.batching import collate
-from minift.encode import encode_response
+from minift.encode import Example
+from minift.encoded import by_category
 from minift.errors import UserError
-from minift.model import RewardModel
-from minift.prompts import Template, template_of
-from minift.tokenizer import Tokenizer, check_fits, load_tokenizer
-from minift.weights import load_reward_model
+from minift.model import RewardModel, eval_mode
+from minift.pairs import Ranking, encode_response
+from minift.prompts import Template
+from minift.tokenizer import Tokenizer
 
-NORMAL_95 = 1.959963984540054  # 95% of a normal distribution lie within so many standard deviations
-BINS = 10
-MOST_KINDS = 20  # a field that tells more kinds than this is no kind
+Z_95 = 1.959963984540054  # 95% of a normal distribution are within this many standard deviations
+BINS = 10  # of the calibration error
 
 
 class WinRate(NamedTuple):
-    """How many of some pairs the first side won, a tie being no win, with the 95% interval of its share."""
+    """How many of some pairs the first side won (a tie is not a win), with the rate's 95% interval."""
 
     wins: int
     ties: int
@@ -35,11 +34,11 @@ class WinRate(NamedTuple):
 
 @dataclass(frozen=True)
 class Judge:
-    """A reward model with what it reads text by.
+    """A reward model with the tokenizer and template to read text with.
 
-    Equal texts get equal scores, and the order in which texts are given changes nothing, bit for bit; scored in other
-    company, a text's score differs by rounding only. A `query` is what the template takes as an instruction; None says
-    that the response is a whole dialogue.
+    A `query` is an instruction for the template; None means that the response is a whole dialogue. Equal texts get
+    equal rewards, and the order of the texts does not matter, bit for bit. Other texts in the same batch change a
+    reward by rounding only.
     """
 
     model: RewardModel
@@ -48,85 +47,67 @@ class Judge:
     batch_size: int = 32
 
     def score(self, query: str | None, response: str) -> float:
-        """The reward of `response` as an answer to `query`. Raises ValueError as `encode`."""
+        """Return the reward of `response` as an answer to `query`. Raises ValueError like `encode`."""
         return self.scores([(query, response)])[0]
 
     def scores(self, answers: Sequence[tuple[str | None, str]]) -> list[float]:
-        """The rewards of (query, response)s. Raises ValueError as `encode`."""
+        """Return the rewards of (query, response)s. Raises ValueError like `encode`."""
         return score_rows(self.model, [self.encode(*answer) for answer in answers], self.batch_size)
 
     def encode(self, query: str | None, response: str) -> list[int]:
-        """The ids that are scored. Raises ValueError if they exceed the model's positions, or can't be made."""
+        """Return the ids to score. Raises ValueError if the model has too few positions or the text is not Unicode."""
         ids = encode_response(query, response, self.tokenizer, self.template)
-        positions = self.model.config.max_position_embeddings
-        if len(ids) > positions:
-            raise ValueError(f"{len(ids)} tokens, more than the reward model's {positions} positions: shorten it")
+        max_positions = self.model.config.max_position_embeddings
+        if len(ids) > max_positions:
+            raise ValueError(f"{len(ids)} tokens, more than the reward model's {max_positions} positions: shorten it")
         return ids
 
     def compare(self, query: str | None, a: str, b: str) -> float:
-        """The probability that `a` is the better response, by Bradley and Terry's model: σ(reward of a − of b)."""
+        """Return the probability under Bradley–Terry that `a` is better than `b`: σ(reward of a − reward of b)."""
         reward_a, reward_b = self.scores([(query, a), (query, b)])
         return sigmoid(reward_a - reward_b)
 
     def win_rate(self, pairs: Sequence[tuple[str | None, str, str]]) -> WinRate:
-        """Of (query, a, b)s: how often `a` has the higher reward."""
+        """Return how often `a` has the higher reward in (query, a, b)s."""
         rewards = self.scores([(query, response) for query, *responses in pairs for response in responses])
         return win_rate(a - b for a, b in zip(rewards[::2], rewards[1::2], strict=True))
 
     def best_of(self, query: str | None, responses: Sequence[str]) -> int:
-        """The index of the response with the highest reward, the first where several have it. ValueError for none."""
+        """Return the index of the highest reward, the first of equal ones. Raises ValueError without responses."""
         if not responses:
             raise ValueError("no responses to choose from")
         rewards = self.scores([(query, response) for response in responses])
         return rewards.index(max(rewards))
 
 
-def load_judge(
-    folder: str | Path,
-    template: str | None = None,
-    *,
-    flag: str = "--template",
-    batch_size: int = 32,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Judge:
-    """The reward model in a folder, reading by `template`: by name or file, or its run's own, or `dialogue`.
-
-    Raises UserError for a language model's folder, which has no head to score with, and as `load_reward_model` does.
-    """
-    form = template_of(template, folder, "dialogue", flag)
-    tokenizer = load_tokenizer(folder)
-    model = load_reward_model(folder, dtype=dtype).to(device).eval()
-    check_fits(tokenizer, model.config.vocab_size, str(folder))
-    return Judge(model, tokenizer, form, batch_size)
-
-
 @torch.no_grad()
 def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], batch_size: int) -> list[float]:
-    """The rewards of rows of ids. Rows of like length are scored together, equal ones once.
+    """Return the reward of each row of ids. Rows of similar length share a batch, equal rows are scored once.
 
-    The model runs in eval mode and is left in the mode it came in. Raises UserError for a reward that is no number.
+    Raises UserError if a reward is NaN or infinite.
     """
     device = model.score.weight.device
     distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
     rewards: dict[tuple[int, ...], float] = {}
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for start in range(0, len(distinct), batch_size):
-            part = distinct[start : start + batch_size]
-            batch = collate([(row, row) for row in part]).to(device)
+            chunk = distinct[start : start + batch_size]
+            batch = collate([Example(list(row), list(row)) for row in chunk]).to(device)
             scored = model(batch.input_ids, batch.positions, batch.rows)  # (R,)
-            rewards.update(zip(part, scored.tolist(), strict=True))
-    finally:
-        model.train(was_training)
+            rewards.update(zip(chunk, scored.tolist(), strict=True))
     if not all(map(math.isfinite, rewards.values())):
-        raise UserError("the reward model gives rewards that are no finite numbers: its weights don't fit this dtype")
+        raise UserError("the reward model's rewards are NaN or infinite: its weights do not suit this dtype")
     return [rewards[tuple(row)] for row in rows]
 
 
+def score_rankings(model: RewardModel, rankings: Sequence[Ranking], batch_size: int) -> list[list[float]]:
+    """Return the rewards of each ranking's responses. Raises UserError like `score_rows`."""
+    rewards = iter(score_rows(model, [row for ranking in rankings for row in ranking.responses], batch_size))
+    return [[next(rewards) for _ in ranking.responses] for ranking in rankings]
+
+
 def win_rate(differences: Iterable[float]) -> WinRate:
-    """Of the differences of rewards of some pairs, first side less second. Raises ValueError if there are none."""
+    """Return the win rate given the rewards' differences, first side − second side. Raises ValueError if empty."""
     differences = list(differences)
     if not differences:
         raise ValueError("no pairs to count")
@@ -135,50 +116,46 @@ def win_rate(differences: Iterable[float]) -> WinRate:
 
 
 def wilson_interval(wins: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a share of which `wins` in `n` were seen, the n being independent (Wilson 1927).
+    """Return the 95% interval of a proportion, given `wins` in `n` independent trials (Wilson 1927).
 
-    The shares p that lie within z standard deviations √(p(1 − p) / n) of what was seen. Unlike wins / n ± z·s it stays
-    within 0 and 1, and is no point where all or none won.
+    It contains every p with |p − wins / n| ≤ z √(p(1 − p) / n). Unlike wins / n ± z·s it stays within 0 and 1, and it
+    has a width even if all or none won.
     """
-    share, z2 = wins / n, NORMAL_95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    reach = NORMAL_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    proportion, z2 = wins / n, Z_95**2
+    centre = (proportion + z2 / (2 * n)) / (1 + z2 / n)
+    radius = Z_95 / (1 + z2 / n) * math.sqrt(proportion * (1 - proportion) / n + z2 / (4 * n * n))
     # Rounding must not put 0 of n outside its own interval.
-    return max(0.0, min(share, centre - reach)), min(1.0, max(share, centre + reach))
+    return max(0.0, min(proportion, centre - radius)), min(1.0, max(proportion, centre + radius))
 
 
 def calibration(differences: Sequence[float]) -> tuple[float, float]:
-    """How far σ(chosen − rejected) can be taken at its word: (expected calibration error, Brier score), 0 is best.
+    """Return expected calibration error and Brier score of σ(chosen − rejected) as a probability; 0 is best for both.
 
-    The model names as better the side of higher reward, with the confidence σ(|difference|) of 0.5 to 1. The error is
-    the gap between mean confidence and share named rightly, in `BINS` bins of equal width, averaged over the pairs (Guo
-    et al. 2017, arXiv 1706.04599, eq. 3). The Brier score is the mean of (1 − σ(chosen − rejected))².
+    The model's choice is the side with the higher reward, its confidence σ(|difference|) from 0.5 to 1. The error is
+    the difference of mean confidence and accuracy in `BINS` bins of equal width, averaged over the pairs (Guo et al.
+    2017, arXiv 1706.04599, equation 3). The Brier score is the mean of (1 − σ(chosen − rejected))².
     """
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     for difference in differences:
         confidence = sigmoid(abs(difference))
-        place = min(int((confidence - 0.5) * 2 * BINS), BINS - 1)
-        bins[place].append((confidence, difference > 0))
-    gaps = [abs(sum(confidence for confidence, _ in held) - sum(right for _, right in held)) for held in bins]
+        number = min(int((confidence - 0.5) * 2 * BINS), BINS - 1)
+        bins[number].append((confidence, difference > 0))
+    gaps = [abs(sum(confidence for confidence, _ in pairs) - sum(right for _, right in pairs)) for pairs in bins]
     brier = sum(sigmoid(-difference) ** 2 for difference in differences)
     return sum(gaps) / len(differences), brier / len(differences)
 
 
-def examine(rewards: Sequence[Sequence[float]], kinds: Sequence[Any]) -> dict[str, Any]:
-    """What is reported of some pairs: accuracy of all and by kind, with 95% intervals; ties; calibration; and the mean
-    of σ(chosen − rejected), which stays near 0.5 where a model has no opinion and the accuracy is that of tiny signs.
+def examine(rewards: Sequence[Sequence[float]], categories: Sequence[str | None]) -> dict[str, Any]:
+    """Measure how rewards agree with rankings: accuracy by category with 95% intervals, ties, calibration.
 
-    `rewards` holds for each row those of its two responses, the chosen one first, or of K ranked ones, which make
-    K(K - 1)/2 pairs. `kinds` says what each row's kind is; only text counts as one. The intervals take the pairs for
-    independent, which those of one prompt are not quite.
+    `rewards` holds the rewards of each row's responses, best first; K responses make K(K - 1)/2 pairs. Accuracy is the
+    win rate of the better response. If a model has no preference, the mean of σ(chosen − rejected) is near 0.5, and the
+    accuracy only reflects tiny differences. The intervals treat pairs as independent; pairs of one prompt are not
+    quite.
     """
-    groups: dict[str, list[float]] = {"all": []}
-    told_apart = len({kind for kind in kinds if isinstance(kind, str)}) <= MOST_KINDS
-    for its_rewards, kind in zip(rewards, kinds, strict=True):
-        differences = [better - worse for better, worse in combinations(its_rewards, 2)]
-        for name in {"all", kind} if isinstance(kind, str) and told_apart else {"all"}:
-            groups.setdefault(name, []).extend(differences)
-    rates = {name: win_rate(groups[name]) for name in ["all", *sorted(groups.keys() - {"all"})]}
+    differences = [[better - worse for better, worse in combinations(its_rewards, 2)] for its_rewards in rewards]
+    groups = {name: [*chain(*group)] for name, group in by_category(differences, categories).items()}
+    rates = {name: win_rate(group) for name, group in groups.items()}
     error, brier = calibration(groups["all"])
     return {
         "accuracy": {name: rate.rate for name, rate in rates.items()},
@@ -191,26 +168,6 @@ def examine(rewards: Sequence[Sequence[float]], kinds: Sequence[Any]) -> dict[st
     }
 
 
-def table(exams: dict[str, dict[str, Any]]) -> list[str]:
-    """Lines for people: what `examine` found, a column for each exam under its name."""
-    last = [*exams.values()][-1]
-    lines = [f"{'':30}" + "".join(f"{name:>24}" for name in exams)] if any(exams) else []
-    for kind, pairs in last["pairs"].items():
-        name = "accuracy" if kind == "all" else f"  {kind}"
-        cells = []
-        for exam in exams.values():
-            low, high = exam["interval"][kind]
-            cells.append(f"{exam['accuracy'][kind]:.1%} ({low:.1%}-{high:.1%})")
-        lines.append(f"{f'{name}, {pairs:,} pairs':30}" + "".join(f"{cell:>24}" for cell in cells))
-    lines.append(f"{'ties, counted as wrong':30}" + "".join(f"{exam['ties']:>24,}" for exam in exams.values()))
-    for key, name in (
-        ("mean_probability", "mean probability of chosen"),
-        ("calibration_error", "calibration error"),
-        ("brier", "Brier score"),
-    ):
-        lines.append(f"{name:30}" + "".join(f"{exam[key]:>24.3f}" for exam in exams.values()))
-    return lines
-
-
 def sigmoid(x: float) -> float:
+    """Return 1 / (1 + e^-x), without overflow."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,14 +1,13 @@
 """`python -m tests.bench`, or `make bench`: minift and what it replaces, timed in turn on the same work, as ratios.
 
-Both sides of a line do the same rows in the same batches in float32, one after the other, and again, so that whatever
-else the machine does falls on both. Told are the medians, their ratio, and the least and largest ratio of a round,
-which say how far to trust it. Times are told, never asserted.
+In each round both sides do the same rows in the same batches in float32, one after the other, so that other load on the
+machine affects both. A line shows the medians, their ratio, and the smallest and largest ratio of a round, which say
+how far to trust it. The times are never asserted.
 """
 
 import argparse
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -20,29 +19,30 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TE
 
 import sacrebleu
 import torch
+import torch.nn.functional as F
 import transformers
 import trl
-from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 
-from minift.batching import Batch, PairBatch, Sampler, collate, collate_rankings
+from data.make.pretrain import initialise
+from minift.batching import Loader, collate, collate_rankings
+from minift.beam import beam_search
 from minift.bleu import corpus_bleu
+from minift.commands.cli import CommandParser, run_command, whole_number
 from minift.config import Config
-from minift.cost import matrix_rate, products
-from minift.datasets import PAIR_KINDS, load_rows
-from minift.encode import encode_rankings, encode_rows, prompt_ids_and_reference, split_row
-from minift.errors import CommandParser, run_command, whole_number
+from minift.encode import IGNORE_INDEX, encode_prompt, encode_rows
+from minift.files.datasets import PAIR_SCHEMAS, load_rows
+from minift.files.tokenizer import load_tokenizer, save_tokenizer
+from minift.files.weights import load_model, new_reward_model, save_model
 from minift.generate import Options, generate
-from minift.losses import bradley_terry, completion_cross_entropy
-from minift.model import OPT, OPTConfig, RewardModel, initialise, set_dropout
+from minift.model import OPT, OPTConfig, RewardModel, set_dropout
+from minift.pairs import encode_rankings
 from minift.prompts import TEMPLATES
-from minift.tokenizer import load_tokenizer
 from minift.trainer import LossFunction, Task, train
-from minift.weights import load_model, new_reward_model, save_model
-from tests.compare.reward import start_model
-from tests.compare.training import Plan, quiet, reference_model, reference_tokenizer, reference_values
+from tests.compare import reward, sft
+from tests.compare.training import Plan, make_trainer, quiet, reference_model, reference_tokenizer
+from tests.reference import MemoryRecorder, padded, rm_loss, sft_loss, write_nothing
 
 DATA = Path(__file__).parents[1] / "data"
 SHAPES = {  # of facebook's models: layers, width, heads, feed-forward width, embedding width, pre-LN
@@ -50,34 +50,34 @@ SHAPES = {  # of facebook's models: layers, width, heads, feed-forward width, em
     "350m": (24, 1024, 16, 4096, 512, False),
 }
 VOCABULARY, POSITIONS = 50_272, 2048
-LONGEST = 256
-LR = 1e-5
+MAX_LENGTH = 256
+PLAN = Plan("float32", "sequential", lr=1e-5, epochs=1)
 SEGMENTS = 2000
 
 
 class Timing(NamedTuple):
-    """One side's work, done once."""
+    """One side's work in one round."""
 
     seconds: float
-    things: int  # rows, pairs, tokens, segments
+    items: int  # rows, pairs, tokens or segments
 
 
 class Line(NamedTuple):
-    """What both sides do. `operations` are the floating-point operations of matrix products in one thing, 0 if none."""
+    """The work that both sides do."""
 
     what: str
     minift: Callable[[], Timing]
     reference: Callable[[], Timing]
-    operations: float = 0
+    operations: float = 0  # in matrix products, floating-point, for each item; 0 if not counted
 
 
 def main() -> None:
-    """Time both sides of each line in turn; print rates, their ratio and its spread."""
+    """Time both sides of each line in turn; print rates, their ratio and its range."""
     args = _parser().parse_args()
     with tempfile.TemporaryDirectory(prefix="minift-bench-") as scratch:
         folder = model_folder(args.shape, Path(scratch))
         width = json.loads((folder / "config.json").read_text())["hidden_size"]
-        rate = matrix_rate(1024, width, torch.float32, seconds=1)
+        rate = matrix_rate(width)
         print(
             f"{args.shape} shape, batches of {args.batch_size}, float32, {torch.get_num_threads()} threads "
             f"({rate / 1e9:.0f} GFLOP/s of matrix products); "
@@ -89,19 +89,19 @@ def main() -> None:
             for _ in range(args.rounds):
                 with quiet():
                     rounds.append((line.minift(), line.reference()))
-            ours, theirs = ([timing.things / timing.seconds for timing in side] for side in zip(*rounds, strict=True))
+            ours, theirs = ([timing.items / timing.seconds for timing in side] for side in zip(*rounds, strict=True))
             ratios = [mine / its for mine, its in zip(ours, theirs, strict=True)]
             median, its_median = statistics.median(ours), statistics.median(theirs)
-            share = f"; {median * line.operations / rate:.0%} of the matrix rate" if line.operations else ""
+            fraction = f"; {median * line.operations / rate:.0%} of the matrix rate" if line.operations else ""
             print(
                 f"{line.what:34}{median:10.1f}{its_median:11.1f}{median / its_median:7.2f}x   "
-                f"{min(ratios):.2f} to {max(ratios):.2f}{share}",
+                f"{min(ratios):.2f} to {max(ratios):.2f}{fraction}",
                 flush=True,
             )
 
 
 def model_folder(shape: str, scratch: Path) -> Path:
-    """The shipped model, or one of a larger shape with random weights and the shipped tokenizer."""
+    """Return the shipped model, or one of a larger shape with random weights and the shipped tokenizer."""
     if shape == "tiny":
         return DATA / "model"
     layers, width, heads, feed_forward, embedding, pre_ln = SHAPES[shape]
@@ -118,12 +118,32 @@ def model_folder(shape: str, scratch: Path) -> Path:
     model = OPT(config)
     initialise(model, 0)
     save_model(model, scratch / "model")
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        shutil.copy(DATA / "model" / name, scratch / "model")
+    save_tokenizer(load_tokenizer(DATA / "model"), scratch / "model")
     return scratch / "model"
 
 
+def matrix_rate(width: int) -> float:
+    """Measure the floating-point operations a second of `(1024, width)` times `(width, width)` products."""
+    hidden, weight = torch.ones(1024, width), torch.ones(width, width)
+    F.linear(hidden, weight)  # the first one starts the threads
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 1:
+        F.linear(hidden, weight)
+        done += 1
+    return done * 2 * hidden.numel() * width / (time.perf_counter() - started)
+
+
+def products(model: OPT) -> tuple[int, int]:
+    """Return the operations of training for each token in the body, and for each supervised token in the head.
+
+    A weight W of n numbers takes 2n in W x, 2n for the gradient of x, and 2n for its own.
+    """
+    linears = [module for module in model.decoder.modules() if isinstance(module, nn.Linear)]
+    return sum(6 * linear.weight.numel() for linear in linears), 6 * model.head.numel()
+
+
 def lines(folder: Path, args: argparse.Namespace, scratch: Path) -> Iterator[Line]:
+    """Yield the lines in the order of the table."""
     yield sft_line(folder, args, scratch)
     yield reward_line(folder, args, scratch)
     prompts = prompts_of(folder, args.prompts)
@@ -136,125 +156,77 @@ def lines(folder: Path, args: argparse.Namespace, scratch: Path) -> Iterator[Lin
 
 
 def sft_line(folder: Path, args: argparse.Namespace, scratch: Path) -> Line:
-    """Rows a second in training, the reference's with its own defaults but for the batch and what it reports."""
-    tokenizer, template = load_tokenizer(folder), TEMPLATES["course"]
+    """Time rows of instruction tuning."""
+    tokenizer = load_tokenizer(folder)
     rows = load_rows(DATA / "instructions.jsonl")[: args.steps * args.batch_size]
-    examples, _, _ = encode_rows(rows, tokenizer, template, max_length=LONGEST)
-    assert len(examples) == len(rows)
-
-    def collated(numbers: list[int]) -> Batch:
-        return collate([examples[number] for number in numbers])
+    encoded = encode_rows(rows, tokenizer, sft.TEMPLATE, max_length=MAX_LENGTH)
+    assert len(encoded.rows) == len(rows)
 
     def minift() -> Timing:
         model = load_model(folder)
-
-        def loss(batch: Batch) -> tuple:
-            hidden = model(batch.input_ids, batch.positions, batch.rows)
-            return *completion_cross_entropy(hidden, model.head, batch.labels, batch.positions), {}
-
-        return time_own(model, loss, collated, "supervised_tokens", args, scratch)
+        batches = Loader(encoded.examples, collate, args.batch_size)
+        return time_minift(model, sft_loss(model), batches, "supervised_tokens")
 
     def reference() -> Timing:
-        texts = []
-        for row in rows:
-            prompt, completion = split_row(row, tokenizer, template, "")
-            texts.append({"prompt": "".join(prompt), "completion": "".join(completion[:-1])})  # trl adds the end token
         model = reference_model(AutoModelForCausalLM, folder, "float32")
-        return time_reference(trl.SFTTrainer, trl.SFTConfig, model, texts, folder, args, scratch)
+        texts = sft.trl_rows(sft.texts_of(row, tokenizer) for row in rows)
+        return time_reference(trl.SFTTrainer, model, texts, folder, args, scratch)
 
-    model = load_model(folder)
-    in_body, in_head = products(model)
-    tokens = sum(len(example.input_ids) for example in examples)
-    supervised = sum(label >= 0 for example in examples for label in example.labels)
-    return Line("rows, SFT", minift, reference, (in_body * tokens + in_head * supervised) / len(rows))
+    in_body, in_head = products(load_model(folder))
+    supervised = sum(label != IGNORE_INDEX for example in encoded.examples for label in example.labels)
+    return Line("rows, SFT", minift, reference, (in_body * encoded.tokens + in_head * supervised) / len(rows))
 
 
 def reward_line(folder: Path, args: argparse.Namespace, scratch: Path) -> Line:
-    """Pairs a second in training a reward model."""
-    tokenizer, template = load_tokenizer(folder), TEMPLATES["dialogue"]
-    rows = load_rows(DATA / "pairs.jsonl", PAIR_KINDS)[: args.steps * args.batch_size]
-    rankings, _, _ = encode_rankings(rows, tokenizer, template, max_length=LONGEST, positions=LONGEST)
-    assert len(rankings) == len(rows)
-
-    def collated(numbers: list[int]) -> PairBatch:
-        return collate_rankings([rankings[number] for number in numbers])
+    """Time pairs of training a reward model."""
+    tokenizer = load_tokenizer(folder)
+    rows = load_rows(DATA / "pairs.jsonl", PAIR_SCHEMAS)[: args.steps * args.batch_size]
+    encoded = encode_rankings(rows, tokenizer, reward.TEMPLATE, max_length=MAX_LENGTH)
+    assert len(encoded.rows) == len(rows)
 
     def minift() -> Timing:
         model = new_reward_model(folder, seed=0)
-
-        def loss(batch: PairBatch) -> tuple:
-            rewards = model(batch.input_ids, batch.positions, batch.rows)
-            return *bradley_terry(rewards[batch.better], rewards[batch.worse], batch.margins, batch.weights), {}
-
-        return time_own(model, loss, collated, "pairs", args, scratch)
+        batches = Loader(encoded.examples, collate_rankings, args.batch_size)
+        return time_minift(model, rm_loss(model), batches, "pairs")
 
     def reference() -> Timing:
-        texts = []
-        for row in rows:
-            prompt, _ = split_row({"instruction": row["prompt"], "output": ""}, tokenizer, template, "")
-            texts.append({"prompt": "".join(prompt), "chosen": row["chosen"], "rejected": row["rejected"]})
-        model = start_model(folder, "float32")
-        return time_reference(trl.RewardTrainer, trl.RewardConfig, model, texts, folder, args, scratch)
+        names = ("prompt", "chosen", "rejected")
+        texts = [dict(zip(names, reward.texts_of(row, tokenizer), strict=True)) for row in rows]
+        return time_reference(trl.RewardTrainer, reward.start_model(folder, "float32"), texts, folder, args, scratch)
 
     return Line("pairs, reward model", minift, reference)
 
 
-def time_own(
-    model: OPT | RewardModel,
-    loss: LossFunction,
-    collated: Callable[[list[int]], Batch | PairBatch],
-    counted: str,
-    args: argparse.Namespace,
-    scratch: Path,
-) -> Timing:
-    """minift's loop over the rows in their order; the first step, in which memory is first taken, is not timed."""
+def time_minift(model: OPT | RewardModel, loss: LossFunction, batches: Loader, unit: str) -> Timing:
+    """Time minift's loop over the rows in order, without the first step, in which memory is first allocated."""
     set_dropout(model, 0.0)
-    sampler = Sampler(args.steps * args.batch_size, args.batch_size, 1, 0, False)
-    task = Task(
-        model=model,
-        loss=loss,
-        micro_batches=lambda step: (collated(numbers) for numbers in sampler.micro_batches(step)),
-        eval_batches=lambda: (),
-        total_steps=args.steps,
-        write_model=lambda folder: None,
-        counted=counted,
-    )
-    with tempfile.TemporaryDirectory(dir=scratch) as run:
-        train(task, Config(lr=LR, batch_size=args.batch_size, device="cpu", dtype="float32"), Path(run))
-        text = Path(run, "metrics.jsonl").read_text()
-    seconds = [json.loads(line)["seconds"] for line in text.splitlines()]
-    return Timing(seconds[-1] - seconds[0], (args.steps - 1) * args.batch_size)
+    recorder = MemoryRecorder()
+    task = Task(model, loss, batches, Loader([], batches.collate, 1), write_nothing, unit)
+    train(task, Config(lr=PLAN.lr, epochs=PLAN.epochs), recorder)
+    first, *_, last = recorder.lines
+    return Timing(last["seconds"] - first["seconds"], (last["step"] - first["step"]) * batches.batch_size)
 
 
 def time_reference(
     trainer_class: type[Trainer],
-    config_class: type,
-    model: nn.Module,
+    model: PreTrainedModel,
     texts: list[dict[str, str]],
     folder: Path,
     args: argparse.Namespace,
     scratch: Path,
 ) -> Timing:
-    """trl's trainer over the same rows, timed from the end of its first step to that of its last."""
+    """Time trl's trainer over the same rows, from the end of its first step to the end of its last."""
     ends: list[float] = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
+    values = {"per_device_train_batch_size": args.batch_size, "gradient_accumulation_steps": 1}
+    values |= {"logging_strategy": "no", "max_length": MAX_LENGTH}
     with tempfile.TemporaryDirectory(dir=scratch) as run:
-        values = reference_values(Plan("float32", "sequential", LR, 1), Path(run))
-        values |= {"per_device_train_batch_size": args.batch_size, "gradient_accumulation_steps": 1}
-        values |= {"logging_strategy": "no", "max_length": LONGEST}
-        trainer_class._send_telemetry = lambda self: None
-        trainer = trainer_class(
-            model=model,
-            processing_class=reference_tokenizer(folder),
-            train_dataset=Dataset.from_list(texts),
-            args=config_class(**values),
-            callbacks=[Clock()],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = make_trainer(trainer_class, model, reference_tokenizer(folder), texts, run, PLAN, **values)
+        trainer.add_callback(Clock())
         trainer.train()
     assert len(ends) == args.steps
     return Timing(ends[-1] - ends[0], (args.steps - 1) * args.batch_size)
@@ -263,41 +235,36 @@ def time_reference(
 # ---- generation and BLEU ----
 
 
-def prompts_of(folder: Path, how_many: int) -> list[list[int]]:
-    tokenizer, template = load_tokenizer(folder), TEMPLATES["course"]
-    rows = load_rows(DATA / "heldout.jsonl")[:how_many]
-    return [prompt_ids_and_reference(row, tokenizer, template)[0] for row in rows]
+def prompts_of(folder: Path, count: int) -> list[list[int]]:
+    tokenizer = load_tokenizer(folder)
+    return [encode_prompt(row, tokenizer, TEMPLATES["course"]) for row in load_rows(DATA / "heldout.jsonl")[:count]]
 
 
 def generation_line(what: str, folder: Path, prompts: Sequence[list[int]], new_tokens: int, beams: int) -> Line:
-    """New tokens a second, all prompts in one batch, each of one length: no end token comes before."""
+    """Time new tokens, all prompts in one batch. Without an EOS, all completions have the same length."""
 
     def minift() -> Timing:
         model = load_model(folder)
-        options = Options(
-            max_new_tokens=new_tokens, num_beams=beams, batch_size=len(prompts) * beams, eos_token_id=None
-        )
+        search = beam_search if beams > 1 else generate
+        batch_size = len(prompts) * beams
+        options = Options(max_new_tokens=new_tokens, num_beams=beams, batch_size=batch_size, eos_token_id=None)
         started = time.perf_counter()
-        generate(model, prompts, options)
+        search(model, prompts, options)
         return Timing(time.perf_counter() - started, len(prompts) * new_tokens)
 
     def reference() -> Timing:
         model = reference_model(AutoModelForCausalLM, folder, "float32").eval()
         model.generation_config = transformers.GenerationConfig()
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[1] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        inputs = padded(prompts, side="left")
         started = time.perf_counter()
-        model.generate(
-            ids, attention_mask=mask, max_new_tokens=new_tokens, num_beams=beams, do_sample=False, pad_token_id=1
-        )
+        model.generate(**inputs, max_new_tokens=new_tokens, num_beams=beams, do_sample=False, pad_token_id=1)
         return Timing(time.perf_counter() - started, len(prompts) * new_tokens)
 
     return Line(what, minift, reference)
 
 
 def bleu_line() -> Line:
-    """Segments a second of corpus BLEU, the hypotheses being the rows' neighbours' answers."""
+    """Time segments of corpus BLEU; the hypothesis for each row is the next row's answer."""
     references = [row["output"] for row in load_rows(DATA / "instructions.jsonl")[:SEGMENTS]]
     hypotheses = references[1:] + references[:1]
 
@@ -315,14 +282,19 @@ def bleu_line() -> Line:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser("python -m tests.bench", description="minift and what it replaces, timed in turn")
+    parser = CommandParser("python -m tests.bench", description="time minift and what it replaces, in turn")
     add = parser.add_argument
     add("--shape", choices=("tiny", *SHAPES), default="tiny", help="the shipped model, or random weights (%(default)s)")
-    add("--rounds", type=whole_number(1), default=5, help="times that both sides do their work (%(default)s)")
-    add("--steps", type=whole_number(2), default=20, help="of training in a round, the first not timed (%(default)s)")
+    add("--rounds", type=whole_number(1), default=5, help="how often both sides do their work (%(default)s)")
+    add(
+        "--steps",
+        type=whole_number(2),
+        default=20,
+        help="steps in a round, the first not timed (%(default)s)",
+    )
     add("--batch-size", type=whole_number(1), default=8, help="rows or pairs in a step (%(default)s)")
-    add("--prompts", type=whole_number(4), default=32, help="completed at a time; with beams a quarter (%(default)s)")
-    add("--new-tokens", type=whole_number(1), default=32, help="of each completion (%(default)s)")
+    add("--prompts", type=whole_number(4), default=32, help="prompts in a batch; a quarter with beams (%(default)s)")
+    add("--new-tokens", type=whole_number(1), default=32, help="tokens of each completion (%(default)s)")
     return parser
 
 

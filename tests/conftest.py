@@ -10,7 +10,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from minift.tokenizer import Tokenizer, load_tokenizer
+from minift.files.tokenizer import load_tokenizer
+from minift.tokenizer import Tokenizer
 
 # Repeated, so that BPE learns "\n\n", "\n    " and " word" as tokens: those are what joins a prompt to its response.
 CORPUS = [

@@ -1,4 +1,4 @@
-"""A hub on 127.0.0.1: what huggingface_hub asks of the real one, answered with its headers, redirects and refusals."""
+"""A hub served on 127.0.0.1 that answers huggingface_hub with the real one's headers, redirects and errors."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-LARGE = (".bin", ".safetensors", ".parquet")  # the real hub keeps these elsewhere and redirects to them
+LARGE = (".bin", ".safetensors", ".parquet")  # the real hub stores these on another server and redirects there
 
 
 @dataclass
@@ -21,14 +21,14 @@ class Repository:
 
 @dataclass
 class Hub:
-    """Repositories by their page (`owner/name`, `datasets/owner/name`), the requests so far, and faults to come."""
+    """Repositories by page (`owner/name`, `datasets/owner/name`), the requests so far, and the faults to simulate."""
 
     url: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)  # by SHA-256
     requests: list[str] = field(default_factory=list)  # "GET path range"
-    cuts: list[int] = field(default_factory=list)  # the next downloads of large files end after so many bytes
-    status: int = 200  # any other is the answer to every request
+    cuts: list[int] = field(default_factory=list)  # the next downloads of large files end after these numbers of bytes
+    status: int = 200  # any other answers every request
     download_status: int = 200  # the same for large files
     token_refused: bool = False
     log_in_page: bool = False
@@ -36,7 +36,7 @@ class Hub:
     before_answer: Callable[[str], None] = lambda path: None
 
     def add(self, page: str, files: dict[str, bytes], branch: str = "main") -> str:
-        """A new commit on a branch; its hash."""
+        """Add a commit to a branch and return its hash."""
         repository = self.repositories.setdefault(page, Repository())
         contents = b"".join(name.encode() + hashlib.sha1(data).digest() for name, data in sorted(files.items()))
         commit = hashlib.sha1(contents).hexdigest()
@@ -46,7 +46,7 @@ class Hub:
         return commit
 
     def downloads(self) -> list[str]:
-        """The large files that were sent, by their paths in the repository, each with the range asked for, if any."""
+        """Return the repository paths of the large files sent, each followed by the requested range, if any."""
         names = {
             hashlib.sha256(data).hexdigest(): name
             for repository in self.repositories.values()
@@ -59,7 +59,7 @@ class Hub:
 
 @contextmanager
 def serve() -> Iterator[Hub]:
-    """An empty hub that answers until the block ends."""
+    """Serve an empty hub until the block ends."""
     hub = Hub()
     hub.hanging.set()
 
@@ -90,7 +90,7 @@ def _answer(hub: Hub, request: BaseHTTPRequestHandler) -> None:
     path = urlsplit(request.path).path
     wanted = request.headers.get("Range", "")
     hub.requests.append(f"{request.command} {path} {wanted}".strip())
-    hub.hanging.wait(20)  # whoever is still there then gets an answer, so that no test hangs
+    hub.hanging.wait(20)  # a limit, so that no test hangs
     hub.before_answer(path)
     if hub.status != 200:
         return _send(request, hub.status, b"")
@@ -107,7 +107,7 @@ def _answer(hub: Hub, request: BaseHTTPRequestHandler) -> None:
     )  # fmt: skip
     repository = hub.repositories.get(page)
     if repository is None:
-        # As to anyone who isn't logged in. The real hub has sent it with the code and without.
+        # What clients that aren't logged in get. The real hub has sent it with the code and without.
         code = "RepoNotFound" if page.startswith("datasets/") else ""
         return _refuse(request, 401, code, "Invalid username or password.")
     revision, _, name = rest.partition("/")

@@ -1,27 +1,19 @@
-"""Packed batches and the sampler, by content and by count."""
+"""Packed batches, shared prefixes and the loader, by content and by count."""
 
-import doctest
+import dataclasses
 import math
+import random
 
 import pytest
 import torch
 from torch.utils.data import RandomSampler
 
-from minift import batching
-from minift.batching import Sampler, collate, lay_out_rows
-
-
-def test_the_example_in_the_docstring():
-    results = doctest.testmod(batching)
-    assert results.attempted >= 5 and results.failed == 0
+from minift.batching import Loader, collate, lay_out_rows, share_prefixes
+from tests.reference import random_examples
 
 
 def test_every_row_can_be_read_back():
-    generator = torch.Generator().manual_seed(0)
-    examples = []
-    for length in (3, 1, 8, 8, 2):
-        ids = torch.randint(100, (length,), generator=generator).tolist()
-        examples.append((ids, [token if token % 2 else -100 for token in ids]))
+    examples = random_examples((3, 1, 8, 8, 2))
     batch = collate(examples)
     assert {tensor.dtype for tensor in batch} == {torch.int64}
     assert batch.rows.shape == (5, 8) and batch.input_ids.shape == (22,)
@@ -42,66 +34,101 @@ def test_layouts():
 
 
 def test_a_batch_moves_as_a_whole():
-    batch = collate([([2, 10], [-100, 10])]).to(torch.device("meta"))
+    batch = collate(random_examples((2,))).to(torch.device("meta"))
     assert {tensor.device.type for tensor in batch} == {"meta"}
     assert batch.rows.shape == (1, 2)
 
 
-def rows_of(sampler: Sampler, step: int) -> list[int]:
-    return [row for micro_batch in sampler.micro_batches(step) for row in micro_batch]
+def test_prefixes_are_stored_once_and_last_tokens_never_shared():
+    rng = random.Random(0)
+    saved = 0
+    for _ in range(300):
+        sequences = [rng.choices((5, 6, 7), k=rng.randint(1, 9)) for _ in range(rng.randint(1, 6))]
+        sequences += rng.choices(sequences, k=rng.randrange(2))  # now and then the same sequence twice
+        ids, positions, indices = share_prefixes(sequences)
+        assert [[ids[index] for index in path] for path in indices] == sequences
+        assert [[positions[index] for index in path] for path in indices] == [[*range(len(s))] for s in sequences]
+        assert indices[0] == [*range(len(sequences[0]))]  # collate_rankings labels the first tokens of the tree
+        assert len({path[-1] for path in indices}) == len(sequences)
+        prefixes = {tuple(sequence[:length]) for sequence in sequences for length in range(1, len(sequence))}
+        assert len(ids) == len(positions) == len(prefixes) + len(sequences)
+        saved += sum(map(len, sequences)) - len(ids)
+    assert saved > 1000
 
 
-def epoch_of(sampler: Sampler, epoch: int) -> list[int]:
-    first = epoch * sampler.steps_per_epoch
-    return [row for step in range(first, first + sampler.steps_per_epoch) for row in rows_of(sampler, step)]
+# ---- the loader; the examples of most tests here are numbers, and a batch is their list ----
 
 
-@pytest.mark.parametrize(("num_rows", "batch_size", "grad_accum"), [(23, 4, 2), (24, 4, 2), (23, 1, 1), (5, 8, 4)])
-def test_the_order_is_the_reference_s(num_rows, batch_size, grad_accum):
-    """That of torch's RandomSampler, which trl's loader seeds with seed + epoch; and so every row once an epoch."""
-    sampler = Sampler(num_rows, batch_size, grad_accum, seed=42)
-    assert sampler.steps_per_epoch == math.ceil(num_rows / (batch_size * grad_accum))
+def numbers(count: int, *values: int, seed: int = 0, order: str = "shuffled") -> Loader:
+    return Loader(range(count), list, *values, seed=seed, order=order)
+
+
+def seen(loader: Loader, step: int) -> list[int]:
+    return [number for batch in loader.micro_batches(step) for number in batch]
+
+
+def epoch_of(loader: Loader, epoch: int) -> list[int]:
+    first = epoch * loader.steps_per_epoch
+    return [number for step in range(first, first + loader.steps_per_epoch) for number in seen(loader, step)]
+
+
+def test_examples_are_collated_and_an_evaluation_reads_all_in_order():
+    examples = random_examples((3, 1, 8, 8, 2))
+    loader = Loader(examples, collate, 2, grad_accum=2, order="shuffled")
+    chosen = list(loader.examples_of(1))
+    assert [len(batch) for batch in chosen] == [1]
+    [batch] = loader.micro_batches(1)
+    assert all(map(torch.equal, batch, collate([examples[chosen[0][0]]])))
+    expected = [collate(examples[start : start + 2]) for start in (0, 2, 4)]
+    assert all(all(map(torch.equal, *pair)) for pair in zip(loader, expected, strict=True))
+    assert list(Loader([], collate, 2)) == []
+
+
+@pytest.mark.parametrize(("count", "batch_size", "grad_accum"), [(23, 4, 2), (24, 4, 2), (23, 1, 1), (5, 8, 4)])
+def test_the_order_is_that_of_trl(count, batch_size, grad_accum):
+    """The order of torch's RandomSampler, which trl seeds with seed + epoch; so every example comes once an epoch."""
+    loader = numbers(count, batch_size, grad_accum, seed=42)
+    assert loader.steps_per_epoch == math.ceil(count / (batch_size * grad_accum))
     for epoch in range(3):
         generator = torch.Generator().manual_seed(42 + epoch)
-        assert epoch_of(sampler, epoch) == list(RandomSampler(range(num_rows), generator=generator))
-        assert sorted(epoch_of(sampler, epoch)) == list(range(num_rows))
-    assert epoch_of(sampler, 0) != epoch_of(sampler, 1)
-    assert epoch_of(sampler._replace(seed=43), 0) == epoch_of(sampler, 1)
+        assert epoch_of(loader, epoch) == list(RandomSampler(range(count), generator=generator))
+        assert sorted(epoch_of(loader, epoch)) == list(range(count))
+    assert epoch_of(loader, 0) != epoch_of(loader, 1)
+    assert epoch_of(dataclasses.replace(loader, seed=43), 0) == epoch_of(loader, 1)
 
 
-def test_rows_in_the_order_of_the_file():
-    sampler = Sampler(7, 2, 1, seed=42, shuffled=False)
+def test_the_order_of_the_file():
+    loader = numbers(7, 2, 1, seed=42, order="sequential")
     for epoch in range(2):
-        assert epoch_of(sampler, epoch) == list(range(7))
+        assert epoch_of(loader, epoch) == list(range(7))
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "sizes"), [(16, [2, 2, 2, 2]), (17, [1]), (19, [2, 1]), (22, [2, 2, 2]), (23, [2, 2, 2, 1])]
+    ("count", "sizes"), [(16, [2, 2, 2, 2]), (17, [1]), (19, [2, 1]), (22, [2, 2, 2]), (23, [2, 2, 2, 1])]
 )
-def test_what_is_left_at_an_epoch_s_end_is_a_step_of_its_own(num_rows, sizes):
-    sampler = Sampler(num_rows, batch_size=2, grad_accum=4, seed=0)
-    assert [len(rows) for rows in sampler.micro_batches(sampler.steps_per_epoch - 1)] == sizes
-    # The next epoch starts full again, with a row of its own order.
-    assert [len(rows) for rows in sampler.micro_batches(sampler.steps_per_epoch)] == [2, 2, 2, 2]
+def test_the_rest_of_an_epoch_is_a_step(count, sizes):
+    loader = numbers(count, 2, 4)
+    assert [len(batch) for batch in loader.micro_batches(loader.steps_per_epoch - 1)] == sizes
+    # The next epoch's first step is full again.
+    assert [len(batch) for batch in loader.micro_batches(loader.steps_per_epoch)] == [2, 2, 2, 2]
 
 
-def test_the_place_in_the_data_is_the_step_alone():
-    sampler = Sampler(23, 2, 3, seed=7)
-    expected = [rows_of(sampler, step) for step in range(12)]
+def test_a_step_s_examples_depend_on_seed_and_step_alone():
+    loader = numbers(23, 2, 3, seed=7)
+    expected = [seen(loader, step) for step in range(12)]
     before = torch.get_rng_state()
     for step in reversed(range(12)):
         torch.manual_seed(step)
-        assert rows_of(Sampler(23, 2, 3, seed=7), step) == expected[step]
+        assert seen(numbers(23, 2, 3, seed=7), step) == expected[step]
     torch.set_rng_state(before)
-    rows_of(sampler, 5)
+    seen(loader, 5)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_accumulation_does_not_change_what_a_step_sees():
-    shapes = [Sampler(21, batch_size, 8 // batch_size, seed=3) for batch_size in (1, 2, 4, 8)]
+    loaders = [numbers(21, batch_size, 8 // batch_size, seed=3) for batch_size in (1, 2, 4, 8)]
     for step in range(7):
-        seen = [rows_of(sampler, step) for sampler in shapes]
-        assert all(rows == seen[0] for rows in seen)
-    for sampler in shapes:
-        sizes = [len(rows) for rows in sampler.micro_batches(0)]
-        assert sizes == [sampler.batch_size] * sampler.grad_accum
+        first, *others = [seen(loader, step) for loader in loaders]
+        assert all(other == first for other in others)
+    for loader in loaders:
+        assert [len(batch) for batch in loader.micro_batches(0)] == [loader.batch_size] * loader.grad_accum

@@ -1,4 +1,4 @@
-"""BLEU against sacreBLEU, against sums done by hand, and the command from file to JSON."""
+"""Tests of BLEU against sacreBLEU and against hand calculations, and of the command from file to JSON."""
 
 import itertools
 import json
@@ -8,17 +8,19 @@ import random
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 import sacrebleu.metrics
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_intl import TokenizerV14International
 
-from minift.bleu import SMOOTHING_DEFAULTS, TOKENIZERS, corpus_bleu, main, sentence_bleu, tokens
-from minift.errors import run_command
+from minift.bleu import SMOOTHING_DEFAULTS, TOKENIZERS, corpus_bleu, sentence_bleu, tokens
+from minift.commands.bleu import main
+from minift.commands.cli import run_command
 
-# Characters that the running Python's Unicode doesn't know are left out: sacreBLEU asks the `regex` package, which may
-# bring a younger Unicode.
+# Characters that the running Python's Unicode doesn't know are left out: sacreBLEU uses the `regex` package, which may
+# have a newer Unicode.
 ASSIGNED = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) != "Cn"]
 MARKS = [character for character in ASSIGNED if unicodedata.category(character)[0] in "PSN"]
 SPACES = [character for character in ASSIGNED if character.isspace()]
@@ -30,8 +32,7 @@ TRICKY += ["-\n", "-\r\n", "\n", "\r", "\t", "\x0c", "\x85", "\u2028", "\u3000",
 
 
 def random_word(rng: random.Random) -> str:
-    kind = rng.random()
-    if kind < 0.5:
+    if rng.random() < 0.5:
         return rng.choice(TRICKY)
     alphabet = rng.choice(["".join(map(chr, range(128))), "0123456789.,-ab", MARKS, SPACES, ASSIGNED])
     return "".join(rng.choice(alphabet) for _ in range(rng.randint(1, 4)))
@@ -43,16 +44,16 @@ def random_segment(rng: random.Random, vocabulary: list[str]) -> str:
 
 
 def edited(rng: random.Random, text: str) -> str:
-    """`text` with a few words gone or in capitals, so that long n-grams match."""
+    """Return `text` with a few words removed or in capitals, so that long n-grams match."""
     words = text.split(" ")
     for _ in range(rng.randint(0, 2)):
-        place = rng.randrange(len(words))
-        words[place] = rng.choice(["", words[place].upper(), words[place] + " "])
+        index = rng.randrange(len(words))
+        words[index] = rng.choice(["", words[index].upper(), words[index] + " "])
     return " ".join(words)
 
 
 def random_corpus(rng: random.Random) -> tuple[list[str], list[list[str | None]]]:
-    """One to five segments over a small vocabulary; one to three reference streams, later ones with gaps (None)."""
+    """Return one to five segments over a small vocabulary and one to three reference streams, later ones with gaps."""
     vocabulary = [random_word(rng) for _ in range(rng.randint(1, 8))]
     hypotheses = [random_segment(rng, vocabulary) for _ in range(rng.randint(1, 5))]
     references = []
@@ -72,13 +73,13 @@ def assert_equal(ours, theirs, signature):
 @pytest.mark.parametrize("tokenize", TOKENIZERS)
 @pytest.mark.parametrize("smooth_method", SMOOTHING_DEFAULTS)
 def test_equals_sacrebleu_on_random_corpora(tokenize, smooth_method):
-    """16 pairs of tokeniser and smoothing, each on 100 corpora: 1,600 corpora and as many sentences."""
+    """16 pairs of tokeniser and smoothing, each on 100 corpora and 100 sentences."""
     rng = random.Random(f"{tokenize} {smooth_method}")
     settings = itertools.product([False, True], [False, True], [None, None, 0, 0.25, 2], [4, 4, 4, 1, 6])
     with_a_score = with_none = 0
     for lowercase, effective_order, smooth_value, max_ngram_order in settings:
-        common = dict(lowercase=lowercase, tokenize=tokenize, smooth_method=smooth_method)
-        common |= dict(smooth_value=smooth_value, max_ngram_order=max_ngram_order)
+        common = {"lowercase": lowercase, "tokenize": tokenize, "smooth_method": smooth_method}
+        common |= {"smooth_value": smooth_value, "max_ngram_order": max_ngram_order}
         oracle = sacrebleu.metrics.BLEU(effective_order=effective_order, **common)
         hypotheses, references = random_corpus(rng)
 
@@ -93,7 +94,7 @@ def test_equals_sacrebleu_on_random_corpora(tokenize, smooth_method):
         theirs = oracle.sentence_score(hypotheses[index], segment_references)
         ours = sentence_bleu(hypotheses[index], segment_references, use_effective_order=effective_order, **common)
         assert_equal(ours, theirs, oracle.get_signature())
-    assert with_a_score > 20 and with_none > 3  # both kinds were really met
+    assert with_a_score > 20 and with_none > 3  # corpora of both sorts occurred
 
 
 def test_defaults_are_sacrebleus():
@@ -108,9 +109,9 @@ def test_defaults_are_sacrebleus():
 
 @pytest.mark.parametrize("template", ["a{0}1{0}b", "5{0} {0}5{0}", "x{0}{0}1"])
 def test_every_character_is_split_as_sacrebleu_splits_it(template):
-    """All of Unicode between letters, digits and itself; of ideographs and private use (240,000) each fiftieth."""
-    alike = {"Lo", "Co"}
-    characters = [c for number, c in enumerate(ASSIGNED) if number % 50 == 0 or unicodedata.category(c) not in alike]
+    """All of Unicode between letters, digits and itself; of ideographs and private use (240,000) every fiftieth."""
+    similar = {"Lo", "Co"}
+    characters = [c for number, c in enumerate(ASSIGNED) if number % 50 == 0 or unicodedata.category(c) not in similar]
     for start in range(0, len(characters), 5000):
         text = " q ".join(template.format(character) for character in characters[start : start + 5000])
         assert tokens(text, "13a") == Tokenizer13a()(text.rstrip()).split()
@@ -135,7 +136,7 @@ def test_tokens_by_hand(text, tokenize, expected):
 
 
 def test_no_four_gram_scores_zero_against_itself():
-    """The surprise of REFERENCE: without effective order a corpus of short segments can't score."""
+    """Without the effective order, a corpus of short segments scores 0, as in sacreBLEU."""
     assert corpus_bleu(["a b c"], [["a b c"]]).score == 0.0
     assert corpus_bleu(["a b c"], [["a b c"]], use_effective_order=True).score == pytest.approx(100)
     assert corpus_bleu(["a b c", "a b c d"], [["a b c", "a b c d"]]).score == pytest.approx(100)
@@ -150,7 +151,7 @@ def test_precisions_and_counts_by_hand():
     assert bleu.precisions == pytest.approx([100 * 2 / 7, 0, 0, 0])
     assert (bleu.score, bleu.bp, bleu.sys_len, bleu.ref_len) == (0.0, 1.0, 7, 7)
 
-    # Another matching order raises 1 / 2**k by its own total only: k counts the zeros so far.
+    # The k-th n without a match counts 1 / 2**k of a match.
     bleu = sentence_bleu(hypothesis, references, smooth_method="exp")
     assert bleu.precisions == pytest.approx([100 * 2 / 7, 100 / (2 * 6), 100 / (4 * 5), 100 / (8 * 4)])
     assert bleu.score == pytest.approx(math.prod(bleu.precisions) ** 0.25)
@@ -167,12 +168,12 @@ def test_brevity_penalty_by_hand():
     assert bleu.bp == pytest.approx(math.exp(1 - 7 / 4))
     assert bleu.score == pytest.approx(100 * math.exp(1 - 7 / 4))
     assert corpus_bleu(["a b c d e"], [["a b c d"]]).bp == 1.0
-    # Lengths 3 and 5 are as near to 4: the shorter counts. 6 is nearer to 7 than 3 is, in whatever order.
+    # Lengths 3 and 5 are equally close to 4: the shorter counts. 6 is closer to 7 than 3 is, in either order.
     assert sentence_bleu("a b c d", ["a b c d e", "a b c"]).ref_len == 3
     assert sentence_bleu("a b c d e f g", ["a b c", "a b c d e f"]).ref_len == 6
 
 
-def test_nothing_on_either_side():
+def test_empty_hypotheses_and_references():
     for hypothesis, references, bp in [("", ["a b"], 0.0), ("", [""], 1.0), (" \n", ["a"], 0.0), ("a", [""], 1.0)]:
         bleu = sentence_bleu(hypothesis, references)
         assert (bleu.score, bleu.bp, bleu.precisions) == (0.0, bp, [0.0] * 4)
@@ -213,7 +214,7 @@ def test_warns_of_text_already_split(caplog):
         (["a"], [["a"]], {"max_ngram_order": 0}, ValueError, "max_ngram_order"),
     ],
 )
-def test_refuses_what_is_no_corpus(hypotheses, references, settings, error, message):
+def test_refuses_what_is_not_a_corpus(hypotheses, references, settings, error, message):
     with pytest.raises(error, match=message):
         corpus_bleu(hypotheses, references, **settings)
 
@@ -224,25 +225,28 @@ def test_refuses_a_string_for_the_references_of_a_sentence():
 
 
 def test_never_imports_torch():
-    code = "import minift.bleu, sys; assert not {'torch', 'numpy', 'tokenizers'} & set(sys.modules)"
+    code = "import minift.commands.bleu, sys; assert not {'torch', 'numpy', 'tokenizers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def run_bleu(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "minift.bleu", *map(str, arguments)]
+def run_bleu(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "minift", "bleu", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
 
 
-def written(path, content: str | bytes):
+def write(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     return path
 
 
 def test_command_prints_what_sacrebleu_prints(tmp_path):
-    """Same files to both. Lines hold what `str.splitlines` would cut; one ends as on Windows; a last newline lacks."""
-    hypotheses = written(tmp_path / "hyp.txt", "the cat\u2028sat on the mat .\r\n\na b\x0cc d e\nvoilà 日本 x\n")
-    first = written(tmp_path / "ref1.txt", "the cat sat on the mat.\n\na b c d\nvoilà 日本 y")
-    second = written(tmp_path / "ref2.txt", "The cat sat on a mat .\nx\na b c d f\nvoilà 日 x\n")
+    """Both read the same files.
+
+    Lines contain what `str.splitlines` would split at; one ends with \\r\\n; one file has no last newline.
+    """
+    hypotheses = write(tmp_path / "hyp.txt", "the cat\u2028sat on the mat .\r\n\na b\x0cc d e\nvoilà 日本 x\n")
+    first = write(tmp_path / "ref1.txt", "the cat sat on the mat.\n\na b c d\nvoilà 日本 y")
+    second = write(tmp_path / "ref2.txt", "The cat sat on a mat .\nx\na b c d f\nvoilà 日 x\n")
     flags = ["--tokenize", "intl", "--smooth-method", "floor", "--smooth-value", "0.2", "--lowercase"]
     ours = run_bleu(hypotheses, first, second, *flags)
     assert (ours.returncode, ours.stderr) == (0, "")
@@ -258,8 +262,8 @@ def test_command_prints_what_sacrebleu_prints(tmp_path):
 
 
 def test_command_at_the_sentence_level(tmp_path):
-    hypotheses = written(tmp_path / "hyp.txt", "a b c\nx\n")
-    references = written(tmp_path / "ref.txt", "a b c\ny\n")
+    hypotheses = write(tmp_path / "hyp.txt", "a b c\nx\n")
+    references = write(tmp_path / "ref.txt", "a b c\ny\n")
     lines = run_bleu(hypotheses, references, "--sentence-level").stdout.splitlines()
     assert [json.loads(line)["score"] for line in lines] == pytest.approx([100, 0])
     assert json.loads(lines[0])["eff"] == "yes"
@@ -267,20 +271,22 @@ def test_command_at_the_sentence_level(tmp_path):
 
 
 def test_command_reads_jsonl(tmp_path):
-    """Text with newlines; one reference or several; blank lines and a byte order mark. The default fields are those of
-    instructions that `minift.generate` has completed."""
+    """Text with newlines; one reference or several; blank lines and a byte order mark.
+
+    The default fields are those of instructions that `minift generate` has completed.
+    """
     rows = [
         {"completion": "def f(x):\n    return x + 1", "output": "def f(x):\n    return x + 1"},
         {"completion": "a b c d e", "output": ["a b c d f", "a b c d e f"]},
     ]
-    file = written(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    file = write(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     fields = json.loads(run_bleu("--jsonl", file).stdout)
     streams = [[rows[0]["output"], "a b c d f"], [None, "a b c d e f"]]
     assert fields["score"] == pytest.approx(sacrebleu.corpus_bleu([row["completion"] for row in rows], streams).score)
     assert fields["nrefs"] == "var"
 
     renamed = [{"h": row["completion"], "r": row["output"]} for row in rows]
-    file = written(tmp_path / "renamed.jsonl", "\ufeff" + "\n \n".join(map(json.dumps, renamed)))
+    file = write(tmp_path / "renamed.jsonl", "\ufeff" + "\n \n".join(map(json.dumps, renamed)))
     again = json.loads(run_bleu("--jsonl", file, "--hypothesis-field", "h", "--reference-field", "r").stdout)
     assert again == fields
 
@@ -307,7 +313,7 @@ GOOD = '{"completion": "a", "output": "a"}\n'
     ],
 )
 def test_command_names_the_line_of_a_bad_row(tmp_path, capsys, content, names):
-    file = written(tmp_path / "rows.jsonl", content)
+    file = write(tmp_path / "rows.jsonl", content)
     assert_refused(capsys, ["--jsonl", str(file)], f"{file}{names}")
 
 
@@ -333,17 +339,17 @@ def test_command_names_the_line_of_a_bad_row(tmp_path, capsys, content, names):
     ],
 )
 def test_command_refuses_bad_files_and_flags(tmp_path, monkeypatch, capsys, arguments, message):
-    written(tmp_path / "good", "a\nb\n")
-    written(tmp_path / "longer", "a\nb\n\n")
-    written(tmp_path / "empty", "")
-    written(tmp_path / "latin1", "a\nvoilà\n".encode("latin-1"))
-    written(tmp_path / "rows", GOOD)
+    write(tmp_path / "good", "a\nb\n")
+    write(tmp_path / "longer", "a\nb\n\n")
+    write(tmp_path / "empty", "")
+    write(tmp_path / "latin1", "a\nvoilà\n".encode("latin-1"))
+    write(tmp_path / "rows", GOOD)
     monkeypatch.chdir(tmp_path)
     assert_refused(capsys, arguments, message)
 
 
-def assert_refused(capsys, arguments: list[str], message: str):
-    """Status 2 and one line, in this process: it saves starting thirty."""
+def assert_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    """Assert status 2 and one line on stderr. It runs in this process, which saves starting thirty."""
     with pytest.raises(SystemExit) as end:
         run_command(lambda: main(arguments))
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The comparison with the reference at its quick size: every section agrees, and none does once a fault is planted."""
+"""tests/compare at its quick size: every section agrees, and disagrees once a fault is planted in what it covers."""
 
 import importlib
 import math
@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 
-from minift.errors import run_command
-from tests.compare import Check, Setting
+from minift.commands.cli import run_command
+from tests.compare import Check, Difference, Setting
 from tests.compare import __main__ as command
 from tests.compare.faults import FAULTS, Fault
 from tests.compare.page import page
@@ -21,14 +21,13 @@ DATA = Path(__file__).parents[1] / "data"
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """The command sets variables for the libraries, which other tests must not inherit."""
+    """Undo the environment variables that the command sets for the libraries."""
     with mock.patch.dict(os.environ):
         yield
 
 
 @pytest.fixture
-def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
-    monkeypatch.setattr("trl.trainer.base_trainer._BaseTrainer._send_telemetry", lambda trainer: None)
+def setting(tmp_path: Path) -> Setting:
     return Setting(
         model=DATA / "model",
         data=DATA / "instructions.jsonl",
@@ -69,7 +68,7 @@ def test_ten_faults_are_planted() -> None:
     assert len({fault.name for fault in FAULTS}) == 10
 
 
-def test_nothing_agrees_with_a_difference_that_is_no_number() -> None:
+def test_check_agrees_only_within_its_tolerance() -> None:
     assert not Check("sft", "loss", "", math.nan, math.inf).agrees
     assert not Check("sft", "loss", "", 2e-5, 1e-5).agrees
     assert Check("sft", "loss", "", 1e-5, 1e-5).agrees
@@ -78,7 +77,7 @@ def test_nothing_agrees_with_a_difference_that_is_no_number() -> None:
 @pytest.mark.parametrize(
     "difference, status, verdict", [(0.0, None, "all 1 comparisons agree"), (2.0, 1, "1 of 1 comparisons DISAGREE")]
 )
-def test_command_prints_a_table_leaves_a_page_and_says_so(
+def test_command_prints_a_table_and_writes_a_page(
     difference: float,
     status: int | None,
     verdict: str,
@@ -90,6 +89,8 @@ def test_command_prints_a_table_leaves_a_page_and_says_so(
     monkeypatch.setattr(command, "_section", lambda name, setting: iter([check]))
     monkeypatch.setattr(sys, "argv", ["compare", "--only", "bleu", "--out", str(tmp_path / "new" / "out")])
 
+    monkeypatch.setattr(command, "README", tmp_path / "README.md")
+
     if status is None:
         command.main()
     else:
@@ -99,6 +100,27 @@ def test_command_prints_a_table_leaves_a_page_and_says_so(
 
     assert verdict in capsys.readouterr().out
     assert "&lt;corpora&gt;" in (tmp_path / "new" / "out" / "report.html").read_text()
+    assert not (tmp_path / "README.md").exists()  # not with --only
+
+
+def test_complete_run_writes_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def section(name: str, setting: Setting) -> Iterator[Check | Difference]:
+        yield Difference("ties", "0", "1", "why") if name == "differences" else Check(name, "it", "3 rows", 0.0, 1.0)
+
+    monkeypatch.setattr(command, "_section", section)
+    monkeypatch.setattr(command, "README", tmp_path / "README.md")
+    monkeypatch.setattr(sys, "argv", ["compare", "--out", str(tmp_path / "out")])
+    command.main()
+
+    readme, printed = (tmp_path / "README.md").read_text(), capsys.readouterr().out.splitlines()
+    start = printed.index(command.TITLES)
+    lines = printed[start : start + len(command.SECTIONS)]  # the titles, then every section but the differences
+    assert "\n".join(["```", *lines, "```"]) in readme
+    assert "All 9 comparisons agree" in readme and "- **ties**\n  - minift: 0\n" in readme
+    assert " ".join(command.SECTIONS) in readme and "data/instructions.jsonl" in readme
+    assert str(tmp_path) not in readme and str(DATA) not in readme
 
 
 def test_page_draws_both_curves_over_each_other() -> None:
@@ -117,7 +139,7 @@ def test_page_draws_both_curves_over_each_other() -> None:
         (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],
 )
-def test_mistake_is_one_line_and_status_2(
+def test_mistakes_give_one_line_and_status_2(
     flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["compare", *flags])

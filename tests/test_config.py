@@ -1,14 +1,16 @@
-"""Flags, recipes and defaults: which one wins, what is refused, and in which words."""
+"""Flags, recipes and defaults: which one wins, what is refused, and with which message."""
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
-from minift import config
-from minift.config import RECIPES, Config, describe, flag_of, parse, to_dict
+from minift.commands.flags import TRL_NAMES, describe, parse
+from minift.commands.recipes import RECIPES
+from minift.config import GROUPS, Config, defaults_of, flag_of, options_of, to_dict
 from minift.errors import UserError
 
 BOTH = """recipe model revision data eval-data out template epochs max-steps batch-size grad-accum lr schedule
@@ -20,35 +22,63 @@ ONLY = {
 }
 
 
-def refusal(argv: list[str], task: str = "sft") -> str:
+every_script = pytest.mark.parametrize("script", ["sft", "rm"])
+
+
+def refusal(argv: list[str], script: str = "sft") -> str:
     with pytest.raises(UserError) as error:
-        parse(task, argv)
+        parse(script, argv)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-@pytest.mark.parametrize("task", ["sft", "rm"])
-def test_each_script_has_exactly_its_flags(task):
-    assert sorted(flag_of(name) for name in to_dict(parse(task, []), task)) == sorted(
-        f"--{name}" for name in BOTH + ONLY[task]
+@every_script
+def test_each_script_has_exactly_its_flags(script):
+    assert sorted(flag_of(name) for name in to_dict(parse(script, []), script)) == sorted(
+        f"--{name}" for name in BOTH + ONLY[script]
     )
 
 
 def test_a_flag_wins_over_the_recipe_and_the_recipe_over_the_default():
     run = parse("sft", ["--recipe", "course", "--lr", "1e-4"])
     assert (run.lr, run.epochs, run.weight_decay) == (1e-4, 10, 0.0)
-    assert [run.sources[name] for name in ("lr", "epochs", "weight_decay")] == ["flag", "recipe", "default"]
+    assert [run.origins[name] for name in ("lr", "epochs", "weight_decay")] == ["flag", "recipe", "default"]
     assert parse("sft", ["--lr", "1e-4", "--lr", "2e-4"]).lr == 2e-4  # ARGS comes after the Makefile's own flags
 
 
-@pytest.mark.parametrize("task, lr, template", [("sft", 2e-5, "course"), ("rm", 1e-4, "dialogue")])
-def test_defaults_are_the_references(task, lr, template, monkeypatch):
-    monkeypatch.setitem(RECIPES[task], "tiny", {})
-    run = parse(task, [])
-    assert (run.lr, run.template) == (lr, template)
-    reference = {"batch_size": 8, "grad_accum": 1, "epochs": 3, "max_steps": None, "schedule": "linear", "seed": 42}
-    reference |= {"warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_length": 1024, "lora_rank": 0}
-    assert {name: getattr(run, name) for name in reference} == reference
+OTHER_DEFAULTS = {
+    "sft": {"data": "data/instructions.jsonl", "out": "runs/sft", "template": "course", "lr": 2e-5},
+    "rm": {"data": "data/pairs.jsonl", "out": "runs/rm", "template": "dialogue", "lr": 1e-4},
+}
+
+
+@every_script
+@pytest.mark.parametrize("flags", [["model"], ["data"], ["model", "data"], ["model", "data", "lr"]], ids=str)
+def test_a_recipe_does_not_leak_into_other_models_and_data(script, flags):
+    """Every value is the default, which is trl's where it has the option, or a flag."""
+    given = {name: 0.5 if name == "lr" else f"my/{name}" for name in flags}
+    run = parse(script, [word for name, value in given.items() for word in (flag_of(name), str(value))])
+    assert to_dict(run, script) == to_dict(Config(**(defaults_of(script) | given)), script)
+    assert run.origins == {name: "flag" if name in given else "default" for name in to_dict(run, script)}
+    expected = {"batch_size": 8, "grad_accum": 1, "epochs": 3, "max_steps": None, "schedule": "linear", "seed": 42}
+    expected |= {"warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_length": 1024, "dropout": None}
+    expected |= {"lora_rank": 0, "eval_data": None, "eval_fraction": 0.1, "recipe": None, "model": "data/model"}
+    expected |= OTHER_DEFAULTS[script] | given
+    assert {name: getattr(run, name) for name in expected} == expected
+
+
+@every_script
+@pytest.mark.parametrize(
+    "name, argv, origin",
+    [("tiny", [], "recipe"), ("tiny", ["--recipe", "tiny"], "flag"), ("course", ["--recipe", "course"], "flag")],
+)
+def test_without_flags_tiny_holds_else_the_recipe_that_is_named(script, name, argv, origin):
+    run, recipe = parse(script, argv), RECIPES[script][name]
+    held_out = {"eval_fraction": 0.0} if "eval_data" in recipe else {}
+    expected = Config(**(defaults_of(script) | recipe | held_out | {"recipe": name}))
+    assert to_dict(run, script) == to_dict(expected, script)
+    origins = {option: "recipe" if option in recipe | held_out else "default" for option in defaults_of(script)}
+    assert run.origins == origins | {"recipe": origin}
 
 
 def test_course_recipes_are_the_labs():
@@ -61,32 +91,32 @@ def test_course_recipes_are_the_labs():
     assert (rm.batch_size, rm.grad_accum, rm.epochs, rm.lr) == (3, 8, 3, 1.41e-5)
 
 
-@pytest.mark.parametrize("task, name", [(task, name) for task in RECIPES for name in RECIPES[task]])
-def test_a_recipe_typed_as_flags_is_the_recipe(task, name):
-    """So its values pass the same checks, and have the same types, as a user's."""
+@pytest.mark.parametrize("script, name", [(script, name) for script in RECIPES for name in RECIPES[script]])
+def test_a_recipe_typed_as_flags_is_the_recipe(script, name):
+    """So its values pass the same checks, and have the same types, as a user's; and it sets no more than these."""
     argv = []
-    for field_name, value in RECIPES[task][name].items():
+    for option, value in RECIPES[script][name].items():
         text = ",".join(value) if isinstance(value, tuple) else str(value)
-        argv += [flag_of(field_name)] if value is True else [flag_of(field_name), text]
-    typed, resolved = parse(task, ["--recipe", name, *argv]), parse(task, ["--recipe", name])
-    assert typed == resolved
-    assert [type(value) for value in to_dict(typed, task).values()] == [
-        type(value) for value in to_dict(resolved, task).values()
-    ]
+        argv += [flag_of(option)] if value is True else [flag_of(option), text]
+    typed, resolved = parse(script, argv), parse(script, ["--recipe", name])
+    assert dataclasses.replace(typed, recipe=name) == resolved
+    types = {option: type(value) for option, value in to_dict(resolved, script).items()} | {"recipe": type(None)}
+    assert {option: type(value) for option, value in to_dict(typed, script).items()} == types
     assert typed.model and typed.data and typed.out
 
 
-def test_what_a_recipe_says_of_its_data_does_not_hold_for_other_data():
-    assert (parse("sft", []).eval_data, parse("sft", []).eval_fraction) == (RECIPES["sft"]["tiny"]["eval_data"], 0.0)
-    mine = parse("sft", ["--data", "mine.jsonl"])
-    assert (mine.eval_data, mine.eval_fraction) == (None, 0.1)
-    both = parse("sft", ["--data", "mine.jsonl", "--eval-data", "held.jsonl"])
+def test_a_recipe_s_values_about_its_data_do_not_hold_for_other_data():
+    tiny = ["--recipe", "tiny", "--data", "mine.jsonl"]
+    mine = parse("sft", tiny)
+    assert (mine.eval_data, mine.eval_fraction, mine.lr) == (None, 0.1, RECIPES["sft"]["tiny"]["lr"])
+    both = parse("sft", [*tiny, "--eval-data", "held.jsonl"])
     assert (both.eval_data, both.eval_fraction) == ("held.jsonl", 0.0)
+    assert not parse("rm", tiny).group_prompts
     assert not parse("sft", ["--recipe", "course", "--data", "mine.jsonl"]).no_input_only
     assert parse("sft", ["--recipe", "course", "--data", "mine.jsonl", "--no-input-only"]).no_input_only
 
 
-def test_an_eval_fraction_of_ones_own_replaces_the_recipes_eval_data():
+def test_a_flag_s_eval_fraction_replaces_the_recipe_s_eval_data():
     split = parse("sft", ["--eval-fraction", "0.3"])
     assert (split.eval_data, split.eval_fraction) == (None, 0.3)
     every_row = parse("sft", ["--eval-fraction", "0"])
@@ -136,7 +166,7 @@ def test_a_wrong_value_is_refused_with_what_was_expected(flag, text, expected):
     assert message.startswith(f"{flag}: expected ") and expected in message and message.endswith(f"got {text!r}")
 
 
-def test_values_at_their_limits_are_taken():
+def test_values_at_their_limits_are_accepted():
     argv = "--batch-size 1 --max-length 2 --dropout 0 --lora-dropout 0.999 --eval-every 0 --seed 0 --device cuda:1"
     run = parse("sft", [*argv.split(), "--lora-targets", "q_proj, fc1"])
     assert (run.batch_size, run.max_length, run.dropout, run.seed, run.device) == (1, 2, 0.0, 0, "cuda:1")
@@ -163,61 +193,27 @@ def test_an_unknown_flag_is_refused_with_the_likely_one(argv, message):
 
 def test_the_names_known_from_trl_lead_to_flags_that_exist():
     every_flag = {flag_of(item.name) for item in dataclasses.fields(Config)}
-    assert set(config.TRL_NAMES.values()) <= every_flag
-    assert not set(config.TRL_NAMES) & every_flag
+    assert set(TRL_NAMES.values()) <= every_flag
+    assert not set(TRL_NAMES) & every_flag
 
 
-def test_description_shows_every_value_and_where_it_came_from():
+def test_description_shows_every_value_and_its_origin():
     lines = describe(parse("sft", ["--lr", "0.002"]), "sft").splitlines()
     assert len(lines) == len(BOTH + ONLY["sft"])
     words = {line.split()[0]: line.split()[1:] for line in lines}
     assert words["--lr"] == ["0.002", "flag"]
-    assert words["--model"] == [RECIPES["sft"]["tiny"]["model"], "recipe"]  # nothing that trl would have taken
+    assert words["--model"] == [RECIPES["sft"]["tiny"]["model"], "recipe"]
     assert words["--revision"] == ["none", "default"]
     assert words["--lora-targets"] == ["q_proj,v_proj", "default"]
     columns = {line.index(f" {line.split()[2]}") for line in lines}
     assert len(columns) == 1  # the last one is aligned
-
-
-# Read from trl 1.16's SFTConfig and RewardConfig, peft 0.21's LoraConfig and its targets for OPT.
-TRL = {"max-length": "1024", "epochs": "3", "batch-size": "8", "grad-accum": "1", "seed": "42", "max-steps": "none"}
-TRL |= {"warmup-steps": "0", "center-rewards": "0.0", "eval-fraction": "no evaluation", "eval-every": "no evaluation"}
-TRL |= {"save-every": "500", "dropout": "the model's"}
-PEFT = {"lora-rank": "8; trl: no adapters", "lora-alpha": "8.0", "lora-dropout": "0.0", "lora-targets": "q_proj,v_proj"}
-NEITHER = {
-    "model",
-    "data",
-    "eval-data",
-    "no-input-only",
-    "out",
-    "template",
-    "group-prompts",
-    "lm-weight",
-    "bleu-samples",
-}
-
-
-@pytest.mark.parametrize("task, lr", [("sft", "2e-05"), ("rm", "0.0001")])
-@pytest.mark.parametrize("recipe", ["tiny", "course"])
-def test_what_a_recipe_sets_is_shown_beside_what_the_reference_takes(task, lr, recipe):
-    names = {name.replace("_", "-") for name in RECIPES[task][recipe]}
-    expected = {f"--{name}": f"recipe (trl: {value})" for name, value in (TRL | {"lr": lr}).items() if name in names}
-    expected |= {f"--{name}": f"recipe (peft: {value})" for name, value in PEFT.items() if name in names}
-    expected |= {f"--{name}": "recipe" for name in NEITHER & names}
-    if "eval-data" in names:
-        expected["--eval-fraction"] = "recipe (trl: no evaluation)"
-    lines = describe(parse(task, ["--recipe", recipe]), task).splitlines()
-    shown = {line.split()[0]: line.split(maxsplit=2)[2] for line in lines}
-    assert {name: text for name, text in shown.items() if text.startswith("recipe")} == expected
-    assert (
-        "trl" not in describe(parse(task, ["--recipe", recipe, "--lr", "0.5"]), task).split("--lr ")[1].split("\n")[0]
-    )
+    assert describe(parse("rm", ["--model", "mine"]), "rm").splitlines()[0].split() == ["--recipe", "none", "default"]
 
 
 def test_the_course_evaluates_and_saves_once_an_epoch():
-    # The lab's log tells of 7,811 training rows; of the 33,143 pairs a fifth, rounded up, is held out.
-    for task, rows in (("sft", 7_811), ("rm", 33_143 - 6_629)):
-        run = parse(task, ["--recipe", "course"])
+    # The lab's log says 7,811 training rows; of the 33,143 pairs a fifth, rounded up, is held out.
+    for script, rows in (("sft", 7_811), ("rm", 33_143 - 6_629)):
+        run = parse(script, ["--recipe", "course"])
         steps = -(-rows // (run.batch_size * run.grad_accum))
         assert run.eval_every == run.save_every == steps
 
@@ -227,11 +223,11 @@ def test_resolved_values_survive_json():
     values = json.loads(json.dumps(to_dict(run, "rm")))
     assert values == to_dict(run, "rm")
     assert (values["dropout"], values["lora_targets"]) == (0.25, ["q_proj", "v_proj"])
-    assert not {"no_input_only", "sources"} & set(values)
+    assert not {"no_input_only", "origins"} & set(values)
 
 
-def test_a_commands_own_line_is_read_and_ends_in_one_line_and_status_2():
-    command = "from minift import config, errors; errors.run_command(lambda: print(config.parse('sft').lr))"
+def test_the_process_s_arguments_are_read_and_an_error_is_one_line_and_status_2():
+    command = "from minift.commands import cli, flags; cli.run_command(lambda: print(flags.parse('sft').lr))"
     good = subprocess.run([sys.executable, "-c", command, "--lr", "0.5"], capture_output=True, text=True)
     assert (good.returncode, good.stdout) == (0, "0.5\n")
     bad = subprocess.run([sys.executable, "-c", command, "--learning-rate", "1"], capture_output=True, text=True)
@@ -239,34 +235,41 @@ def test_a_commands_own_line_is_read_and_ends_in_one_line_and_status_2():
     assert bad.stdout == ""
 
 
-@pytest.mark.parametrize("task", ["sft", "rm"])
-def test_help_names_every_flag_with_its_default(task, capsys):
+@every_script
+def test_help_shows_groups_defaults_and_what_make_runs(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "9999")  # no line breaks within a flag's help
     with pytest.raises(SystemExit) as end:
-        parse(task, ["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+        parse(script, ["--help"])
     assert end.value.code == 0
-    assert all(f"--{name} " in text for name in BOTH + ONLY[task])
-    assert f"default {0.0001 if task == 'rm' else 2e-05})" in text
+    text = capsys.readouterr().out
+    used = {option.metadata["group"] for option in options_of(script)}
+    headings = ["options", *(group for group in GROUPS if group in used)]
+    assert re.findall(r"^([a-z -]+):$", text, re.MULTILINE) == headings and len(headings) > 6
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=--)|\n\n", text)]
+    for option in options_of(script):
+        [entry] = [entry for entry in entries if entry.startswith(f"{flag_of(option.name)} ")]
+        default = defaults_of(script)[option.name]
+        value = RECIPES[script]["tiny"].get(option.name, default)
+        is_shown = default is not None and default is not False
+        expected = [
+            (",".join(default) if type(default) is tuple else str(default)) if is_shown else None,
+            None if value == default else "on" if value is True else str(value),
+        ]
+        found = re.search(r"[(; ]default ([^;)]+)", entry), re.search(rf"`make {script}`: ([^;)]+)", entry)
+        assert [match and match[1] for match in found] == expected, entry
+    lr = {"sft": "default 2e-05; `make sft`: 0.001)", "rm": "default 0.0001; `make rm`: 0.0012)"}
+    assert lr[script] in text
 
 
-def test_a_model_of_ones_own_does_not_get_the_values_found_for_the_shipped_one():
-    ours = parse("sft", ["--model", "my/model"])
-    assert (ours.lr, ours.max_steps, ours.epochs, ours.batch_size, ours.dropout) == (2e-5, None, 3, 8, None)
-    assert ours.data == RECIPES["sft"]["tiny"]["data"]
-    asked_for = parse("sft", ["--model", "my/model", "--recipe", "tiny"])
-    assert asked_for.lr == RECIPES["sft"]["tiny"]["lr"]
-    assert parse("sft", ["--data", "my.jsonl"]).lr == RECIPES["sft"]["tiny"]["lr"]
-
-
-def test_the_control_is_about_labels_alone():
-    config = parse("rm", ["--shuffle-labels"])
-    assert (config.lm_weight, config.group_prompts, config.max_steps) == (0.0, False, 400)
+def test_the_control_experiment_changes_only_the_labels():
+    control = parse("rm", ["--shuffle-labels"])
+    assert (control.lm_weight, control.group_prompts, control.max_steps) == (0.0, False, 400)
     assert parse("rm", ["--shuffle-labels", "--lm-weight", "0.5"]).lm_weight == 0.5
     assert "--group-prompts" in refusal(["--shuffle-labels", "--group-prompts"], "rm")
     assert parse("rm", []).lm_weight > 0 and parse("rm", []).group_prompts
 
 
-def test_only_what_adapters_freeze_may_be_in_half_precision():
+def test_only_frozen_weights_may_be_in_half_precision():
     assert "--lora-rank" in refusal(["--base-dtype", "float16"])
-    assert "leave --dtype out" in refusal(["--base-dtype", "float16", "--lora-rank", "4", "--dtype", "float64"])
+    assert "so omit --dtype" in refusal(["--base-dtype", "float16", "--lora-rank", "4", "--dtype", "float64"])
     assert parse("rm", ["--base-dtype", "bfloat16", "--recipe", "course"]).base_dtype == "bfloat16"

@@ -1,35 +1,35 @@
-"""The course's own model at its true shape, with random weights: what ten steps cost, and whose logits they are.
+"""The course's model at its true shape, with random weights: what a few steps cost, and whose logits these are.
 
 Skipped unless MINIFT_REAL_DATA names a folder with opt_configs.json, opt_tokenizer/, code_alpaca_2k.json and
-davinci_pairs.jsonl (rows of synthetic-instruct-gptj-pairwise); it takes some minutes and 7 GB. `python -m pytest -s
+davinci_pairs.jsonl (rows of synthetic-instruct-gptj-pairwise). It takes some minutes and 7 GB. `python -m pytest -s
 tests/test_course.py` prints the numbers.
 """
 
-import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from minift.batching import collate
-from minift.datasets import PAIR_KINDS, drop_rows_with_input, load_rows
-from minift.encode import encode_rankings, encode_rows
-from minift.prompts import load_template
+from minift.encode import Example, encode_rows
+from minift.files.datasets import PAIR_SCHEMAS, drop_rows_with_input, load_rows
+from minift.files.tokenizer import load_tokenizer
+from minift.files.weights import load_model, load_reward_model
+from minift.pairs import encode_rankings
+from minift.prompts import TEMPLATES
 from minift.scoring import score_rows
-from minift.tokenizer import load_tokenizer
-from minift.weights import load_model, load_reward_model
+from tests.reference import logits_of, reference_logits, reference_rewards
+from tests.runs import ROOT, command, read_lines
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS, REWARD_STEPS = 10, 3
-# In a process of its own, whose memory is not counted with that of training.
+# In a new process, whose memory is not counted with that of training.
 BUILD = """
 import json, sys, torch, transformers
 config = transformers.OPTConfig(**json.load(open(sys.argv[1]))["configs"]["facebook/opt-350m"])
@@ -40,7 +40,7 @@ transformers.OPTForCausalLM(config).half().save_pretrained(sys.argv[2])
 
 @pytest.fixture(scope="module")
 def opt_350m(real_data: Path) -> Iterator[Path]:
-    """A folder of 0.7 GB that is gone afterwards: opt-350m's config, its tokenizer, and random weights in fp16."""
+    """A folder of 0.7 GB that is deleted afterwards: opt-350m's config, its tokenizer, and random weights in fp16."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-c", BUILD, real_data / "opt_configs.json", folder], check=True)
         for file in (real_data / "opt_tokenizer").iterdir():
@@ -48,40 +48,34 @@ def opt_350m(real_data: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def logits_differ_by(folder: Path, examples) -> tuple[float, float]:
-    """max|a − b| over all real tokens, with the reference padded on the right, and the largest logit."""
-    ours, batch = load_model(folder).eval(), collate(examples)
-    with torch.no_grad():
-        found = ours.logits(ours(batch.input_ids, batch.positions, batch.rows))  # (N, V)
-        del ours
-        reference = transformers.OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        length = max(len(ids) for ids, _ in examples)
-        padded = torch.tensor([ids + [1] * (length - len(ids)) for ids, _ in examples])
-        mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in examples])
-        expected = reference(input_ids=padded, attention_mask=mask).logits[mask.bool()]  # (N, V)
+@torch.no_grad()
+def logits_differ_by(folder: Path, examples: Sequence[Example]) -> tuple[float, float]:
+    """Return max|a − b| over all tokens, and the largest logit of the reference (transformers' OPT)."""
+    found = logits_of(load_model(folder).eval(), examples)  # (N, V)
+    reference = transformers.OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = reference_logits(reference, [ids for ids, _ in examples])  # (N, V)
     return (found - expected).abs().max().item(), expected.abs().max().item()
 
 
-def reward_differs_by(folder: Path, rows: list[list[int]]) -> float:
-    """max|a − b| over the scores of rows of ids; the reference reads one row at a time."""
-    found = score_rows(load_reward_model(folder), rows, len(rows))
+@torch.no_grad()
+def rewards_differ_by(folder: Path, rows: list[list[int]]) -> float:
+    """Return max|a − b| over the rewards of rows of ids; the reference reads one row at a time."""
+    found = torch.tensor(score_rows(load_reward_model(folder), rows, len(rows)))  # (R,)
     reference = transformers.OPTForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = [reference(input_ids=torch.tensor([row])).logits.item() for row in rows]
-    return max(abs(a - b) for a, b in zip(found, expected, strict=True))
+    return (found - torch.cat([reference_rewards(reference, [row]) for row in rows])).abs().max().item()
 
 
-def train(script: str, run: Path, *flags: object) -> tuple[list[dict], str]:
-    """The run's metrics, a line for each step, and what it printed; what its steps cost is printed here."""
-    command = [sys.executable, ROOT / script, "--recipe", "course", "--eval-fraction", 0, "--out", run, *flags]
-    with open(run.parent / "printed", "w+") as printed:
-        process = subprocess.Popen([str(word) for word in command], stdout=printed, stderr=subprocess.STDOUT)
+def train(script: str, out: Path, *flags: object) -> tuple[list[dict], str]:
+    """Return a run's lines of metrics and what it printed; print here what its steps cost."""
+    words = command(script, "--recipe", "course", "--eval-fraction", 0, "--out", out, *flags)
+    with (out.parent / "printed").open("w+") as printed:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
         printed.seek(0)
         text = printed.read()
     assert os.waitstatus_to_exitcode(status) == 0, text[-2000:]
-    print("\n".join(line for line in text.splitlines() if line.startswith(("LoRA:", "On this CPU", "about"))))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    print("\n".join(line for line in text.splitlines() if "LoRA:" in line or "optimiser steps" in line))
+    lines = read_lines(out / "metrics.jsonl")
     seconds = [later["seconds"] - line["seconds"] for line, later in zip(lines, lines[1:], strict=False)]
     print("losses", ", ".join(f"{line['loss']:.3f}" for line in lines))
     tokens = lines[-1]["tokens"] / len(lines)
@@ -92,19 +86,18 @@ def train(script: str, run: Path, *flags: object) -> tuple[list[dict], str]:
 
 
 def test_ten_steps_of_the_course(opt_350m, real_data):
-    rows = real_data / "code_alpaca_2k.json"
-    tokenizer = load_tokenizer(opt_350m)
-    some_rows = drop_rows_with_input(load_rows(rows))[:4]
-    examples, _, _ = encode_rows(some_rows, tokenizer, load_template("course"), source=str(rows), max_length=1024)
+    data = real_data / "code_alpaca_2k.json"
+    rows = drop_rows_with_input(load_rows(data))[:4]
+    examples = encode_rows(rows, load_tokenizer(opt_350m), TEMPLATES["course"], max_length=1024).examples
     before, largest = logits_differ_by(opt_350m, examples)
     print(f"\nlogits differ from transformers' by {before:.1e}, the largest is {largest:.2f}")
     assert before < 1e-4
 
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
+        out = Path(folder) / "run"
         flags = ["--no-input-only", "--bleu-samples", 0, "--max-steps", STEPS]
-        lines, text = train("train_sft.py", run, "--model", opt_350m, "--data", rows, *flags)
-        after, _ = logits_differ_by(run, examples)
+        lines, text = train("sft", out, "--model", opt_350m, "--data", data, *flags)
+        after, _ = logits_differ_by(out, examples)
     print(f"trained and merged, logits differ by {after:.1e}")
     assert after < 1e-4
     assert "LoRA: 1,572,864 parameters to train" in text
@@ -113,16 +106,15 @@ def test_ten_steps_of_the_course(opt_350m, real_data):
 
 
 def test_steps_of_the_reward_models_course(opt_350m, real_data):
-    pairs = real_data / "davinci_pairs.jsonl"
-    tokenizer = load_tokenizer(opt_350m)
-    options = {"max_length": 512, "positions": 2048, "source": str(pairs)}
-    rankings, _, _ = encode_rankings(load_rows(pairs, PAIR_KINDS)[:4], tokenizer, load_template("dialogue"), **options)
+    data = real_data / "davinci_pairs.jsonl"
+    rows = load_rows(data, PAIR_SCHEMAS)[:4]
+    rankings = encode_rankings(rows, load_tokenizer(opt_350m), TEMPLATES["dialogue"], max_length=512).examples
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        lines, text = train("train_rm.py", run, "--model", opt_350m, "--data", pairs, "--max-steps", REWARD_STEPS)
-        after = reward_differs_by(run, [row for ranking in rankings for row in ranking.responses])
+        out = Path(folder) / "run"
+        lines, text = train("rm", out, "--model", opt_350m, "--data", data, "--max-steps", REWARD_STEPS)
+        after = rewards_differ_by(out, [row for ranking in rankings for row in ranking.responses])
     print(f"trained and merged, rewards differ from transformers' by {after:.1e}")
     assert after < 1e-4
     assert "LoRA: 786,432 parameters to train, and the head" in text
     assert [line["step"] for line in lines] == [*range(1, REWARD_STEPS + 1)]
-    assert 0.3 < lines[0]["loss"] < 1.5  # ln 2 = 0.693: a fresh head has hardly an opinion
+    assert 0.3 < lines[0]["loss"] < 1.5  # ln 2 = 0.693: a fresh head has hardly any preference

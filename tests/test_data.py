@@ -1,4 +1,4 @@
-"""The shipped instructions: reproducible, executed, without overlap between splits, and with checks that can fail."""
+"""The shipped instructions are reproducible and executed; splits do not overlap; the checks can fail."""
 
 import ast
 import builtins
@@ -14,10 +14,9 @@ from random import Random
 
 import pytest
 
-DATA = Path(__file__).parent.parent / "data"
-sys.path.insert(0, str(DATA))
-from families import KNOWN, UNSEEN, Check  # noqa: E402
-from make_instructions import Row, generate, passes  # noqa: E402
+from data.make.families import KNOWN, UNSEEN
+from data.make.families.common import Check
+from data.make.instructions import DATA, Row, generate, passes
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,8 @@ def is_code(row: Row) -> bool:
 
 def test_the_script_writes_the_committed_files_byte_for_byte(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
-    command = [sys.executable, str(DATA / "make_instructions.py"), "--out", str(tmp_path)]
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    command = [sys.executable, "-m", "data.make.instructions", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=DATA.parent, env=environment, capture_output=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heldout.jsonl", "instructions.jsonl"]
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (DATA / path.name).read_bytes(), path.name
@@ -80,15 +79,15 @@ def test_fields_and_sizes(training: list[dict], held_out: list[dict]) -> None:
     assert 0.2 <= with_input <= 0.3
 
 
-def test_families_and_kinds(training: list[dict], held_out: list[dict]) -> None:
+def test_families_and_categories(training: list[dict], held_out: list[dict]) -> None:
     known, unseen = {family.__name__ for family in KNOWN}, {family.__name__ for family in UNSEEN}
     assert len(known) == len(KNOWN) >= 110 and len(unseen) == len(UNSEEN) == 12
     assert known.isdisjoint(unseen)
     assert {row["family"] for row in training} == known
-    by_kind = defaultdict(set)
+    by_category = defaultdict(set)
     for row in held_out:
-        by_kind[row["kind"]].add(row["family"])
-    assert by_kind == {"new combination": known, "new family": unseen}
+        by_category[row["kind"]].add(row["family"])
+    assert by_category == {"new combination": known, "new family": unseen}
     counts = Counter(row["kind"] for row in held_out)
     assert counts["new combination"] >= 250 and counts["new family"] >= 140 and len(counts) == 2
 
@@ -97,7 +96,7 @@ def test_splits_share_no_instruction_and_no_combination(training: list[dict], he
     asked = Counter((row["instruction"], row["input"]) for row in training + held_out)
     assert max(asked.values()) == 1
     assert not {row["instruction"] for row in training} & {row["instruction"] for row in held_out}
-    # The same answer to the same input in other words would be the same task.
+    # The same answer to the same input is the same task, in other words.
     trained = {(row["family"], row["input"], row["output"]) for row in training}
     assert not [row for row in held_out if (row["family"], row["input"], row["output"]) in trained]
     code = {row["output"] for row in training if "\n" in row["output"] and row["input"] == ""}
@@ -110,7 +109,7 @@ def test_phrasing_varies(training: list[dict]) -> None:
     assert openings.most_common(1)[0][1] < 0.25 * len(training)
     shapes, outputs = defaultdict(set), defaultdict(set)
     for row in training:
-        # Without what stands in backticks and without numbers, what is left is the phrasing.
+        # The phrasing is the text outside backticks, without digits.
         words = row["instruction"].split("`")[::2]
         shapes[row["family"]].add("".join(character for character in "".join(words) if not character.isdigit()))
         outputs[row["family"]].add((row["input"], row["output"]))
@@ -119,7 +118,7 @@ def test_phrasing_varies(training: list[dict]) -> None:
 
 
 def without_names(code: str) -> str:
-    """The code with its variables numbered as they come: the same for two answers that differ in names alone."""
+    """Return the code with its variables numbered, equal for two answers that differ only in names."""
     tree, numbers = ast.parse(code), {}
     for node in ast.walk(tree):
         for field in ("id", "arg", "name"):
@@ -130,7 +129,7 @@ def without_names(code: str) -> str:
 
 
 def test_the_answer_of_another_row_fails(rows: list[Row]) -> None:
-    """Renamed to what the row asks for, so that it is not the name that fails."""
+    """Even with its function renamed as the row asks."""
     by_family = defaultdict(list)
     for row in rows:
         if row.output.startswith("def "):
@@ -159,10 +158,10 @@ SWAPPED = {
 
 
 def subtle_bugs(code: str) -> Iterator[str]:
-    """The code with one operator or name swapped, one number off by one, or one string cut by a character."""
-    for place in range(sum(1 for _ in ast.walk(ast.parse(code)))):
+    """Yield the code with one operator or name swapped, one number off by one, or one string cut by a character."""
+    for index in range(sum(1 for _ in ast.walk(ast.parse(code)))):
         tree = ast.parse(code)
-        node = list(ast.walk(tree))[place]
+        node = list(ast.walk(tree))[index]
         match node:
             case ast.Constant(value=bool() | None):
                 continue
@@ -197,13 +196,13 @@ def test_answers_with_a_subtle_bug_fail(rows: list[Row]) -> None:
                 if passes(code, row.checks):
                     survived.append(code)
     assert tried > 1_000
-    # What is left are mostly changes without effect, such as range(0, 64, 6) for range(0, 63, 6).
+    # Most survivors are changes without effect, such as range(0, 64, 6) for range(0, 63, 6).
     assert len(survived) < 0.03 * tried, survived
 
 
 def test_cut_off_answers_fail(rows: list[Row]) -> None:
     lines = [row.output.split("\n") for row in rows]
-    # Without its last line `return None` a function does the same.
+    # A last line `return None` is left out: the function does the same without it.
     cut = ["\n".join(own[:-1]) if own[-1].strip() != "return None" else "" for own in lines]
     chosen = [(code, row) for code, row in zip(cut, rows, strict=True) if code and is_code(row)][:500]
     assert len(chosen) == 500
@@ -227,14 +226,14 @@ def test_cut_off_answers_fail(rows: list[Row]) -> None:
         "",
     ],
 )
-def test_passes_says_no_and_comes_back(code: str, capsys: pytest.CaptureFixture) -> None:
+def test_passes_returns_false_for(code: str, capsys: pytest.CaptureFixture) -> None:
     tracer = sys.gettrace()
     assert not passes(code, [Check("f(0)", 1)])
     assert sys.gettrace() is tracer
     assert capsys.readouterr() == ("", "")
 
 
-def test_passes_says_yes_silently(capsys: pytest.CaptureFixture) -> None:
+def test_passes_returns_true_silently(capsys: pytest.CaptureFixture) -> None:
     code = "import math\n\nprint('loud')\n\n\ndef f(x):\n    print(x)\n    return math.floor(x) + y"
     assert passes(
         code, [Check("f(0)", 1, "y = 1"), Check("f(0)", 2, "y = 2"), Check("printed(lambda: f(5))", "5\n", "y = 0")]

@@ -1,4 +1,4 @@
-"""What is supervised: by content, and against the reference's own rule with the reference's own tokenizer."""
+"""Which tokens are supervised: by content, and against trl's own rule with transformers' tokenizer."""
 
 import json
 import random
@@ -6,18 +6,13 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from minift.encode import (
-    UNSUPERVISED,
-    Example,
-    Report,
-    encode_rows,
-    likely_cause,
-    prompt_ids_and_reference,
-    split_row,
-)
+from minift.encode import IGNORE_INDEX, Example, encode_prompt, encode_rows, reference_of, split_row
+from minift.encoded import MAX_CATEGORIES, Encoded, by_category, category_of
 from minift.errors import UserError
-from minift.prompts import TEMPLATES, load_template, render
-from minift.tokenizer import Special, load_tokenizer
+from minift.files.templates import load_template
+from minift.files.tokenizer import load_tokenizer
+from minift.prompts import TEMPLATES, render
+from minift.tokenizer import Special
 
 COURSE = TEMPLATES["course"]
 ROWS = [
@@ -31,17 +26,22 @@ ROWS = [
 
 
 def supervised_ids(example: Example) -> list[int]:
-    assert all(label in (UNSUPERVISED, token) for token, label in zip(*example, strict=True))
-    return [label for label in example.labels if label != UNSUPERVISED]
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(*example, strict=True))
+    return [label for label in example.labels if label != IGNORE_INDEX]
 
 
-def as_text_row(row: dict, template=COURSE) -> dict:
-    prompt, completion = render(row, template, "</s>", "</s>")
+def locations(encoded: Encoded, beginning: str) -> list[str]:
+    """Return the rows to which the remarks that begin so apply."""
+    return [row for remark, rows in encoded.remarks.items() if remark.startswith(beginning) for row in rows]
+
+
+def as_text_row(row: dict) -> dict:
+    prompt, completion = render(row, COURSE, "</s>", "</s>")
     return {"text": "".join(prompt + completion)}
 
 
 def reference_labels(reference, row: dict, template, max_length: int) -> tuple[list[int], list[int]]:
-    """trl 1.16, SFTTrainer._prepare_dataset: add the EOS, tokenise twice, keep the common prefix out, then truncate."""
+    """trl 1.16, SFTTrainer._prepare_dataset: add the EOS, tokenise twice, mask the common prefix, then truncate."""
     prompt, completion = ("".join(part) for part in render(row, template, reference.eos_token, reference.bos_token))
     if not completion.endswith(reference.eos_token):
         completion += reference.eos_token
@@ -49,43 +49,30 @@ def reference_labels(reference, row: dict, template, max_length: int) -> tuple[l
     shared = 0
     while shared < min(len(prompt_ids), len(ids)) and prompt_ids[shared] == ids[shared]:
         shared += 1
-    labels = [-100] * shared + ids[shared:]
+    labels = [IGNORE_INDEX] * shared + ids[shared:]
     return ids[:max_length], labels[:max_length]
-
-
-def test_a_row_by_hand(real_data):
-    """The example in encode_completion's docstring, with OPT's tokenizer: [48134, 19121, 35, 50118] is the template."""
-    opt = load_tokenizer(real_data / "opt_tokenizer")
-    row = {"prompt": "### Response:\n", "completion": "Hi"}
-    examples, kept, _ = encode_rows([row], opt, COURSE, max_length=None)
-    ids = [2, 48134, 19121, 35, 50118, 30086, 2]
-    assert examples == [Example(ids, [-100] * 5 + [30086, 2])] and kept == [0]
 
 
 @pytest.mark.parametrize("template", ["course", "alpaca"])
 def test_supervised_ids_are_the_completion_and_its_end(tokenizer, template):
     rows = [row for row in ROWS if not row["output"].startswith(("\n", " "))]
-    examples, kept, report = encode_rows(rows, tokenizer, TEMPLATES[template], max_length=None)
-    assert kept == list(range(len(rows)))
-    for row, example in zip(rows, examples, strict=True):
+    encoded = encode_rows(rows, tokenizer, TEMPLATES[template], max_length=None)
+    assert encoded.numbers == list(range(4)) and encoded.rows == rows
+    for row, example in zip(rows, encoded.examples, strict=True):
         ids = supervised_ids(example)
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids[:-1], skip_special_tokens=False) == row["output"]
         prompt = example.input_ids[1 : len(example.input_ids) - len(ids)]
         assert tokenizer.decode(prompt) == "".join(render(row, TEMPLATES[template], "</s>", "</s>")[0])
-    assert befell(report, "with an empty") == ["row 4"] and report.kept == 4
-    assert report.supervised_tokens == sum(len(supervised_ids(example)) for example in examples)
-
-
-def befell(report: Report, beginning: str) -> list[str]:
-    return [place for what, places in report.befell.items() if what.startswith(beginning) for place in places]
+    assert locations(encoded, "with an empty") == ["row 4"]
+    assert encoded.supervised_tokens == sum(len(supervised_ids(example)) for example in encoded.examples)
 
 
 def random_rows(count: int) -> list[dict]:
     rng = random.Random(1)
-    bits = ["a", " ", "\n", "\n    ", "return", " x", ":", "é", "😀", "{", "'", "##", "</s>"]
-    # No `</s>` but at an output's end: elsewhere the reference takes it for the token, and minift, on purpose, doesn't.
-    text = lambda: "".join(rng.choices(bits[:-1], k=rng.randrange(9)))  # noqa: E731
+    bits = ["a", " ", "\n", "\n    ", "return", " x", ":", "é", "😀", "{", "'", "##"]
+    # `</s>` only at an output's end: elsewhere it is the end token for the reference, and text for minift.
+    text = lambda: "".join(rng.choices(bits, k=rng.randrange(9)))  # noqa: E731
     return [
         {"instruction": text(), "input": rng.choice(["", text()]), "output": text() + rng.choice(["", "", "</s>"])}
         for _ in range(count)
@@ -93,55 +80,38 @@ def random_rows(count: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_equal_to_the_reference_s_ids_and_labels(tokenizer_directory, gpt2_tokenizer_directory, template):
+def test_ids_and_labels_of_difficult_rows_are_trl_s(tokenizer_directory, gpt2_tokenizer_directory, template):
     for directory in (tokenizer_directory, gpt2_tokenizer_directory):
         reference, ours = AutoTokenizer.from_pretrained(directory), load_tokenizer(directory)
         rows = [*ROWS, *random_rows(150)]
         if ours.eos_token != "</s>":
             rows = [{**row, "output": row["output"].replace("</s>", ours.eos_token)} for row in rows]
         expected = [reference_labels(reference, row, TEMPLATES[template], 1024) for row in rows]
-        examples, kept, _ = encode_rows(rows, ours, TEMPLATES[template], max_length=None)
-        assert examples == [expected[index] for index in kept]
-        # With GPT-2 and the template "none", a row without any text is its end token alone: nothing to predict.
-        assert all(len(expected[index][0]) == 1 for index in range(len(rows)) if index not in kept)
+        encoded = encode_rows(rows, ours, TEMPLATES[template], max_length=None)
+        assert encoded.examples == [expected[number] for number in encoded.numbers]
+        # With GPT-2 and the template "none", a row without text is its end token alone: nothing to predict.
+        dropped = set(range(len(rows))) - set(encoded.numbers)
+        assert all(len(expected[number][0]) == 1 for number in dropped)
 
         median = sorted(len(ids) for ids, _ in expected)[len(rows) // 2]
         expected = [(ids[:median], labels[:median]) for ids, labels in expected]
-        examples, kept, report = encode_rows(rows, ours, TEMPLATES[template], max_length=median)
-        assert examples == [expected[index] for index in kept]
-        # trl drops what truncation leaves without a label; a label on the first token alone is no use either.
-        dropped = [index for index in range(len(rows)) if index not in kept]
-        assert all(set(expected[index][1][1:]) <= {-100} for index in dropped)
-        assert befell(report, "cut at") and len(befell(report, "dropped: no")) == len(dropped)
+        encoded = encode_rows(rows, ours, TEMPLATES[template], max_length=median)
+        assert encoded.examples == [expected[number] for number in encoded.numbers]
+        # trl drops rows that truncation leaves without a label; minift also those with one on the first token only.
+        dropped = set(range(len(rows))) - set(encoded.numbers)
+        assert all(set(expected[number][1][1:]) <= {IGNORE_INDEX} for number in dropped)
+        assert locations(encoded, "cut at") and len(locations(encoded, "dropped: no")) == len(dropped)
 
 
-def test_equal_to_the_reference_on_code_alpaca(real_data):
-    reference = AutoTokenizer.from_pretrained(real_data / "opt_tokenizer")
+def test_real_rows_with_opt_s_tokenizer(real_data):
     opt = load_tokenizer(real_data / "opt_tokenizer")
+    by_hand = [{"prompt": "### Response:\n", "completion": "Hi"}]  # [48134, 19121, 35, 50118] is the template
+    expected = Example([2, 48134, 19121, 35, 50118, 30086, 2], [IGNORE_INDEX] * 5 + [30086, 2])
+    assert encode_rows(by_hand, opt, COURSE, max_length=None).examples == [expected]
+    reference = AutoTokenizer.from_pretrained(real_data / "opt_tokenizer")
     rows = json.loads((real_data / "code_alpaca_2k.json").read_text())[:300]
-    examples, kept, _ = encode_rows(rows, opt, COURSE, max_length=1024)
-    assert examples == [reference_labels(reference, rows[index], COURSE, 1024) for index in kept]
-
-
-def token_search_labels(reference, text: str, response_template: str) -> list[int]:
-    """trl 0.11's DataCollatorForCompletionOnlyLM: the last run of ids equal to the template's own, if there is one."""
-    ids = reference(text).input_ids
-    wanted = reference(response_template, add_special_tokens=False).input_ids
-    starts = [place for place in range(len(ids)) if ids[place : place + len(wanted)] == wanted]
-    if not starts:
-        return [-100] * len(ids)
-    start = starts[-1] + len(wanted)
-    return [-100] * start + ids[start:]
-
-
-def test_text_rows_agree_with_the_token_search_where_that_works(tokenizer_directory, tokenizer):
-    reference = AutoTokenizer.from_pretrained(tokenizer_directory)
-    rows = [as_text_row(row) for row in ROWS[:2]]
-    rows.append({"text": rows[0]["text"] + "\n" + rows[1]["text"]})  # two turns: the last one counts
-    examples, _, _ = encode_rows(rows, tokenizer, COURSE, max_length=None)
-    for row, example in zip(rows, examples, strict=True):
-        assert example.labels == token_search_labels(reference, row["text"] + "</s>", "### Response:\n")
-    assert tokenizer.decode(supervised_ids(examples[2])) == "3"
+    encoded = encode_rows(rows, opt, COURSE, max_length=1024)
+    assert encoded.examples == [reference_labels(reference, row, COURSE, 1024) for row in encoded.rows]
 
 
 @pytest.mark.parametrize(
@@ -150,55 +120,50 @@ def test_text_rows_agree_with_the_token_search_where_that_works(tokenizer_direct
         # BPE joins the template's last line end to the response's first: "\n\n" or "\n   " is one token.
         ("### Response:\n\n    return x", "### Response:\n", "return x"),
         ("### Response:\n\n\n    x", "### Response:\n", "x"),
-        # The template's last space goes to the response's first word: " A" is one token.
+        # The template's last space is in the token of the response's first word, " A".
         ("Assistant: A list", "Assistant: ", "A list"),
-        # A response template that ends inside a word.
+        # The response template ends inside a word.
         ("Say: prefixvalue", "prefixval", "ue"),
     ],
 )
-def test_text_rows_are_found_where_the_token_search_fails(
-    tokenizer_directory, tokenizer, text, response_template, supervised
-):
-    """REFERENCE.md: "Where the token search of the old collator fails". All labels were -100 there, the loss NaN."""
-    reference = AutoTokenizer.from_pretrained(tokenizer_directory)
-    assert set(token_search_labels(reference, text, response_template)) == {-100}
-    (example,), _, report = encode_rows(
-        [{"text": text}], tokenizer, COURSE, max_length=None, response_template=response_template
-    )
-    ids = supervised_ids(example)
+def test_text_rows_whose_response_begins_inside_a_token(tokenizer, text, response_template, supervised):
+    """A search for the template's ids, as trl 0.11's collator does it, does not find these."""
+    encoded = encode_rows([{"text": text}], tokenizer, COURSE, max_length=None, response_template=response_template)
+    ids = supervised_ids(encoded.examples[0])
     assert ids[-1] == 2
     shown, start = tokenizer.decode(ids[:-1]), text.rfind(response_template) + len(response_template)
     assert shown.endswith(text[start:]) and shown.strip().endswith(supervised)
-    # Not a token more than holds the response: without the first one, some of the response would be missing.
+    # No token too many: without the first one, some of the response would be missing.
     assert not tokenizer.decode(ids[1:-1]).endswith(text[start:])
 
 
-def test_merged_rows_are_reported(tokenizer):
+def test_joined_rows_are_reported(tokenizer):
     rows = [ROWS[0], ROWS[2]]
-    for made in (rows, [as_text_row(row) for row in rows]):
-        _, _, report = encode_rows(made, tokenizer, COURSE, max_length=None)
-        assert befell(report, "where one token joins") == ["row 2"]
+    for schema in (rows, [as_text_row(row) for row in rows]):
+        encoded = encode_rows(schema, tokenizer, COURSE, max_length=None)
+        assert locations(encoded, "where one token joins") == ["row 2"]
 
 
-def test_end_token_is_supervised_although_it_pads_too(gpt2_tokenizer_directory):
-    """The old collator's other failure: pad = eos turned the EOS label into -100, and models never stopped."""
+def test_end_token_is_supervised_although_it_is_also_the_pad(gpt2_tokenizer_directory):
+    """trl 0.11's collator masked the labels of the pad id, and so of the EOS: models never stopped."""
     gpt2 = load_tokenizer(gpt2_tokenizer_directory)
     assert gpt2.pad_token_id == gpt2.eos_token_id
-    examples, _, _ = encode_rows(ROWS[:2], gpt2, COURSE, max_length=None)
+    examples = encode_rows(ROWS[:2], gpt2, COURSE, max_length=None).examples
     assert [example.labels[-1] for example in examples] == [gpt2.eos_token_id] * 2
 
 
 @pytest.mark.parametrize(
-    "make",
+    "make_row",
     [lambda text: {"prompt": "a", "completion": text}, lambda text: as_text_row({"instruction": "a", "output": text})],
 )
-def test_end_token_is_there_once_and_never_from_within(tokenizer, make):
+def test_end_token_is_there_once_and_never_inside(tokenizer, make_row):
     for text, reference in (("x", "x"), ("x</s>", "x"), ("x</s>y", "x</s>y"), ("x</s></s>", "x</s>"), ("", "")):
-        (example,), _, report = encode_rows([make(text)], tokenizer, COURSE, max_length=None)
+        encoded = encode_rows([make_row(text)], tokenizer, COURSE, max_length=None)
+        [example] = encoded.examples
         assert example.input_ids.count(2) == 2 and (example.input_ids[0], example.input_ids[-1]) == (2, 2)
         assert tokenizer.decode(supervised_ids(example)[:-1], skip_special_tokens=False) == reference
-        assert befell(report, "that spell a special") == (["row 1"] if "</s>" in reference else [])
-        assert befell(report, "with an empty") == (["row 1"] if not reference else [])
+        assert locations(encoded, "that spell a special") == (["row 1"] if "</s>" in reference else [])
+        assert locations(encoded, "with an empty") == (["row 1"] if not reference else [])
 
 
 def test_a_template_s_eos_counts_as_the_end(tokenizer, tmp_path):
@@ -211,94 +176,89 @@ def test_a_template_s_eos_counts_as_the_end(tokenizer, tmp_path):
 
 def test_all_tokens_supervised_but_the_first(tokenizer):
     rows = [ROWS[1], {"text": "any text </s>"}]
-    examples, _, _ = encode_rows(rows, tokenizer, COURSE, max_length=None, supervise="all")
+    examples = encode_rows(rows, tokenizer, COURSE, max_length=None, supervise="all").examples
     for example in examples:
-        assert example.labels == [-100, *example.input_ids[1:]] and example.input_ids[-1] == 2
-    completions, _, _ = encode_rows(rows[:1], tokenizer, COURSE, max_length=None)
-    assert completions[0].input_ids == examples[0].input_ids
+        assert example.labels == [IGNORE_INDEX, *example.input_ids[1:]] and example.input_ids[-1] == 2
+    [completion] = encode_rows(rows[:1], tokenizer, COURSE, max_length=None).examples
+    assert completion.input_ids == examples[0].input_ids
 
 
-def test_report_counts_and_names_rows(tokenizer):
+def test_summary_counts_and_names_rows(tokenizer):
     rows = [
         *ROWS,
         {"prompt": "long " * 50, "completion": "x"},
         {"text": "### Response:\nx"},
         {"text": "### RESPONSE:\n"},
     ]
-    long = len(encode_rows(rows[:1], tokenizer, COURSE, max_length=None)[0][0].input_ids)
-    examples, kept, report = encode_rows(rows, tokenizer, COURSE, max_length=long - 1, source="data.jsonl")
-    assert kept == [0, 1, 2, 3, 4, 5, 7]
-    assert len(examples[0].input_ids) == long - 1 and examples[0].input_ids[-1] != 2
-    assert report.tokens == sum(len(example.input_ids) for example in examples)
-    lines = report.lines()
-    assert lines[0].startswith("data.jsonl: 7 of 9 rows kept, ")
+    long = len(encode_rows(rows[:1], tokenizer, COURSE, max_length=None).examples[0].input_ids)
+    encoded = encode_rows(rows, tokenizer, COURSE, max_length=long - 1, source="data.jsonl")
+    assert encoded.numbers == [0, 1, 2, 3, 4, 5, 7] and encoded.rows == [rows[number] for number in encoded.numbers]
+    assert len(encoded.examples[0].input_ids) == long - 1 and encoded.examples[0].input_ids[-1] != 2
+    tokens = sum(len(example.input_ids) for example in encoded.examples)
+    supervised = sum(len(supervised_ids(example)) for example in encoded.examples)
+    totals, *lines = encoded.summary.split("\n")
+    assert totals == (
+        f"data.jsonl: 7 of 9 rows kept, {tokens} tokens, {supervised} of them supervised ({supervised / tokens:.0%})"
+    )
     assert f"  2 rows cut at {long - 1} tokens, end token lost (row 1, row 5)" in lines
     assert f"  1 row dropped: no supervised token within the first {long - 1} tokens (row 7)" in lines
     assert "  1 row dropped: the response template is not in the text (row 9)" in lines
     assert "    row 9: '### RESPONSE:\\n': it differs in upper and lower case" in lines[-1]
 
 
-def test_a_label_on_the_first_token_alone_is_nothing_to_learn(gpt2_tokenizer_directory):
+def test_a_label_on_the_first_token_alone_is_not_enough(gpt2_tokenizer_directory):
     """Without a BOS an empty row is its end token alone, supervised by trl's rule although nothing predicts it."""
     rows = [{"prompt": "", "completion": ""}, {"prompt": "", "completion": "x"}]
-    gpt2 = load_tokenizer(gpt2_tokenizer_directory)
-    examples, kept, report = encode_rows(rows, gpt2, COURSE, max_length=None)
-    assert kept == [1] and befell(report, "dropped: no") == ["row 1"]
-    assert "  1 row dropped: no supervised token after its first (row 1)" in report.lines()
-    assert examples[0].labels == examples[0].input_ids
+    encoded = encode_rows(rows, load_tokenizer(gpt2_tokenizer_directory), COURSE, max_length=None)
+    assert encoded.numbers == [1]
+    assert "  1 row dropped: no supervised token after its first (row 1)" in encoded.summary.split("\n")
+    assert encoded.examples[0].labels == encoded.examples[0].input_ids
 
 
-def test_report_names_no_more_than_a_few(tokenizer):
+def test_summary_names_only_the_first_rows(tokenizer):
     rows = [{"prompt": "a", "completion": ""}] * 1200
-    _, _, report = encode_rows(rows, tokenizer, COURSE, max_length=None)
-    assert (
+    [_, line] = encode_rows(rows, tokenizer, COURSE, max_length=None).summary.split("\n")
+    assert line == (
         "  1,200 rows with an empty completion: only the end token is supervised (row 1, row 2, row 3, row 4, row 5, …)"
-        in (report.lines())
     )
 
 
-def test_refusals_name_the_row(tokenizer):
+def test_errors_name_the_row(tokenizer):
     with pytest.raises(UserError, match="none of its 6 rows has a supervised token: 6 rows dropped: .* first 2 tokens"):
         encode_rows(ROWS, tokenizer, COURSE, max_length=2)
     with pytest.raises(UserError, match="data: row 2: 1[0-9]{2} tokens, more than the model's 64 positions"):
         rows = [ROWS[1], {"prompt": "q" * 120, "completion": "x"}]
-        encode_rows(rows, tokenizer, COURSE, max_length=None, positions=64, source="data")
+        encode_rows(rows, tokenizer, COURSE, max_length=None, max_positions=64, source="data")
     with pytest.raises(UserError, match="--max-length 65: more than the model's 64 positions"):
-        encode_rows(ROWS, tokenizer, COURSE, max_length=65, positions=64)
+        encode_rows(ROWS, tokenizer, COURSE, max_length=65, max_positions=64)
     with pytest.raises(UserError, match=r"data: row 1: lone surrogate U\+D800"):
         encode_rows([{"prompt": "\ud800", "completion": ""}], tokenizer, COURSE, max_length=None, source="data")
-    with pytest.raises(UserError, match="--response-template: rows of text need one"):
+    with pytest.raises(UserError, match="--response-template: `text` rows need one"):
         encode_rows([{"text": "x"}], tokenizer, TEMPLATES["none"], max_length=None)
     with pytest.raises(UserError, match="the response template is not in the text .*row 1: 'x'"):
         encode_rows([{"text": "x"}], tokenizer, COURSE, max_length=None)
 
 
-@pytest.mark.parametrize(
-    ("text", "response_template", "cause"),
-    [
-        ("a\n### response:\nb", "### Response:\n", "upper and lower case: the row has '\\n### response:\\nb'"),
-        ("a\n### Response: b", "### Response:\n", "spaces or line ends: the row has '\\n### Response: '"),
-        ("a\n### Response:\r\nb", "### Response:\n", "spaces or line ends"),
-        ("a\n###Response:\nb", "### Response:\n", "spaces or line ends"),
-        ("a\n### response: b", "### Response:\n", "case and in spaces"),
-        ("a\n### Response\nb", "### Response:\n", "punctuation: the row has"),
-        ("a\n### Response:\nb", "### Response:\\n", "a backslash and a letter"),
-        ("a\n### Reponse:\nb", "### Response:\n", "the nearest line is '### Reponse:'"),
-        ("nothing of the kind", "### Response:\n", "no line of it is like"),
-        ("", "### Response:\n", "no line of it is like"),
-        ("a", ">>>", "no line of it is like"),
-    ],
-)
-def test_likely_causes(text, response_template, cause):
-    found = likely_cause(text, response_template)
-    assert cause in found and "\n" not in found
-
-
 def test_prompt_and_reference_for_generation(tokenizer):
     for row in ROWS:
-        prompt, reference = prompt_ids_and_reference(row, tokenizer, COURSE)
+        prompt = encode_prompt(row, tokenizer, COURSE)
         assert tokenizer.decode(prompt).endswith("### Response:\n") and prompt[0] == 2 and prompt[-1] != 2
-        assert reference == row["output"]
-        assert prompt_ids_and_reference(as_text_row(row), tokenizer, COURSE) == (prompt, reference)
-    with pytest.raises(UserError, match="--response-template"):
-        prompt_ids_and_reference({"text": "x"}, tokenizer, COURSE)
+        assert reference_of(row, tokenizer, COURSE) == row["output"]
+        assert encode_prompt({**row, "output": "another"}, tokenizer, COURSE) == prompt
+        text_row = as_text_row(row)
+        assert encode_prompt(text_row, tokenizer, COURSE) == prompt
+        assert reference_of(text_row, tokenizer, COURSE) == row["output"]
+    for function in (encode_prompt, reference_of):
+        with pytest.raises(UserError, match="--response-template"):
+            function({"text": "x"}, tokenizer, COURSE)
+
+
+def test_groups_by_category():
+    names = [f"{number:02}" for number in range(MAX_CATEGORIES)]
+    assert [category_of({"kind": kind}) for kind in ("a", ["a"], None, 3)] == ["a", None, None, None]
+    assert category_of({}) is None
+    assert list(by_category([1, 2, 3], ["b", "a", "b"]).items()) == [("all", [1, 2, 3]), ("a", [2]), ("b", [1, 3])]
+    assert by_category([1, 2], ["all", "all"]) == {"all": [1, 2]} == by_category([1, 2], [None, None])
+    assert by_category([], []) == {"all": []}
+    assert list(by_category(names, names[::-1])) == ["all", *names]
+    assert by_category([*names, "x"], [*names, "x"]) == {"all": [*names, "x"]}  # too many for categories

@@ -1,32 +1,52 @@
-"""Reading names the line; writing is whole or not at all. The commands' own tests show the same for their files."""
+"""Tests of files/text: errors name the line, writes are atomic; and of how commands end.
 
+The commands' tests show the same for the files that they write.
+"""
+
+import hashlib
+import json
+import math
 import os
 import stat
 
 import pytest
 from safetensors import SafetensorError
 
-from minift import files
-from minift.errors import CommandParser, UserError, run_command
-from minift.files import check_out, json_lines, read_text, write_text, written_whole
+from minift.commands.cli import CommandParser, check_out, run_command
+from minift.errors import UserError
+from minift.files import text as text_files
+from minift.files.text import (
+    atomic_write,
+    parse_json_lines,
+    read_json,
+    read_json_lines,
+    read_text,
+    sha256,
+    write_json,
+    write_json_lines,
+    write_text,
+)
 
 
-def test_a_block_that_fails_leaves_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_earlier_file(tmp_path):
     path = tmp_path / "a.txt"
     write_text(path, "before\u2028\n")
-    with pytest.raises(RuntimeError), written_whole(path) as unfinished:
+    with pytest.raises(RuntimeError), atomic_write(path) as unfinished:
         unfinished.write_text("half")
         raise RuntimeError
+    assert path.read_bytes() == "before\u2028\n".encode()
+    with pytest.raises(TypeError):
+        write_json_lines(path, iter([{"a": 1}, {"a": object()}]))
     assert path.read_bytes() == "before\u2028\n".encode()
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-def test_the_name_appears_only_when_all_is_on_the_disk(tmp_path, monkeypatch):
+def test_a_file_is_renamed_only_after_fsync(tmp_path, monkeypatch):
     events = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(files.os, "fsync", lambda descriptor: (events.append("fsync"), fsync(descriptor)))
-    monkeypatch.setattr(files.os, "replace", lambda *names: (events.append("replace"), replace(*names)))
-    with written_whole(tmp_path / "a") as unfinished:
+    monkeypatch.setattr(text_files.os, "fsync", lambda descriptor: (events.append("fsync"), fsync(descriptor)))
+    monkeypatch.setattr(text_files.os, "replace", lambda *names: (events.append("replace"), replace(*names)))
+    with atomic_write(tmp_path / "a") as unfinished:
         unfinished.write_text("text")
         unfinished.chmod(0o600)  # as safetensors leaves its files
         assert not (tmp_path / "a").exists()
@@ -36,20 +56,7 @@ def test_the_name_appears_only_when_all_is_on_the_disk(tmp_path, monkeypatch):
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o666 & ~umask
 
 
-def test_an_out_that_would_lose_something_is_refused_before_the_work(tmp_path):
-    source = tmp_path / "rows.jsonl"
-    check_out(None, "--data", str(source))
-    check_out(str(tmp_path / "new"), "--data", str(source))
-    for out, message in (
-        (f"{tmp_path}/./rows.jsonl", "that is --data itself"),
-        (str(tmp_path), "expected a file's name"),
-        (f"{tmp_path}/missing/new", "expected a file's name"),
-    ):
-        with pytest.raises(UserError, match=f"--out {out}: {message}"):
-            check_out(out, "--data", str(source))
-
-
-def test_where_nothing_can_be_written(tmp_path):
+def test_a_path_that_cannot_be_written(tmp_path):
     for path in (tmp_path / "missing" / "a", tmp_path):
         with pytest.raises(UserError, match=f"{path}: can't be written"):
             write_text(path, "text")
@@ -61,26 +68,63 @@ def test_text_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
     path.write_bytes(b"\xef\xbb\xbfa\r\nb")
     assert read_text(path, "text") == "a\r\nb"
     path.write_bytes(b"good\nb\xe4d")
-    for where, message in (
+    for wrong, message in (
         (path, f"{path}:2: not UTF-8 text"),
         (tmp_path, "a directory, expected text"),
         (tmp_path / "none", "no such file, expected text"),
         (path / "below", "no such file, expected text"),
     ):
-        with pytest.raises(UserError, match=message):
-            read_text(where, "text")
+        for read in (read_text, read_json, read_json_lines):
+            with pytest.raises(UserError, match=message):
+                read(wrong, "text")
 
 
-def test_json_lines_are_counted_as_an_editor_counts_them():
-    assert list(json_lines('{"a": "\u2028"}\n\n  [1]\n', "f")) == [(1, {"a": "\u2028"}), (3, [1])]
+def test_json_is_read_as_it_was_written(tmp_path):
+    path, value = tmp_path / "a.json", {"a": [1, "\u2028ä"], "b": None}
+    write_json(path, value)
+    assert read_json(path, "a value") == value and path.read_text().startswith('{\n  "a"')
+    write_json_lines(path, iter([value, {}]))
+    assert list(read_json_lines(path)) == [(1, value), (2, {})]
+    assert path.read_text() == json.dumps(value) + "\n{}\n"
+    for text in ("", "{", "[]", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(UserError, match="a.json:.* expected a JSON object"):
+            read_json(path, "a value")
+
+
+def test_json_lines_are_numbered_as_in_an_editor():
+    assert list(parse_json_lines('{"a": "\u2028"}\n\n  [1]\n', "f")) == [(1, {"a": "\u2028"}), (3, [1])]
     for text, message in (
         ('1\n{"a": }\n', "f:2:7: malformed JSON: Expecting value; expected one JSON object a line"),
         ("1 2", "f:1:3: malformed JSON: Extra data"),
-        ("NaN", "f:1: malformed JSON: NaN is no JSON value"),
-        ("[" * 100_000, "f:1: malformed JSON"),
+        ("1\nNaN", "f:2: malformed JSON: NaN is not a JSON value; expected one JSON object a line"),
+        ("[" * 100_000, "f:1: malformed JSON: maximum recursion"),
     ):
         with pytest.raises(UserError, match=message):
-            list(json_lines(text, "f"))
+            list(parse_json_lines(text, "f"))
+    assert list(parse_json_lines('{"loss": -Infinity}', "f", allow_nan=True)) == [(1, {"loss": -math.inf})]
+
+
+def test_sha256_is_that_of_all_bytes_in_turn(tmp_path):
+    parts = [b"ab", b"c"]
+    paths = [tmp_path / str(len(part)) for part in parts]
+    for path, part in zip(paths, parts, strict=True):
+        path.write_bytes(part)
+    assert sha256(paths) == hashlib.sha256(b"abc").hexdigest()
+    assert sha256(paths).startswith("ba7816bf")
+
+
+def test_an_out_that_would_overwrite_the_input_is_refused(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    check_out(None, "--data", str(source))
+    check_out(str(tmp_path / "new"), "--data", str(source))
+    for out, message in (
+        (f"{tmp_path}/./rows.jsonl", "this is the file that --data names"),
+        (str(tmp_path), "expected a file name"),
+        (f"{tmp_path}/missing/new", "expected a file name"),
+    ):
+        with pytest.raises(UserError, match=f"--out {out}: {message}"):
+            check_out(out, "--data", str(source))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""Models and data from a hub served on 127.0.0.1: each layout, each failure, broken downloads, offline after online."""
+"""Models and data from a hub served on 127.0.0.1: layouts, failures, interrupted downloads, offline use."""
 
-import hashlib
 import json
 import os
 import re
@@ -17,13 +16,18 @@ from huggingface_hub import constants, utils
 from safetensors.torch import save_model as save_tied
 from test_weights import CONFIG, LAYOUTS, assert_holds, hub_state, write_config, write_weights
 
-import minift.hub
-from minift.datasets import PAIR_KINDS, fingerprint, load_rows
+import train_rm
+import train_sft
 from minift.errors import UserError
-from minift.hub import commit_of, data_files, look_up, model_folder
+from minift.files import hub as hub_module
+from minift.files.adapters import save_adapters
+from minift.files.datasets import PAIR_SCHEMAS, load_rows
+from minift.files.hub import commit_of, data_files, look_up, model_folder
+from minift.files.pretrained import find_model, load_language_model
+from minift.files.tokenizer import load_tokenizer
+from minift.files.weights import load_model, save_model
+from minift.lora import adapters_of, add_lora, merge
 from minift.model import OPT
-from minift.tokenizer import load_tokenizer
-from minift.weights import load_model, resolve, save_model
 
 ROOT = Path(__file__).parent.parent
 MODEL, DATA = "someone/opt-tiny", "someone/pairs"
@@ -31,7 +35,7 @@ MODEL, DATA = "someone/opt-tiny", "someone/pairs"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A served hub, empty, which this process takes for the hub, with a cache of its own."""
+    """An empty served hub, which this process takes for the real one, with its own cache."""
     with serve() as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         monkeypatch.setattr(
@@ -41,20 +45,28 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        start_afresh()
+        forget()
         yield served
-    start_afresh()
+    forget()
 
 
-def start_afresh() -> None:
-    """Forget what this process keeps, as a new one would."""
+def forget() -> None:
+    """Clear what this process remembers of the hub, as if it had just started."""
     utils.close_session()
     look_up.cache_clear()
 
 
 def go_offline(monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    start_afresh()
+    forget()
+
+
+def resolve(model: str | Path, revision: str | None = None) -> Path:
+    return find_model(model, revision).folder
+
+
+def load(model: str | Path, revision: str | None = None) -> OPT:
+    return load_model(resolve(model, revision))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -62,7 +74,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def model_files(folder: Path, *layouts: str, state: dict | None = None, seed: int = 0) -> dict[str, bytes]:
-    """A repository's files as facebook's have them, but for the weights, which are of CONFIG's shape."""
+    """Return a repository's files as in facebook's, except that the weights have CONFIG's shape."""
     write_config(folder)
     for layout in layouts:
         write_weights(folder, layout, state or hub_state(seed))
@@ -72,10 +84,11 @@ def model_files(folder: Path, *layouts: str, state: dict | None = None, seed: in
     return files_of(folder)
 
 
-def refused(what, *arguments: object, error: type[Exception] = UserError) -> str:
-    start_afresh()
+def refused(call, *arguments: object, error: type[Exception] = UserError) -> str:
+    """Return the one-line message of the error that the call raises."""
+    forget()
     with pytest.raises(error) as caught:
-        what(*arguments)
+        call(*arguments)
     message = " ".join(str(caught.value).split()) if error is ConnectionError else str(caught.value)
     assert "\n" not in message
     return message
@@ -85,12 +98,12 @@ def refused(what, *arguments: object, error: type[Exception] = UserError) -> str
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("prefix", ["model.", ""])  # "" is how facebook/opt-350m's own file has it
+@pytest.mark.parametrize("prefix", ["model.", ""])  # "" as in facebook/opt-350m's own file
 def test_every_layout(hub, tmp_path, layout, prefix):
     state = {prefix + name.removeprefix("model."): tensor for name, tensor in hub_state().items()}
     commit = hub.add(MODEL, model_files(tmp_path / "made", layout, state=state))
     folder = resolve(MODEL)
-    assert_holds(load_model(MODEL), hub_state())
+    assert_holds(load(MODEL), hub_state())
     assert commit_of(folder) == commit
     shards = ["00001-of-00003", "00002-of-00003", "00003-of-00003"]
     stem, suffix = layout.removesuffix(".index.json").split(".")
@@ -105,7 +118,7 @@ def test_the_first_layout_of_the_order_is_fetched_and_no_other(hub, tmp_path):
             model_files(folder, LAYOUTS[seed], seed=seed)
         hub.add(f"someone/{first}", files_of(folder))
         hub.requests.clear()
-        assert_holds(load_model(f"someone/{first}"), hub_state(first))
+        assert_holds(load(f"someone/{first}"), hub_state(first))
         stem, suffix = layout.removesuffix(".index.json").split(".")
         assert all(re.fullmatch(rf"{stem}(-.*)?\.{suffix}", name) for name in hub.downloads())
         assert len(hub.downloads()) == (3 if "index" in layout else 1)
@@ -119,15 +132,15 @@ def test_a_conversion_with_a_tied_alias_on_a_pull_request(hub, tmp_path):
     tied["lm_head"].weight = tied["model"].decoder.embed_tokens.weight
     save_tied(tied, str(tmp_path / "converted" / "model.safetensors"), {"format": "pt"})
     converted = hub.add(MODEL, files_of(tmp_path / "converted"), "refs/pr/7")
-    assert_holds(load_model(MODEL), hub_state())
+    assert_holds(load(MODEL), hub_state())
     state = {name: tensor for name, tensor in tied.state_dict().items() if name != "lm_head.weight"}
-    assert_holds(load_model(MODEL, revision="refs/pr/7"), state)
-    assert_holds(load_model(MODEL, revision=converted), state)
+    assert_holds(load(MODEL, "refs/pr/7"), state)
+    assert_holds(load(MODEL, converted), state)
     assert (commit_of(resolve(MODEL)), commit_of(resolve(MODEL, "refs/pr/7"))) == (main, converted)
 
 
-def test_all_files_are_of_the_commit_that_was_looked_up_first(hub, tmp_path):
-    """The branch moves after each answer: a config of one commit must not meet the weights of another."""
+def test_all_files_are_of_the_commit_found_first(hub, tmp_path):
+    """The branch moves after each answer: config and weights must not be of different commits."""
     first = hub.add(MODEL, model_files(tmp_path / "0", "pytorch_model.bin.index.json"))
     versions = iter(range(1, 100))
 
@@ -143,11 +156,11 @@ def test_all_files_are_of_the_commit_that_was_looked_up_first(hub, tmp_path):
     assert next(versions) > 5
 
 
-def test_the_tokenizer_comes_along_and_weights_only_when_asked_for(hub, tmp_path, tokenizer_directory):
+def test_weights_are_fetched_only_when_asked_for(hub, tmp_path, tokenizer_directory):
     files = model_files(tmp_path / "made", "pytorch_model.bin") | files_of(tokenizer_directory)
     hub.add(MODEL, files)
     folder = model_folder(MODEL)
-    assert hub.downloads() == []
+    assert find_model(MODEL, fetch_weights=False).folder == folder and hub.downloads() == []
     assert load_tokenizer(folder).encode("a list") == load_tokenizer(tokenizer_directory).encode("a list")
     assert resolve(MODEL) == folder
     assert hub.downloads() == ["pytorch_model.bin"]
@@ -160,29 +173,29 @@ def test_a_dead_network(hub, tmp_path):
     with serve() as dead:
         port = dead.url.rsplit(":", 1)[1]
     constants.ENDPOINT = f"http://127.0.0.1:{port}"  # the fixture sets it back
-    for what, name in ((resolve, MODEL), (data_files, DATA)):
-        message = refused(what, name, error=ConnectionError)
+    for call, name in ((resolve, MODEL), (data_files, DATA)):
+        message = refused(call, name, error=ConnectionError)
         assert name in message and port in message and "connection" in message and "HF_HUB_OFFLINE=1" in message
 
 
 def test_a_hub_that_never_answers(hub, monkeypatch):
-    monkeypatch.setattr(minift.hub, "TIMEOUT", 0.2)
+    monkeypatch.setattr(hub_module, "TIMEOUT", 0.2)
     hub.hanging.clear()
     assert "Timeout" in refused(resolve, MODEL, error=ConnectionError)
-    assert len(hub.requests) == 1, "tried again and again"
+    assert len(hub.requests) == 1, "huggingface_hub retried"
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, 408])
 def test_a_hub_that_is_out_of_order(hub, status):
     hub.status = status
     assert str(status) in refused(resolve, MODEL, error=ConnectionError)
-    assert len(hub.requests) == 1, "tried again and again"
+    assert len(hub.requests) == 1, "huggingface_hub retried"
 
 
 def test_something_else_answers(hub, monkeypatch):
     hub.log_in_page = True
-    assert "no proper answer" in refused(resolve, MODEL, error=ConnectionError)
-    monkeypatch.setattr(minift.hub.HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha="main", siblings=[]))
+    assert "no valid answer" in refused(resolve, MODEL, error=ConnectionError)
+    monkeypatch.setattr(hub_module.HfApi, "model_info", lambda *_, **__: SimpleNamespace(sha="main", siblings=[]))
     assert "no commit in its answer: main" in refused(resolve, MODEL, error=ConnectionError)
 
 
@@ -196,41 +209,38 @@ def test_files_that_fail_after_the_listing(hub, tmp_path, monkeypatch):
 
     hub.before_answer = lose
     message = refused(resolve, MODEL)
-    assert f"{MODEL}: config.json can't be had though the hub lists it (404)" in message
+    assert f"{MODEL}: the hub answers 404 for config.json: Entry not found; see {hub.url}/{MODEL}" in message
     hub.before_answer = lambda path: None
     hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin"))
 
     def fail(*_, **__):
         raise RuntimeError("Data processing error")
 
-    monkeypatch.setattr(minift.hub, "hf_hub_download", fail)  # as hf_xet does
+    monkeypatch.setattr(hub_module, "hf_hub_download", fail)  # as hf_xet does
     assert "Data processing error" in refused(resolve, MODEL, error=ConnectionError)
 
 
-def test_what_is_not_there_or_not_for_everyone(hub, tmp_path):
+def test_a_missing_private_or_gated_repository(hub, tmp_path):
     hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin"))
     assert "no model of that name on the hub, or a private one" in refused(resolve, "someone/else")
     assert "no dataset of that name" in refused(data_files, "someone/else")
-    assert "no model of that name" in refused(resolve, "a--b/c")  # which huggingface_hub takes for no name at all
+    assert "no model of that name" in refused(resolve, "a--b/c")  # which huggingface_hub refuses as a name
     for revision in ("v2", "0" * 40):
-        assert f"no revision {revision} on the hub" in refused(resolve, MODEL, revision)
+        assert f"404 for revision {revision}: Invalid rev id: {revision}" in refused(resolve, MODEL, revision)
     hub.repositories[MODEL].gated = True
     message = refused(resolve, MODEL)
-    assert "gated" in message and f"{hub.url}/{MODEL}" in message and "hf auth login" in message
+    assert "is restricted" in message and f"{hub.url}/{MODEL}" in message and "hf auth login" in message
     hub.token_refused = True
     message = refused(resolve, MODEL)
     assert "401" in message and "Invalid credentials" in message and "hf auth login" in message
 
 
-def test_a_file_that_is_absent(hub, tmp_path):
+def test_a_missing_file(hub, tmp_path):
     files = model_files(tmp_path / "made", "pytorch_model.bin.index.json")
     commit = hub.add(MODEL, {name: data for name, data in files.items() if "00002" not in name})
     message = refused(resolve, MODEL)
-    assert (
-        f"{MODEL} at {commit[:12]}: no pytorch_model-00002-of-00003.bin in it, though pytorch_model.bin.index"
-        in message
-    )
-    assert hub.downloads() == [], "the other shards were fetched in vain"
+    assert f"{commit}/pytorch_model.bin.index.json: weight_map names 'pytorch_model-00002-of-00003.bin'" in message
+    assert hub.downloads() == [], "the other shards were downloaded for nothing"
     hub.add(MODEL, {name: data for name, data in files.items() if "pytorch_model" not in name})
     assert "no weights, expected one of model.safetensors" in refused(resolve, MODEL)
     hub.add(MODEL, {"README.md": b""})
@@ -238,7 +248,7 @@ def test_a_file_that_is_absent(hub, tmp_path):
 
 
 @pytest.mark.parametrize("shard", ["../../../secret.bin", "/etc/secret.bin", "sub/shard.bin", "weights.safetensors"])
-def test_an_index_that_leads_outside_asks_for_nothing(hub, tmp_path, shard):
+def test_an_index_with_paths_outside_is_refused_without_a_request(hub, tmp_path, shard):
     files = model_files(tmp_path / "made", "pytorch_model.bin.index.json")
     index = json.dumps({"weight_map": dict.fromkeys(hub_state(), shard)}).encode()
     hub.add(MODEL, files | {"pytorch_model.bin.index.json": index, shard: b""})
@@ -246,30 +256,58 @@ def test_an_index_that_leads_outside_asks_for_nothing(hub, tmp_path, shard):
     assert not any("secret" in request or shard in request for request in hub.requests)
 
 
-def test_a_folder_of_adapters_is_no_model(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert f"{tmp_path}: adapters without their model" in refused(resolve, tmp_path)
+def test_adapters_bring_their_base_at_its_commit(hub, tmp_path, tokenizer_directory):
+    """Both repositories move on afterwards: the adapters are merged into the commit that they name."""
+    config = replace(CONFIG, vocab_size=480, max_position_embeddings=64)
+    torch.manual_seed(0)
+    save_model(OPT(config), tmp_path / "base")
+    base = hub.add(MODEL, files_of(tmp_path / "base") | files_of(tokenizer_directory))
+    tuned = load_model(tmp_path / "base")
+    add_lora(tuned, 2, 4.0, 0.0, ["q_proj", "v_proj"])
+    for adapter in adapters_of(tuned).values():
+        torch.nn.init.normal_(adapter.lora_B.weight)
+    save_adapters(tuned, tmp_path / "adapters", MODEL, base)
+    hub.add("someone/adapters", files_of(tmp_path / "adapters"))
+    merge(tuned)
+    save_model(OPT(config), tmp_path / "base")
+    hub.add(MODEL, files_of(tmp_path / "base") | files_of(tokenizer_directory))
+
+    for name in ("someone/adapters", tmp_path / "adapters"):
+        hub.requests.clear()
+        found = find_model(name)
+        assert commit_of(found.folder) == base and found.are_adapters
+        loaded = load_language_model(found)
+        assert_holds(loaded.model, {f"model.{name}": weight for name, weight in tuned.state_dict().items()})
+        assert loaded.tokenizer.encode("a list") == load_tokenizer(tokenizer_directory).encode("a list")
+    hub.add("someone/adapters", {"adapter_config.json": b"{}"}, "empty")
+    message = refused(find_model, "someone/adapters", "empty")
+    assert "someone/adapters: the hub answers 404 for adapter_model.safetensors" in message
+    (tmp_path / "nameless").mkdir()
+    (tmp_path / "nameless" / "adapter_config.json").write_text("{}")
+    assert f"{tmp_path}/nameless/adapter_config.json: base_model_name_or_path" in refused(
+        find_model, tmp_path / "nameless"
+    )
 
 
-def test_slips_in_a_path_are_not_asked_of_the_hub(hub, tmp_path, monkeypatch):
+def test_the_hub_is_not_asked_about_mistyped_paths(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    for slip in ("runs/stf", "./nowhere", "opt-350m", str(tmp_path / "runs" / "x"), "runs/a/b"):
-        assert f"{slip}: no such folder" in refused(resolve, slip)
-    for slip in ("runs/rows", "rows", "someone/rows.jsonl", "someone/rows.parquet", str(tmp_path / "rows")):
-        assert slip in refused(load_rows, slip)
+    for typo in ("runs/stf", "./nowhere", "opt-350m", str(tmp_path / "runs" / "x"), "runs/a/b"):
+        assert f"{typo}: no such folder" in refused(resolve, typo)
+    for typo in ("runs/rows", "rows", "someone/rows.jsonl", "someone/rows.parquet", str(tmp_path / "rows")):
+        assert typo in refused(load_rows, typo)
     assert hub.requests == []
 
 
-# --------------------------------------------------------------------------------- broken downloads, offline, the cache
+# ---------------------------------------------------------------------------- interrupted downloads, offline, the cache
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_broke(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # of 10 MB, which the file does not reach
+def test_an_interrupted_download_resumes(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # not 10 MB, which is more than the file
     files = model_files(tmp_path / "made", "pytorch_model.bin")
     hub.add(MODEL, files)
     hub.cuts = [3000, 2000]
-    assert_holds(load_model(MODEL), hub_state())
+    assert_holds(load(MODEL), hub_state())
     assert hub.downloads() == [
         "pytorch_model.bin",
         "pytorch_model.bin bytes=3000-",
@@ -278,7 +316,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_broke(hub, tmp_path, monkey
     assert (resolve(MODEL) / "pytorch_model.bin").read_bytes() == files["pytorch_model.bin"]
 
 
-def test_a_run_that_was_stopped_keeps_the_files_it_has(hub, tmp_path, monkeypatch):
+def test_a_failed_fetch_keeps_the_complete_files(hub, tmp_path, monkeypatch):
     hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin.index.json"))
 
     def fail_at_the_second_shard(path: str) -> None:
@@ -286,39 +324,39 @@ def test_a_run_that_was_stopped_keeps_the_files_it_has(hub, tmp_path, monkeypatc
 
     hub.before_answer = fail_at_the_second_shard
     assert "500" in refused(resolve, MODEL, error=ConnectionError)
-    assert [path for path in (tmp_path / "cache").rglob("*.incomplete")] == []
+    assert not list((tmp_path / "cache").rglob("*.incomplete"))
     with monkeypatch.context() as offline:
         go_offline(offline)
-        assert "no pytorch_model-00002-of-00003.bin in it" in refused(resolve, MODEL)
+        assert "names 'pytorch_model-00002-of-00003.bin'" in refused(resolve, MODEL)
     hub.before_answer = lambda path: None
     hub.download_status = 200
     hub.requests.clear()
-    start_afresh()
-    assert_holds(load_model(MODEL), hub_state())
+    forget()
+    assert_holds(load(MODEL), hub_state())
     assert hub.downloads() == ["pytorch_model-00002-of-00003.bin", "pytorch_model-00003-of-00003.bin"]
 
 
-def test_a_branch_that_moves_while_its_files_come(hub, tmp_path, monkeypatch):
-    """What was found first is what is fetched, and what is found offline."""
+def test_a_branch_that_moves_during_the_download(hub, tmp_path, monkeypatch):
+    """The commit found first is the one fetched, and the one found offline."""
     first = hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin"))
     other = model_files(tmp_path / "other", "pytorch_model.bin", seed=1)
     hub.before_answer = lambda path: hub.add(MODEL, other) if "/resolve/" in path else None
     assert resolve(MODEL).name == first
     go_offline(monkeypatch)
     assert resolve(MODEL).name == first
-    assert_holds(load_model(MODEL), hub_state())
+    assert_holds(load(MODEL), hub_state())
 
 
-def test_a_cache_that_can_only_be_read_serves_what_it_holds(hub, tmp_path, monkeypatch):
+def test_a_read_only_cache_still_works(hub, tmp_path, monkeypatch):
     hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin"))
     folder = resolve(MODEL)
     hub.add(MODEL, hub.repositories[MODEL].commits[folder.name], "v2")  # the same commit under another name
-    start_afresh()
+    forget()
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(minift.hub, "write_text", refuse)
+    monkeypatch.setattr(hub_module, "write_text", refuse)
     assert resolve(MODEL) == resolve(MODEL, "v2") == folder
 
 
@@ -330,7 +368,7 @@ def test_offline_after_online(hub, tmp_path, monkeypatch):
     go_offline(monkeypatch)
     hub.requests.clear()
     assert resolve(MODEL) == resolve(MODEL, "main") == resolve(MODEL, commit) == online
-    assert_holds(load_model(MODEL), hub_state())
+    assert_holds(load(MODEL), hub_state())
     assert load_rows(DATA) == rows
     assert hub.requests == []
 
@@ -339,13 +377,13 @@ def test_offline_with_nothing_in_the_cache(hub, tmp_path, monkeypatch):
     hub.add(MODEL, model_files(tmp_path / "made", "pytorch_model.bin"))
     resolve(MODEL)
     go_offline(monkeypatch)
-    for what, name in ((resolve, "someone/else"), (data_files, "someone/else")):
-        message = refused(what, name)
+    for call in (resolve, data_files):
+        message = refused(call, "someone/else")
         assert "HF_HUB_OFFLINE is set" in message and str(tmp_path / "cache") in message
     assert "at revision v2" in refused(resolve, MODEL, "v2")
 
 
-def test_offline_a_data_set_that_did_not_all_come_is_not_found(hub, monkeypatch):
+def test_offline_an_incomplete_data_set_is_not_found(hub, monkeypatch):
     first = [json.dumps({"text": name}).encode() for name in "ab"]
     hub.add(f"datasets/{DATA}", {"a.json": first[0], "b.json": first[1]})
     assert [row["text"] for row in load_rows(DATA)] == ["a", "b"]
@@ -376,7 +414,7 @@ def pairs(*names: str) -> list[dict]:
     return [{"prompt": f"prompt {name}", "chosen": "yes", "rejected": "no"} for name in names]
 
 
-def test_json_as_code_alpaca_has_it(hub):
+def test_json_as_in_code_alpaca(hub):
     rows = [{"output": "b", "instruction": "a\u2028", "input": ""}]
     content = json.dumps(rows, indent=2).encode()
     page = "datasets/sahil2801/CodeAlpaca-20k"
@@ -385,11 +423,11 @@ def test_json_as_code_alpaca_has_it(hub):
     assert load_rows("sahil2801/CodeAlpaca-20k") == rows
     [path] = data_files("sahil2801/CodeAlpaca-20k")
     assert path.name == "code_alpaca_20k.json" and commit_of(path) == commit
-    assert fingerprint("sahil2801/CodeAlpaca-20k") == fingerprint(path)
+    assert path.read_bytes() == content
     assert len([request for request in hub.requests if "GET /api/" in request]) == 1, "looked up more than once"
 
 
-def test_parquet_as_synthetic_instruct_has_it(hub):
+def test_parquet_as_in_synthetic_instruct(hub):
     files = {
         ".gitattributes": b"",
         "README.md": b"",
@@ -397,22 +435,24 @@ def test_parquet_as_synthetic_instruct_has_it(hub):
         "data/train-00000-of-00001-1e5d57b93c448e7a.parquet": parquet(pairs("a", "b")),
     }
     hub.add("datasets/Dahoas/synthetic-instruct-gptj-pairwise", files)
-    rows = load_rows("Dahoas/synthetic-instruct-gptj-pairwise", PAIR_KINDS)
-    assert rows == pairs("a", "b") and [row.place for row in rows] == ["row 1", "row 2"]
+    rows = load_rows("Dahoas/synthetic-instruct-gptj-pairwise", PAIR_SCHEMAS)
+    assert rows == pairs("a", "b") and [row.location for row in rows] == ["row 1", "row 2"]
 
 
 def test_splits_and_shards(hub):
     files = {f"data/train-0000{n}-of-00003.parquet": parquet(pairs(name)) for n, name in ((2, "c"), (0, "a"), (1, "b"))}
     files |= {"data/test-00000-of-00001.parquet": parquet(pairs("d")), "data/validation.parquet": parquet(pairs("e"))}
     hub.add(f"datasets/{DATA}", files)
-    rows = load_rows(DATA, PAIR_KINDS)
+    rows = load_rows(DATA, PAIR_SCHEMAS)
     assert rows == pairs("a", "b", "c")
-    assert rows[1].place == "train-00001-of-00003.parquet: row 1"
-    assert fingerprint(DATA) == hashlib.sha256(b"".join(path.read_bytes() for path in data_files(DATA))).hexdigest()
-    assert load_rows(f"{DATA}:train", PAIR_KINDS) == rows
+    assert rows[1].location == "train-00001-of-00003.parquet: row 1"
+    assert b"".join(path.read_bytes() for path in data_files(DATA)) == b"".join(
+        files[f"data/train-0000{n}-of-00003.parquet"] for n in range(3)
+    )
+    assert load_rows(f"{DATA}:train", PAIR_SCHEMAS) == rows
     assert not any("test" in request or "validation" in request for request in hub.requests)
-    assert load_rows(f"{DATA}:test", PAIR_KINDS) == load_rows(f"{DATA}@main:test", PAIR_KINDS) == pairs("d")
-    assert load_rows(f"{DATA}:dev", PAIR_KINDS) == pairs("e")
+    assert load_rows(f"{DATA}:test", PAIR_SCHEMAS) == load_rows(f"{DATA}@main:test", PAIR_SCHEMAS) == pairs("d")
+    assert load_rows(f"{DATA}:dev", PAIR_SCHEMAS) == pairs("e")
     hub.add(f"datasets/{DATA}", {"en/train.json": b"{}", "training/test/held.json": b'{"text": "x"}'}, "v2")
     assert load_rows(f"{DATA}@v2:test") == [{"text": "x"}]
     parts = {f"data/train_{name}-0000{n}-of-00002.json": b'{"text": "%d"}' % n for n in (0, 1) for name in ("a", "b")}
@@ -424,13 +464,13 @@ def test_splits_and_shards(hub):
     assert load_rows(f"{DATA}@v4:part-2") == [{"text": "2"}]
 
 
-def test_a_data_set_s_revision_is_pinned(hub):
+def test_a_data_set_is_pinned_to_its_commit(hub):
     old = hub.add(f"datasets/{DATA}", {"rows.jsonl": b'{"text": "old"}'})
     hub.add(f"datasets/{DATA}", {"rows.jsonl": b'{"text": "new"}'})
     hub.add(f"datasets/{DATA}", {"rows.jsonl": b'{"text": "asked for"}'}, "refs/pr/1")
     assert load_rows(DATA) == [{"text": "new"}]
     hub.add(f"datasets/{DATA}", {"rows.jsonl": b'{"text": "newer"}'})
-    assert load_rows(DATA) == [{"text": "new"}], "a run's rows and their fingerprint must be of one commit"
+    assert load_rows(DATA) == [{"text": "new"}], "a run's rows and fingerprint must be of one commit"
     assert load_rows(f"{DATA}@{old}") == [{"text": "old"}]
     assert load_rows(f"{DATA}@refs/pr/1") == [{"text": "asked for"}]
     assert commit_of(data_files(f"{DATA}@{old}")[0]) == old
@@ -443,13 +483,13 @@ def test_a_data_set_s_revision_is_pinned(hub):
         ({"test.json": b"", "dev.json": b""}, "", "no train split, expected test or validation"),
         ({"train.json": b""}, ":test", "no test split, expected train"),
         ({"rows.json": b""}, ":test", "no test split, as no path names one: leave :test out"),
-        ({"train.json": b"", "train.parquet": b""}, "", "files of several kinds (train.json, train.parquet)"),
+        ({"train.json": b"", "train.parquet": b""}, "", "files of several formats (train.json, train.parquet)"),
         ({"a/train-00000-of-00001.json": b"", "b/train.json": b""}, "", "train split (a/train, b/train): name one of"),
         ({"train_sft-0.json": b"", "train_gen-0.json": b""}, ":train", f"as in {DATA}:train_gen"),
         ({"train.json": b'{"instruction": "a"}'}, "", "train.json:1: field 'output' is missing"),
     ],
 )
-def test_data_sets_that_can_not_be_read(hub, files, asked, words):
+def test_data_sets_that_cannot_be_read(hub, files, asked, words):
     hub.add(f"datasets/{DATA}", files)
     message = refused(load_rows, DATA + asked)
     assert words in message and DATA.replace("/", "--" if ":1:" in words else "/") in message
@@ -463,7 +503,7 @@ def execute(hub: Hub, tmp_path: Path, *command: object, **environment: str) -> s
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
-        "TQDM_POSITION": "-1",  # progress bars although stderr is no terminal
+        "TQDM_POSITION": "-1",  # progress bars although stderr is not a terminal
         "NO_PROXY": "127.0.0.1,localhost",
     } | environment
     return subprocess.run(
@@ -476,11 +516,11 @@ def execute(hub: Hub, tmp_path: Path, *command: object, **environment: str) -> s
     )
 
 
-def test_a_command_by_the_environment_alone(hub, tmp_path, tokenizer_directory):
-    """HF_ENDPOINT and HF_HUB_OFFLINE as users set them; progress; status 1 for the machine's fault, 2 for a user's."""
+def test_a_command_configured_by_the_environment(hub, tmp_path, tokenizer_directory):
+    """Users set HF_ENDPOINT and HF_HUB_OFFLINE; progress is shown; status 1 for the hub's fault, 2 for the user's."""
     hub.add(MODEL, files_of(tokenizer_directory))
     hub.add(f"datasets/{DATA}", {"train.jsonl": b'{"instruction": "a", "output": "b"}'})
-    preview = ("-m", "minift.preview", "--model", MODEL, "--data", DATA)
+    preview = ("-m", "minift", "preview", "--model", MODEL, "--data", DATA)
     done = execute(hub, tmp_path, *preview)
     assert done.returncode == 2 and "error: someone/opt-tiny at" in done.stderr and "config.json" in done.stderr
     hub.add(MODEL, files_of(tokenizer_directory) | {"config.json": b"{}"})
@@ -496,7 +536,7 @@ def test_a_command_by_the_environment_alone(hub, tmp_path, tokenizer_directory):
 
 
 def test_training_from_the_hub_equals_training_from_a_folder(hub, tmp_path, monkeypatch, tokenizer_directory):
-    """Sharded `.bin` against one safetensors file, fp16 both: losses equal bit for bit; the commits are recorded."""
+    """Losses are bitwise equal for fp16 in sharded `.bin` and in one safetensors file; the commits are recorded."""
     config = replace(CONFIG, vocab_size=480, max_position_embeddings=64)
     torch.manual_seed(0)
     save_model(OPT(config), tmp_path / "folder", torch.float16)
@@ -513,9 +553,6 @@ def test_training_from_the_hub_equals_training_from_a_folder(hub, tmp_path, monk
     data_commit = hub.add(f"datasets/{DATA}", {"train.jsonl": (tmp_path / "rows.jsonl").read_bytes()})
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train_sft
-
     records, losses = [], []
     for number, (model, data) in enumerate(((tmp_path / "folder", tmp_path / "rows.jsonl"), (MODEL, DATA))):
         out = tmp_path / f"run{number}"
@@ -532,10 +569,10 @@ def test_training_from_the_hub_equals_training_from_a_folder(hub, tmp_path, monk
     assert records[0]["fingerprints"]["data"] == records[1]["fingerprints"]["data"]
     assert hub.downloads() == [f"pytorch_model-0000{n}-of-00003.bin" for n in (1, 2, 3)]
 
-    # Taken up again when both branches have moved on, the run goes on with what it began with, and says so.
+    # Resumed after both branches have moved, the run keeps and records its commits.
     hub.add(MODEL, files | {"model.safetensors": b""})
     hub.add(f"datasets/{DATA}", {"train.jsonl": b'{"instruction": "other", "output": "rows"}'})
-    start_afresh()
+    forget()
     monkeypatch.setattr(sys, "argv", ["train_sft.py", *flags, "--resume"])
     train_sft.main()
     assert json.loads((out / "run.json").read_text())["commits"] == records[1]["commits"]
@@ -552,9 +589,9 @@ def test_training_from_the_hub_equals_training_from_a_folder(hub, tmp_path, monk
         train_sft.main()
 
 
-@pytest.mark.parametrize("script, task", [("train_sft", "sft"), ("train_rm", "rm")])
-def test_the_courses_own_names(hub, tmp_path, monkeypatch, tokenizer_directory, script, task):
-    """Everything but the sizes as `make sft RECIPE=course` and `make rm RECIPE=course` find it on the hub."""
+@pytest.mark.parametrize("task", ["sft", "rm"])
+def test_the_courses_own_names(hub, tmp_path, monkeypatch, tokenizer_directory, task):
+    """`make sft RECIPE=course` and `make rm RECIPE=course` work with these names; only the sizes differ."""
     torch.manual_seed(0)
     config = replace(CONFIG, vocab_size=480, max_position_embeddings=64, hidden_size=32, ffn_dim=64)
     save_model(OPT(config), tmp_path / "model", torch.float16)
@@ -567,10 +604,9 @@ def test_the_courses_own_names(hub, tmp_path, monkeypatch, tokenizer_directory, 
         data = hub.add(page, {"data/train-00000-of-00001-1e5d57b93c448e7a.parquet": parquet(pairs(*"abcdefghij"))})
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT))
     flags = ["--recipe", "course", "--max-steps", "2", "--out", str(tmp_path / "run"), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags, *(["--bleu-samples", "1"] if task == "sft" else [])])
-    __import__(script).main()
+    monkeypatch.setattr(sys, "argv", [f"train_{task}.py", *flags, *(["--bleu-samples", "1"] if task == "sft" else [])])
+    {"sft": train_sft, "rm": train_rm}[task].main()
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["commits"] == {"data": data, "weights": weights}
     values = [

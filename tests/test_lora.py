@@ -1,50 +1,52 @@
-"""Adapters: nothing changes at first, only they learn, merged is the same function, and all of it is peft's."""
+"""Adapters: they change nothing at first, only they are trained, merging keeps the function; all is as in peft."""
 
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minift.adapters import load_adapters, save_adapters
 from minift.batching import collate, collate_rankings
 from minift.errors import UserError
+from minift.files.adapters import load_adapters, save_adapters
 from minift.lora import LoRALinear, adapter_state, add_lora, merge, num_adapter_parameters, unmerge
-from minift.losses import bradley_terry, completion_cross_entropy
 from minift.model import OPT, OPTConfig, RewardModel
 from minift.optim import adamw
+from minift.pairs import Ranking
+from tests.reference import (
+    POST_LN,
+    PRE_LN,
+    SMALL,
+    Model,
+    difference,
+    logits_of,
+    mean_loss,
+    own_name,
+    random_examples,
+    reference_logits,
+    reference_loss,
+    reference_model,
+    reference_preference_loss,
+    reference_rewards,
+    rewards_of,
+    rm_loss,
+    sft_loss,
+    twins,
+)
 
 TARGETS = ("q_proj", "v_proj")
 ALL_LINEARS = ("fc1", "fc2", "k_proj", "out_proj", "project_in", "project_out", "q_proj", "v_proj")
-SMALL = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "ffn_dim": 24,
-    "word_embed_proj_dim": 12,
-    "max_position_embeddings": 20,
-    "dropout": 0.0,
-}
-VARIANTS = {"pre-LN": {"word_embed_proj_dim": 16}, "post-LN, projected (350m)": {"do_layer_norm_before": False}}
-MODELS = {
-    "OPTForCausalLM": (transformers.OPTForCausalLM, OPT),
-    "OPTForSequenceClassification": (transformers.OPTForSequenceClassification, RewardModel),
-}
-every_variant = pytest.mark.parametrize("variant", VARIANTS)
-every_model = pytest.mark.parametrize("name", MODELS)
-EXAMPLES = [  # ids and labels; a prompt of 3, 2 and 5 tokens
-    ([2, 9, 8, 7, 33, 2], [-100, -100, -100, 7, 33, 2]),
-    ([2, 5, 40, 41, 42, 43, 44, 45, 46, 2], [-100, -100, 40, 41, 42, 43, 44, 45, 46, 2]),
-    ([2, 50, 51, 52, 53, 12, 2], [-100] * 5 + [12, 2]),
-]
-PAIRS = [([[2, 9, 8, 30, 31, 2], [2, 9, 8, 32, 2]], 0.0), ([[2, 14, 15, 2], [2, 14, 16, 17, 18, 19, 2]], 0.0)]
+EXAMPLES = random_examples((6, 8, 7))
+PAIRS = [[[2, 9, 8, 30, 31, 2], [2, 9, 8, 32, 2]], [[2, 14, 15, 2], [2, 14, 16, 17, 18, 19, 2]]]
+ROWS = [row for pair in PAIRS for row in pair]
+both_architectures = pytest.mark.parametrize("name", [PRE_LN, POST_LN])
+both_models = pytest.mark.parametrize("twin", [OPT, RewardModel])
 
 
 @pytest.fixture(autouse=True)
@@ -52,109 +54,38 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def both_models(name: str, variant: str, dtype: torch.dtype = torch.float64):
-    """The reference's model and ours with its weights, which leave nothing trivial: no bias 0, no LayerNorm 1."""
-    reference_class, our_class = MODELS[name]
-    settings = SMALL | VARIANTS[variant]
-    config = transformers.OPTConfig(**settings, num_labels=1)
-    reference = reference_class._from_config(config, attn_implementation="sdpa").to(dtype)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for key, parameter in reference.named_parameters():
-            scale = 1.0 if "embed" in key else 0.3 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
-            parameter.normal_(0.0, scale, generator=generator)
-            if "layer_norm.weight" in key:
-                parameter.add_(1.0)
-    ours = our_class(OPTConfig.from_dict(settings)).to(dtype)
-    state = {key.removeprefix("model."): weight for key, weight in reference.state_dict().items()}
-    state.pop("lm_head.weight", None)
-    ours.load_state_dict(state)
-    return reference.eval(), ours.eval()
+def small_model(twin: type[Model] = OPT, dtype: torch.dtype = torch.float64) -> Model:
+    return twins(POST_LN, dtype, twin=twin)[1]
 
 
-def small_model(dtype: torch.dtype = torch.float64) -> OPT:
-    return both_models("OPTForCausalLM", "post-LN, projected (350m)", dtype)[1]
+def our_output(model: Model) -> Tensor:
+    """Return the logits `(N, V)` of the examples, or the rewards `(R,)` of the pairs."""
+    return rewards_of(model, ROWS) if isinstance(model, RewardModel) else logits_of(model, EXAMPLES)
 
 
-def small_reward_model(dtype: torch.dtype = torch.float64) -> RewardModel:
-    return both_models("OPTForSequenceClassification", "post-LN, projected (350m)", dtype)[1]
+def their_output(twin: type[Model], model: nn.Module) -> Tensor:
+    """Return the same for a model of transformers, with or without peft around it."""
+    return reference_rewards(model, ROWS) if twin is RewardModel else reference_logits(model, [x for x, _ in EXAMPLES])
 
 
-def our_output(model: OPT | RewardModel) -> Tensor:
-    """Logits `(N, V)` of the examples, or rewards `(R,)` of the pairs."""
+def our_loss(model: Model, examples=EXAMPLES) -> Tensor:
     if isinstance(model, RewardModel):
-        batch = collate_rankings(PAIRS)
-        return model(batch.input_ids, batch.positions, batch.rows)
-    batch = collate(EXAMPLES)
-    return model.logits(model(batch.input_ids, batch.positions, batch.rows))
-
-
-def our_loss(model: OPT | RewardModel, examples=EXAMPLES) -> Tensor:
-    if isinstance(model, RewardModel):
-        batch = collate_rankings(PAIRS)
-        rewards = model(batch.input_ids, batch.positions, batch.rows)
-        total, count = bradley_terry(rewards[batch.better], rewards[batch.worse], batch.margins, batch.weights)
-    else:
-        batch = collate(examples)
-        hidden = model(batch.input_ids, batch.positions, batch.rows)
-        total, count = completion_cross_entropy(hidden, model.head, batch.labels, batch.positions)
-    return total / count
-
-
-def padded(rows: list[list[int]], filler: int) -> Tensor:
-    length = max(map(len, rows))
-    return torch.tensor([row + [filler] * (length - len(row)) for row in rows])
-
-
-def their_logits(model: nn.Module, rows: list[list[int]]) -> Tensor:
-    """Of the reference, with or without peft around it: `(R, T, V)` of a language model, `(R, 1)` of a reward model."""
-    mask = padded([[1] * len(row) for row in rows], 0)
-    return model(input_ids=padded(rows, 1), attention_mask=mask).logits
-
-
-def their_output(name: str, model: nn.Module) -> Tensor:
-    """The same as `our_output`."""
-    if name == "OPTForSequenceClassification":
-        return their_logits(model, [row for pair, _ in PAIRS for row in pair]).squeeze(1)
-    rows = [ids for ids, _ in EXAMPLES]
-    return torch.cat([logits[: len(row)] for row, logits in zip(rows, their_logits(model, rows), strict=True)])
-
-
-def their_loss(name: str, model: nn.Module, examples=EXAMPLES) -> Tensor:
-    """The reference's losses; not by its own `labels=`, which rounds float64 logits to float32."""
-    if name == "OPTForSequenceClassification":
-        rewards = their_output(name, model)
-        return -nn.functional.logsigmoid(rewards[0::2] - rewards[1::2]).mean()
-    logits = their_logits(model, [ids for ids, _ in examples])
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = padded([labels for _, labels in examples], -100)
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return mean_loss(rm_loss(model), collate_rankings([Ranking(pair) for pair in PAIRS]))
+    return mean_loss(sft_loss(model), collate(examples))
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a peft model or ours trains, by the names ours has."""
-    return {
-        name.removeprefix("base_model.model.")
-        .removeprefix("model.")
-        .replace(".modules_to_save.default", "")
-        .replace(".default", ""): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """Return what a peft model or ours trains, by minift's names."""
+    return {own_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def fill(model: nn.Module, seed: int = 5) -> None:
-    """Stands for training: B away from zero, the head moved."""
-    generator = torch.Generator().manual_seed(seed)
+def fill(model: nn.Module) -> None:
+    """Change what is trained, as training would: B is not zero, the head has moved."""
+    generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in sorted(trained(model).items()):
             if "lora_A" not in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """max|a − b| / max|b|."""
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 # ----------------------------------------------------------------------------------------------------- the arithmetic
@@ -175,29 +106,29 @@ def test_an_example_worked_by_hand():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("build", [small_model, small_reward_model])
-def test_at_first_nothing_changes(build, dtype):
-    model = build(dtype)
+@both_models
+def test_at_first_nothing_changes(twin, dtype):
+    model = small_model(twin, dtype)
     before = our_output(model)
     add_lora(model, 3, 7.0, 0.5, ALL_LINEARS)
     model.train()
     after = our_output(model)
-    assert after.dtype == (torch.float32 if build is small_reward_model and dtype.itemsize == 2 else dtype)
-    if build is small_reward_model and dtype.itemsize == 2:  # the head is read in float32 now
+    if twin is RewardModel and dtype.itemsize == 2:  # the head is float32 now
+        assert after.dtype == torch.float32
         torch.testing.assert_close(after, before.float(), rtol=2**-7, atol=2**-7)
     else:
-        assert torch.equal(after, before)
+        assert after.dtype == dtype and torch.equal(after, before)
     fill(model)
     assert not torch.allclose(our_output(model), after, rtol=0.01)
 
 
-@pytest.mark.parametrize("build", [small_model, small_reward_model])
-def test_gradients_reach_the_adapters_and_the_head_alone(build):
-    model = build()
+@both_models
+def test_gradients_reach_the_adapters_and_the_head_alone(twin):
+    model = small_model(twin)
     add_lora(model, 3, 7.0, 0.0, TARGETS)
     fill(model)
     expected = {f"decoder.layers.{n}.self_attn.{t}.lora_{p}.weight" for n in (0, 1) for t in TARGETS for p in "AB"}
-    expected |= {"score.weight"} if build is small_reward_model else set()
+    expected |= {"score.weight"} if twin is RewardModel else set()
     assert trained(model).keys() == adapter_state(model).keys() == expected
     our_loss(model).backward()
     for name, weight in model.named_parameters():
@@ -216,9 +147,9 @@ def test_gradients_of_an_adapter_by_formula():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("build", [small_model, small_reward_model])
-def test_merged_is_the_same_function_in_plain_linears_and_unmerge_is_exact(build, dtype):
-    model = build(dtype)
+@both_models
+def test_merged_is_the_same_function_in_plain_linears_and_unmerge_is_exact(twin, dtype):
+    model = small_model(twin, dtype)
     plain = {name: (weight.shape, weight.dtype) for name, weight in model.decoder.state_dict().items()}
     add_lora(model, 3, 7.0, 0.5, TARGETS)
     fill(model)
@@ -283,7 +214,7 @@ def test_start_values_follow_the_seed_and_kaimings_range():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_beside_half_precision_what_trains_is_float32(dtype):
+def test_adapters_of_half_precision_weights_are_float32(dtype):
     linear = nn.Linear(8, 4).to(dtype)
     adapter = LoRALinear(linear, rank=2, alpha=2.0, dropout=0.0)
     nn.init.normal_(adapter.lora_B.weight)
@@ -292,7 +223,7 @@ def test_beside_half_precision_what_trains_is_float32(dtype):
     assert torch.equal(adapter(hidden), (linear(hidden).float() + update).to(dtype))  # rounded once
     assert adapter.merged().weight.dtype == dtype
 
-    model = small_reward_model(dtype)
+    model = small_model(RewardModel, dtype)
     add_lora(model, 2, 2.0, 0.0, TARGETS)
     assert {weight.dtype for weight in trained(model).values()} == {torch.float32}
     frozen = {weight.dtype for name, weight in model.named_parameters() if name not in trained(model)}
@@ -318,12 +249,12 @@ def test_the_labs_adapters_on_opt_350m_have_1572864_parameters():
         (0, ("q_proj",), "rank is 0"),
         (2, ("q_proj", "query"), "no linear is named query; this model has fc1, fc2, k_proj, out_proj, project_in"),
         (2, ("embed_tokens",), "no linear is named embed_tokens"),
-        (2, ("score",), "no linear is named score"),  # a reward model's head trains whole
+        (2, ("score",), "no linear is named score"),  # a reward model's head is trained as a whole
         (2, (), "no targets given"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_and_nothing_is_frozen(rank, targets, message):
-    model = small_reward_model()
+    model = small_model(RewardModel)
     with pytest.raises(ValueError, match=message):
         add_lora(model, rank, 2.0, 0.0, targets)
     assert all(weight.requires_grad for weight in model.parameters())
@@ -341,11 +272,11 @@ def test_adapters_are_not_added_twice_and_none_are_not_saved(tmp_path):
 # ------------------------------------------------------------------------------------------------- peft: same training
 
 
+# tests/compare/lora.py has a language model.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@every_variant
-@every_model
-def test_training_is_pefts(tmp_path, name, variant, dtype, tolerance):
-    reference, ours = both_models(name, variant, dtype)
+@both_architectures
+def test_training_a_reward_model_is_pefts(tmp_path, name, dtype, tolerance):
+    reference, ours = twins(name, dtype, twin=RewardModel)
     add_lora(ours, 3, 7.0, 0.0, ("q_proj", "v_proj", "fc1"))
     save_adapters(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path, is_trainable=True)
@@ -356,13 +287,14 @@ def test_training_is_pefts(tmp_path, name, variant, dtype, tolerance):
     ours.train(), theirs.train()
     losses = []
     for _ in range(6):
-        loss, their = our_loss(ours), their_loss(name, theirs)
+        rewards = reference_rewards(theirs, ROWS)
+        loss, their = our_loss(ours), reference_preference_loss(rewards[0::2], rewards[1::2])
         assert abs(loss - their).item() < tolerance
         losses.append(loss.item())
         loss.backward(), their.backward()
         for key, parameter in trained(ours).items():
             if len(losses) == 1 and "lora_A" in key:
-                assert not parameter.grad.any() and not expected[key].grad.any(), key  # as long as B is 0
+                assert not parameter.grad.any() and not expected[key].grad.any(), key  # while B is 0
             else:
                 assert difference(parameter.grad, expected[key].grad) < 10 * tolerance, key
         for group in our_optimizer.param_groups:
@@ -375,8 +307,8 @@ def test_training_is_pefts(tmp_path, name, variant, dtype, tolerance):
 
 
 def test_dropout_is_pefts(tmp_path):
-    """One row leaves no padding, so that both draw the same numbers for the same tokens."""
-    reference, ours = both_models("OPTForCausalLM", "pre-LN")
+    """One row has no padding, so both draw the same numbers for the same tokens."""
+    reference, ours = twins(PRE_LN, torch.float64)
     add_lora(ours, 3, 7.0, 0.3, TARGETS)
     fill(ours)
     save_adapters(ours, tmp_path)
@@ -387,55 +319,60 @@ def test_dropout_is_pefts(tmp_path):
         torch.manual_seed(seed)
         loss = our_loss(ours, EXAMPLES[1:2])
         torch.manual_seed(seed)
-        assert abs(loss - their_loss("OPTForCausalLM", theirs, EXAMPLES[1:2])).item() < 1e-10
+        assert abs(loss - reference_loss(theirs, EXAMPLES[1:2])).item() < 1e-10
         losses.add(loss.item())
     assert len(losses) == 3
 
 
-@pytest.mark.parametrize("arithmetic", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("base", [torch.float32, None])
-def test_half_precision_is_pefts_under_autocast(tmp_path, arithmetic, base):
-    """A base in float32, or in the dtype of the arithmetic, under autocast; one row, so no padding on either side."""
-    reference, ours = both_models("OPTForCausalLM", "post-LN, projected (350m)", base or arithmetic)
+def test_half_precision_is_pefts_under_autocast(tmp_path, dtype, base):
+    """A base in float32, or in autocast's own dtype; one row, so no padding on either side.
+
+    The two scale at different times: queries by (head width)^-½, the loss by 1 / (supervised tokens). With heads of
+    width 4 and 4 supervised tokens that is exact.
+    """
+    build = partial(twins, POST_LN, base or dtype, num_attention_heads=8)
+    reference, ours = build()
     add_lora(ours, 4, 8.0, 0.0, TARGETS)
     fill(ours)
     save_adapters(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path, is_trainable=True)
     exact = our_loss(ours.float(), EXAMPLES[1:2]).item()
-    ours = both_models("OPTForCausalLM", "post-LN, projected (350m)", base or arithmetic)[1]
+    _, ours = build()
     load_adapters(ours, tmp_path)
-    with torch.autocast("cpu", dtype=arithmetic):
-        loss, their = our_loss(ours, EXAMPLES[1:2]), their_loss("OPTForCausalLM", theirs, EXAMPLES[1:2])
+    with torch.autocast("cpu", dtype=dtype):
+        loss, their = our_loss(ours, EXAMPLES[1:2]), reference_loss(theirs, EXAMPLES[1:2])
     loss.backward(), their.backward()
     assert abs(loss - their).item() < 1e-5
     expected = trained(theirs)
     for key, parameter in trained(ours).items():
         assert parameter.grad.dtype == torch.float32
-        assert difference(parameter.grad, expected[key].grad) < torch.finfo(arithmetic).eps, key
-    assert 0 < abs(loss.item() - exact) < 0.05  # half precision it was
+        assert difference(parameter.grad, expected[key].grad) < torch.finfo(dtype).eps, key
+    assert 0 < abs(loss.item() - exact) < 0.05  # it was half precision
 
 
 # ---------------------------------------------------------------------------------------------------- peft: same files
 
 
-@every_variant
-@every_model
-def test_peft_loads_what_is_saved(tmp_path, name, variant):
-    reference, ours = both_models(name, variant)
-    plain = their_output(name, reference)
-    targets = [target for target in ALL_LINEARS if "pre-LN" not in variant or "project" not in target]
+@both_architectures
+@both_models
+def test_peft_loads_what_is_saved(tmp_path, twin, name):
+    reference, ours = twins(name, torch.float64, twin=twin)
+    plain = their_output(twin, reference)
+    targets = [target for target in ALL_LINEARS if name == POST_LN or "project" not in target]
     add_lora(ours, 3, 7.5, 0.25, targets)
     fill(ours)
     save_adapters(ours, tmp_path / "adapter", base="some/model", revision="abc")
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter")
-    assert difference(our_output(ours), their_output(name, theirs)) < 1e-12
+    assert difference(our_output(ours), their_output(twin, theirs)) < 1e-12
     assert difference(our_output(ours), plain) > 0.01
     settings = theirs.peft_config["default"]
     assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (3, 7.5, 0.25)
     assert settings.target_modules == set(targets)
     assert (settings.base_model_name_or_path, settings.revision) == ("some/model", "abc")
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert written["modules_to_save"] == (["score"] if name == "OPTForSequenceClassification" else None)
+    assert written["modules_to_save"] == (["score"] if twin is RewardModel else None)
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -446,41 +383,37 @@ def test_peft_loads_what_is_saved(tmp_path, name, variant):
         torch.testing.assert_close(weight, expected[f"decoder.{key}"], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("auto", [peft.AutoPeftModelForCausalLM, peft.AutoPeftModelForSequenceClassification])
-def test_peft_finds_the_model_by_itself(tmp_path, auto):
-    name = "OPTForCausalLM" if auto is peft.AutoPeftModelForCausalLM else "OPTForSequenceClassification"
-    reference, ours = both_models(name, "pre-LN", torch.float32)
+@both_models
+def test_peft_finds_the_model_by_itself(tmp_path, twin):
+    reference, ours = twins(PRE_LN, twin=twin)
     reference.save_pretrained(tmp_path / "model")
     add_lora(ours, 3, 7.0, 0.0, TARGETS)
     fill(ours)
     save_adapters(ours, tmp_path / "adapter", base=str(tmp_path / "model"))
-    theirs = (
-        auto.from_pretrained(tmp_path / "adapter", num_labels=1)
-        if "Seq" in name
-        else auto.from_pretrained(tmp_path / "adapter")
-    )
-    assert difference(our_output(ours), their_output(name, theirs)) < 1e-5
+    load = peft.AutoPeftModelForCausalLM.from_pretrained
+    if twin is RewardModel:
+        load = partial(peft.AutoPeftModelForSequenceClassification.from_pretrained, num_labels=1)
+    assert difference(our_output(ours), their_output(twin, load(tmp_path / "adapter"))) < 1e-5
 
 
 @pytest.mark.parametrize(
-    "options",
+    "options",  # tests/compare/lora.py has peft's defaults
     [
-        {"target_modules": list(TARGETS)},
         {"target_modules": ["fc2", "k_proj", "out_proj"], "lora_alpha": 5, "use_rslora": True},
         {"target_modules": "all-linear", "init_lora_weights": "gaussian", "lora_dropout": 0.1},
     ],
 )
-@every_variant
-@every_model
-def test_what_peft_saves_is_loaded(tmp_path, name, variant, options):
-    reference, ours = both_models(name, variant)
+@both_architectures
+@both_models
+def test_what_peft_saves_is_loaded(tmp_path, twin, name, options):
+    reference, ours = twins(name, torch.float64, twin=twin)
     plain = our_output(ours)
-    task = "CAUSAL_LM" if name == "OPTForCausalLM" else "SEQ_CLS"
+    task = "SEQ_CLS" if twin is RewardModel else "CAUSAL_LM"
     theirs = peft.get_peft_model(reference, peft.LoraConfig(r=4, task_type=task, **options))
     fill(theirs)
     theirs.save_pretrained(tmp_path)
     load_adapters(ours, tmp_path)
-    expected = their_output(name, theirs.eval())
+    expected = their_output(twin, theirs.eval())
     assert difference(our_output(ours), expected) < 1e-12
     assert difference(plain, expected) > 0.01
     assert trained(ours).keys() == trained(theirs).keys()
@@ -488,10 +421,10 @@ def test_what_peft_saves_is_loaded(tmp_path, name, variant, options):
     assert difference(our_output(ours), expected) < 1e-12
 
 
-@every_model
-def test_adapters_come_back_bit_for_bit(tmp_path, name):
-    _, ours = both_models(name, "pre-LN", torch.float32)
-    _, again = both_models(name, "pre-LN", torch.float32)
+@both_models
+def test_adapters_come_back_bit_for_bit(tmp_path, twin):
+    _, ours = twins(PRE_LN, twin=twin)
+    _, again = twins(PRE_LN, twin=twin)
     add_lora(ours, 3, 7.0, 0.25, TARGETS)
     fill(ours)
     save_adapters(ours, tmp_path / "a")
@@ -507,15 +440,18 @@ def test_adapters_come_back_bit_for_bit(tmp_path, name):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Adapters of rank 3 on q_proj and v_proj of `small_model`, as peft writes them."""
-    reference, _ = both_models("OPTForCausalLM", "post-LN, projected (350m)")
-    settings = peft.LoraConfig(r=3, task_type="CAUSAL_LM", target_modules=list(TARGETS))
-    peft.get_peft_model(reference, settings).save_pretrained(tmp_path)
-    return tmp_path
+    """Return a folder with adapters of rank 3 on q_proj and v_proj of `small_model`, as peft writes them."""
+    return write_peft_adapters(tmp_path)
+
+
+def write_peft_adapters(folder: Path, **options) -> Path:
+    settings = peft.LoraConfig(r=3, task_type="CAUSAL_LM", target_modules=list(TARGETS), **options)
+    peft.get_peft_model(reference_model(POST_LN, torch.float64), settings).save_pretrained(folder)
+    return folder
 
 
 def assert_refused(model: nn.Module, folder: Path, *words: str) -> None:
-    """In one line that holds `words`, with the model as it was."""
+    """Check that loading fails with one line that holds `words`, and leaves the model unchanged."""
     before = copy.deepcopy(model)
     with pytest.raises(UserError) as error:
         load_adapters(model, folder)
@@ -543,7 +479,7 @@ def assert_refused(model: nn.Module, folder: Path, *words: str) -> None:
         ("r", 0, ["rank of at least 1", "r 0"]),
         ("r", True, ["r True"]),
         ("r", "3", ["r '3'"]),
-        ("r", 10**30, ["rank is 10", "expected 1 to 16"]),
+        ("r", 10**30, ["rank is 10", f"expected 1 to {SMALL['hidden_size']}"]),
         ("use_rslora", "false", ["use_rslora is 'false'"]),
         ("lora_alpha", None, ["lora_alpha None"]),
         ("lora_alpha", math.inf, ["lora_alpha inf"]),
@@ -567,11 +503,9 @@ def test_settings_that_ask_for_something_else(folder, name, value, words):
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}])
-def test_pefts_own_folders_of_another_kind(tmp_path, options):
-    reference, ours = both_models("OPTForCausalLM", "post-LN, projected (350m)")
-    settings = peft.LoraConfig(r=3, task_type="CAUSAL_LM", target_modules=list(TARGETS), **options)
-    peft.get_peft_model(reference, settings).save_pretrained(tmp_path)
-    assert_refused(ours, tmp_path, "adapter_config.json", next(iter(options)), "merge this adapter with peft")
+def test_peft_s_adapters_that_are_not_plain_lora(tmp_path, options):
+    write_peft_adapters(tmp_path, **options)
+    assert_refused(small_model(), tmp_path, "adapter_config.json", next(iter(options)), "merge this adapter with peft")
 
 
 def test_weights_that_do_not_fit(folder):
@@ -606,12 +540,22 @@ def test_files_that_are_absent_or_damaged(folder, tmp_path):
         assert_refused(small_model(), folder, "adapter_config.json", "a JSON object")
 
 
-def test_adapters_of_the_other_kind_of_model_or_beside_others(folder, tmp_path):
-    assert_refused(small_reward_model(), folder, "1 missing, first base_model.model.score.weight")
-    rewarding = small_reward_model()
+def test_adapters_of_the_other_model_class_or_on_top_of_others(folder, tmp_path):
+    assert_refused(small_model(RewardModel), folder, "1 missing, first base_model.model.score.weight")
+    rewarding = small_model(RewardModel)
     add_lora(rewarding, 3, 8, 0.0, TARGETS)
     save_adapters(rewarding, tmp_path / "rewarding")
     assert_refused(small_model(), tmp_path / "rewarding", "1 unexpected, first base_model.model.score.weight")
     adapted = small_model()
     add_lora(adapted, 3, 8, 0.0, TARGETS)
     assert_refused(adapted, folder, "adapters already")
+
+
+def test_a_reward_model_can_keep_its_head(folder):
+    model = small_model(RewardModel)
+    head = model.score.weight.clone()
+    load_adapters(model, folder, keep_reward_head=True)
+    assert torch.equal(model.score.weight, head)
+    state = load_file(folder / "adapter_model.safetensors")
+    for name, weight in trained(model).items():
+        assert name == "score.weight" or torch.equal(weight, state[f"base_model.model.model.{name}"].double())

@@ -1,4 +1,8 @@
-"""Completion cross entropy against torch's own, row by row with all the logits there are."""
+"""Completion cross entropy against its definition, and against torch's own, row by row.
+
+Two oracles, since one of them shares the shift of the labels with what it checks: `plain_cross_entropy` has the logits
+of all tokens, and torch's `linear_cross_entropy` is given labels that are shifted here.
+"""
 
 import pytest
 import torch
@@ -8,34 +12,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minift import losses
-from minift.losses import completion_cross_entropy
+from minift.encode import IGNORE_INDEX
+from minift.losses import completion_cross_entropy, plain_cross_entropy
 
 LENGTHS = (9, 1, 24, 6)
 NUM_TOKENS, WIDTH, VOCABULARY = sum(LENGTHS), 5, 37
+POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])
 
 
 def problem(dtype: torch.dtype = torch.float64, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden (N, E), head (V, E), labels (N,), positions (N,); half the labels masked, no row start's."""
+    """Return hidden (N, E), head (V, E), labels (N,), positions (N,); half the labels masked, but no row's first."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(NUM_TOKENS, WIDTH, generator=generator, dtype=torch.float64) * scale
     head = torch.randn(VOCABULARY, WIDTH, generator=generator, dtype=torch.float64)
     labels = torch.randint(VOCABULARY, (NUM_TOKENS,), generator=generator)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])
     masked = torch.rand(NUM_TOKENS, generator=generator) < 0.5
-    labels[masked & (positions != 0)] = -100
-    return hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), labels, positions
+    labels[masked & (POSITIONS != 0)] = IGNORE_INDEX
+    return hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), labels, POSITIONS
 
 
-def by_rows(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+def torch_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     total, count = hidden.new_zeros(()), 0
     for row, targets in zip(hidden.split(LENGTHS), labels.split(LENGTHS), strict=True):
-        logits = row[:-1] @ head.T  # (T - 1, V)
-        total = total + F.cross_entropy(logits, targets[1:], reduction="sum")
-        count += int((targets[1:] != -100).sum())
+        if len(row) > 1:
+            options = torch.nn.LinearCrossEntropyOptions()  # not computed from all logits, but in chunks
+            total = total + F.linear_cross_entropy(row[:-1], head, targets[1:], reduction="sum", options=options)
+        count += (targets[1:] != IGNORE_INDEX).sum()
     return total, count
 
 
-def value_and_gradients(hidden: Tensor, head: Tensor, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def value_and_gradients(loss, hidden: Tensor, head: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    total, count = loss(hidden, head, *rest)
     mean = total / count
     return mean.detach(), *torch.autograd.grad(mean, (hidden, head))
 
@@ -45,32 +52,32 @@ def assert_close(found, expected, tolerance: float) -> None:
         assert ((one - other).abs().max() / other.abs().max()).item() < tolerance
 
 
+@pytest.mark.parametrize("oracle", [plain_cross_entropy, torch_cross_entropy])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1024])
-def test_value_and_gradients_in_any_chunks(monkeypatch, chunk):
+def test_value_and_gradients_in_any_chunks(monkeypatch, oracle, dtype, tolerance, chunk):
     monkeypatch.setattr(losses, "CHUNK", chunk)
-    hidden, head, labels, positions = problem()
-    total, count = completion_cross_entropy(hidden, head, labels, positions)
-    expected_total, expected_count = by_rows(hidden, head, labels)
-    assert count.item() == expected_count > 8
-    found = value_and_gradients(hidden, head, total, count)
-    assert_close(found, value_and_gradients(hidden, head, expected_total, expected_count), 1e-12)
+    inputs = problem(dtype)
+    total, count = completion_cross_entropy(*inputs)
+    assert total.dtype == dtype and count == oracle(*inputs)[1] > 8
+    expected = value_and_gradients(oracle, *inputs)
+    assert_close(value_and_gradients(completion_cross_entropy, *inputs), expected, tolerance)
 
 
 def test_gradcheck(monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK", 4)
-    hidden, head, labels, positions = problem()
-    assert torch.autograd.gradcheck(
-        lambda *inputs: completion_cross_entropy(*inputs, labels, positions)[0], (hidden, head)
-    )
+    monkeypatch.setattr(losses, "CHUNK", 2)
+    hidden, head, *rest = problem()
+    rest = [values[:10] for values in rest]
+    assert torch.autograd.gradcheck(lambda *inputs: completion_cross_entropy(*inputs, *rest)[0], (hidden[:10], head))
 
 
-def test_a_row_s_start_is_never_predicted():
-    """Whatever its label: the token before it in the list belongs to another document."""
+def test_the_start_of_a_row_is_never_predicted():
+    """Its label does not matter: the token before it in the list belongs to another document."""
     hidden, head, labels, positions = problem()
     starts = positions == 0
-    assert (labels[starts] != -100).all()
+    assert (labels[starts] != IGNORE_INDEX).all()
     expected, count = completion_cross_entropy(hidden, head, labels, positions)
-    for label in (-100, 3):
+    for label in (IGNORE_INDEX, 3):
         changed = labels.masked_fill(starts, label)
         total, same_count = completion_cross_entropy(hidden, head, changed, positions)
         assert torch.equal(total, expected) and torch.equal(count, same_count)
@@ -83,7 +90,7 @@ def test_a_row_s_start_is_never_predicted():
 def test_nothing_supervised(num_tokens):
     hidden, head, labels, positions = problem()
     hidden = hidden[:num_tokens].detach().requires_grad_()
-    labels = torch.full_like(labels[:num_tokens], -100)
+    labels = torch.full_like(labels[:num_tokens], IGNORE_INDEX)
     total, count = completion_cross_entropy(hidden, head, labels, positions[:num_tokens])
     assert total.item() == 0 and count.item() == 0
     total.backward()
@@ -93,10 +100,9 @@ def test_nothing_supervised(num_tokens):
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
 def test_a_frozen_side_costs_no_gradient(frozen):
     hidden, head, labels, positions = problem()
-    expected = by_rows(hidden, head, labels)[0]
     tensors = {"hidden": hidden, "head": head}
     learned = tensors["head" if frozen == "hidden" else "hidden"]
-    [gradient] = torch.autograd.grad(expected, learned)
+    [gradient] = torch.autograd.grad(plain_cross_entropy(hidden, head, labels, positions)[0], learned)
     tensors[frozen].requires_grad_(False)
     completion_cross_entropy(hidden, head, labels, positions)[0].backward()
     assert tensors[frozen].grad is None
@@ -104,44 +110,44 @@ def test_a_frozen_side_costs_no_gradient(frozen):
 
 
 def test_without_gradients():
-    hidden, head, labels, positions = problem()
-    expected, _ = completion_cross_entropy(hidden, head, labels, positions)
+    inputs = problem()
+    expected, _ = completion_cross_entropy(*inputs)
     with torch.no_grad():
-        total, _ = completion_cross_entropy(hidden, head, labels, positions)
+        total, _ = completion_cross_entropy(*inputs)
     assert torch.equal(total, expected) and not total.requires_grad
 
 
 def test_logits_of_any_size_stay_finite():
-    hidden, head, labels, positions = problem(torch.float32, scale=1000.0)
-    found = value_and_gradients(hidden, head, *completion_cross_entropy(hidden, head, labels, positions))
-    expected = value_and_gradients(hidden, head, *by_rows(hidden, head, labels))
+    inputs = problem(torch.float32, scale=1000.0)
+    expected = value_and_gradients(plain_cross_entropy, *inputs)
     assert expected[0] > 500
-    assert_close(found, expected, 1e-5)
+    assert_close(value_and_gradients(completion_cross_entropy, *inputs), expected, 1e-5)
 
 
 def test_bf16_autocast():
-    hidden, head, labels, positions = problem(torch.float32)
-    expected = value_and_gradients(hidden, head, *by_rows(hidden, head, labels))
-    with torch.autocast("cpu", torch.bfloat16):
-        total, count = completion_cross_entropy(hidden, head, labels, positions)
-    assert total.dtype == torch.float32
-    found = value_and_gradients(hidden, head, total, count)
+    hidden, *rest = problem(torch.float32)
+    expected = value_and_gradients(plain_cross_entropy, hidden, *rest)
+
+    def under_autocast(hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return completion_cross_entropy(hidden, *rest)
+
+    assert under_autocast(hidden, *rest)[0].dtype == torch.float32
+    found = value_and_gradients(under_autocast, hidden, *rest)
     assert_close(found, expected, 0.03)
-    # What a projection leaves under autocast is bf16 beside the fp32 embedding.
-    with torch.autocast("cpu", torch.bfloat16):
-        half, count = completion_cross_entropy(hidden.bfloat16(), head, labels, positions)
-    assert torch.equal(half, total)
-    assert_close(value_and_gradients(hidden, head, half, count), expected, 0.03)
+    # Under autocast a projection's result is bf16, next to the fp32 embedding.
+    half = value_and_gradients(lambda hidden, *rest: under_autocast(hidden.bfloat16(), *rest), hidden, *rest)
+    assert torch.equal(half[0], found[0])
+    assert_close(half, expected, 0.03)
 
 
 def test_bf16_weights_add_up_in_fp32():
-    hidden, head, labels, positions = problem(torch.bfloat16)
-    total, count = completion_cross_entropy(hidden, head, labels, positions)
-    assert total.dtype == torch.float32
-    found = value_and_gradients(hidden, head, total, count)
+    hidden, head, *rest = problem(torch.bfloat16)
+    assert completion_cross_entropy(hidden, head, *rest)[0].dtype == torch.float32
+    found = value_and_gradients(completion_cross_entropy, hidden, head, *rest)
     assert {gradient.dtype for gradient in found[1:]} == {torch.bfloat16}
-    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, head)]
-    assert_close(found, value_and_gradients(*exact, *by_rows(*exact, labels)), 0.03)
+    exact = (tensor.detach().double().requires_grad_() for tensor in (hidden, head))
+    assert_close(found, value_and_gradients(plain_cross_entropy, *exact, *rest), 0.03)
 
 
 def test_the_full_logits_never_exist(monkeypatch):
@@ -156,11 +162,11 @@ def test_the_full_logits_never_exist(monkeypatch):
             self.numel = max(self.numel, *sizes, 0)
             return result
 
-    hidden, head, labels, positions = problem()
+    inputs = problem()
     chunk = 8
     monkeypatch.setattr(losses, "CHUNK", chunk)
     with LargestTensor() as seen:
-        total, count = completion_cross_entropy(hidden, head, labels, positions)
+        total, count = completion_cross_entropy(*inputs)
         total.backward()
     assert count > 2 * chunk
     assert seen.numel == max(chunk * VOCABULARY, VOCABULARY * WIDTH, NUM_TOKENS * WIDTH) == chunk * VOCABULARY

@@ -1,15 +1,11 @@
-"""Schedules and decay groups against transformers' own."""
+"""Learning-rate schedules and weight-decay groups against transformers' own."""
 
 import pytest
 import torch
 import transformers
-from transformers import OPTConfig as ReferenceConfig
-from transformers import OPTForCausalLM
 
-from minift.model import OPT, OPTConfig
 from minift.optim import adamw, learning_rate
-
-SHAPE = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 8}
+from tests.reference import POST_LN, PRE_LN, own_name, twins
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
@@ -37,13 +33,11 @@ def test_learning_rate_by_hand():
         rates("linaer", 0)
 
 
-@pytest.mark.parametrize("projected", [False, True])
-def test_decay_acts_on_what_the_reference_trainer_decays(projected):
-    shape = SHAPE | {"word_embed_proj_dim": 4 if projected else 8, "do_layer_norm_before": not projected}
-    model = OPT(OPTConfig.from_dict(shape))
-    reference = OPTForCausalLM(ReferenceConfig(**shape))
+@pytest.mark.parametrize("name", [PRE_LN, POST_LN])
+def test_decay_acts_on_what_the_reference_trainer_decays(name):
+    reference, model = twins(name)
     names = transformers.Trainer.get_decay_parameter_names(None, reference)  # self is not used
-    expected = {name.removeprefix("model.") for name in names if name != "lm_head.weight"}  # the embedding, tied
+    expected = {own_name(name) for name in names if name != "lm_head.weight"}  # the embedding, tied
     optimizer = adamw(model, weight_decay=0.1)
     decayed = {id(parameter) for group in optimizer.param_groups[:1] for parameter in group["params"]}
     assert {name for name, parameter in model.named_parameters() if id(parameter) in decayed} == expected
@@ -52,9 +46,8 @@ def test_decay_acts_on_what_the_reference_trainer_decays(projected):
 
 
 def test_frozen_parameters_are_left_out():
-    model = OPT(OPTConfig.from_dict(SHAPE))
+    _, model = twins(PRE_LN)
     model.requires_grad_(False)
-    model.decoder.layers[0].fc1.requires_grad_(True)
+    fc1 = model.decoder.layers[0].fc1.requires_grad_(True)
     groups = adamw(model, 0.0).param_groups
-    fc1 = model.decoder.layers[0].fc1
     assert [[id(p) for p in group["params"]] for group in groups] == [[id(fc1.weight)], [id(fc1.bias)]]

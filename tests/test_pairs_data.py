@@ -1,4 +1,4 @@
-"""The shipped preference pairs: executed, reproducible, of five kinds, held-out prompts apart, no cheap way to tell."""
+"""The shipped pairs are executed and reproducible; held-out prompts are not trained on; length does not decide."""
 
 import ast
 import json
@@ -12,11 +12,10 @@ from random import Random
 
 import pytest
 
-DATA = Path(__file__).parent.parent / "data"
-sys.path.insert(0, str(DATA))
-import make_pairs  # noqa: E402
-from make_instructions import Check, Row, generate, passes  # noqa: E402
-from make_pairs import FILES, KINDS, prompt_of  # noqa: E402
+from data.make import pairs as make_pairs
+from data.make.families.common import Check
+from data.make.instructions import DATA, Row, generate, passes
+from data.make.pairs import CATEGORIES, FILES, prompt_of
 
 FILE_NAMES = list(FILES.values())
 
@@ -51,12 +50,12 @@ def test_code_inside_prose_fails_by_itself(file: str, pairs: dict, row_of: dict)
     for pair in pairs[file]:
         if pair["kind"] != "rambling":
             continue
-        # Every run of lines: whatever a reader could take for the code.
+        # Every run of lines that a reader could take for the code.
         lines = pair["rejected"].split("\n")
         runs = ["\n".join(lines[i:j]) for i in range(len(lines)) for j in range(i + 1, len(lines) + 1)]
         found += any("def " in run or "class " in run for run in runs)
         assert not any(passes(run, row_of[pair["prompt"]].checks) for run in runs), pair
-    assert found > 0.1 * KINDS["rambling"].held_out
+    assert found > 0.1 * CATEGORIES["rambling"].held_out
 
 
 @pytest.mark.parametrize("file", FILE_NAMES)
@@ -76,18 +75,18 @@ def test_fields_and_counts(file: str, pairs: dict) -> None:
         assert list(pair) == ["prompt", "chosen", "rejected", "kind"]
         assert all(isinstance(text, str) and text.strip() for text in pair.values())
         assert pair["chosen"] != pair["rejected"]
-    place = 0 if file == FILES["training"] else 1
-    assert Counter(pair["kind"] for pair in pairs[file]) == {kind: count[place] for kind, count in KINDS.items()}
+    split = 0 if file == FILES["training"] else 1
+    assert Counter(pair["kind"] for pair in pairs[file]) == {name: count[split] for name, count in CATEGORIES.items()}
     assert len({tuple(pair.values()) for pair in pairs[file]}) == len(pairs[file])
 
 
-def test_at_least_five_kinds_with_a_hundred_held_out_pairs_each() -> None:
-    assert len(KINDS) >= 5
-    assert min(count.held_out for count in KINDS.values()) >= 100
+def test_at_least_five_categories_with_a_hundred_held_out_pairs_each() -> None:
+    assert len(CATEGORIES) >= 5
+    assert min(count.held_out for count in CATEGORIES.values()) >= 100
 
 
 def test_held_out_prompts_are_held_out_instructions(pairs: dict) -> None:
-    """Those of SFT's held-out file, both of its kinds, and none that SFT or the reward model trains on."""
+    """They come from both categories of SFT's held-out file; neither SFT nor the reward model trains on them."""
     splits = {}
     for file in ("instructions.jsonl", "heldout.jsonl"):
         for line in (DATA / file).read_text(encoding="utf-8").splitlines():
@@ -106,7 +105,7 @@ def test_held_out_prompts_are_held_out_instructions(pairs: dict) -> None:
 
 def test_held_out_rambling_uses_no_sentence_of_the_training_pairs(pairs: dict) -> None:
     for sentences in (make_pairs.OPENERS, make_pairs.MIDDLES, make_pairs.CLOSERS):
-        for place, sentence in enumerate(sentences):
+        for index, sentence in enumerate(sentences):
             constant = max(re.split(r"\{\w+\}", sentence), key=len)
             if len(constant) < 15:
                 continue
@@ -116,13 +115,13 @@ def test_held_out_rambling_uses_no_sentence_of_the_training_pairs(pairs: dict) -
                 for pair in pairs[file]
                 if pair["kind"] == "rambling" and constant in pair["rejected"]
             }
-            assert used_in == {FILES["held out" if place % 4 == 3 else "training"]}, sentence
+            assert used_in == {FILES["held out" if index % 4 == 3 else "training"]}, sentence
 
 
-@pytest.mark.parametrize("kind", ["subtle bug", "other task"])
-def test_length_does_not_tell(kind: str, pairs: dict) -> None:
-    """Neither "the longer one" nor "the shorter one" is right much more often than a coin."""
-    both = [pair for file in FILE_NAMES for pair in pairs[file] if pair["kind"] == kind]
+@pytest.mark.parametrize("category", ["subtle bug", "other task"])
+def test_length_does_not_decide(category: str, pairs: dict) -> None:
+    """Neither "the longer one" nor "the shorter one" is right much more often than chance."""
+    both = [pair for file in FILE_NAMES for pair in pairs[file] if pair["kind"] == category]
     longer = sum((len(p["chosen"]) > len(p["rejected"])) + 0.5 * (len(p["chosen"]) == len(p["rejected"])) for p in both)
     assert 0.4 < longer / len(both) < 0.6
 
@@ -130,35 +129,35 @@ def test_length_does_not_tell(kind: str, pairs: dict) -> None:
 def test_the_files_are_small_and_have_one_object_a_line() -> None:
     texts = [(DATA / file).read_bytes() for file in FILE_NAMES]
     assert sum(map(len, texts)) < 4_500_000
-    for place, text in enumerate(texts):
+    for split, text in enumerate(texts):
         assert text.endswith(b"\n") and b"\r" not in text
-        assert text.count(b"\n") == sum(count[place] for count in KINDS.values())
+        assert text.count(b"\n") == sum(count[split] for count in CATEGORIES.values())
 
 
 def test_the_script_writes_the_committed_files_byte_for_byte(tmp_path: Path) -> None:
-    """All but the base model's answers follows from the seed: those are read back from the files it replaces."""
+    """The base model's answers are read from the files that it replaces; the seed determines everything else."""
     for file in FILE_NAMES:
         kept = [line for line in (DATA / file).read_text().splitlines() if json.loads(line)["kind"] == "base model"]
         (tmp_path / file).write_text("\n".join(kept))
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
-    command = [sys.executable, str(DATA / "make_pairs.py"), "--out", str(tmp_path)]
-    subprocess.run(command, check=True, env=environment, capture_output=True)
+    command = [sys.executable, "-m", "data.make.pairs", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=DATA.parent, env=environment, capture_output=True)
     for file in FILE_NAMES:
         assert (tmp_path / file).read_bytes() == (DATA / file).read_bytes(), file
 
 
 def test_without_stored_answers_the_script_says_what_to_do(tmp_path: Path) -> None:
-    command = [sys.executable, str(DATA / "make_pairs.py"), "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "data.make.pairs", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=DATA.parent, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: ") and "--ask-base-model" in result.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_stored_base_answers_are_what_the_shipped_model_says(pairs: dict, rows: list[Row]) -> None:
-    """Asked again, greedily and for few tokens. Another machine may round a sum the other way now and then."""
+    """Asked again, greedily, for few tokens. Another machine may round a sum differently, so most must be equal."""
     stored = {p["prompt"]: p["rejected"] for p in pairs[FILES["held out"]] if p["kind"] == "base model"}
-    count = KINDS["base model"].held_out
+    count = CATEGORIES["base model"].held_out
     asked = make_pairs.base_rows(make_pairs.rows_of(rows, "held out"), "0 held out", count)
     setting = make_pairs.SETTINGS[0]
     assert setting == (24, 0.0)
@@ -168,8 +167,8 @@ def test_stored_base_answers_are_what_the_shipped_model_says(pairs: dict, rows: 
     assert len(again) > 10 and equal >= 0.8 * len(again)
 
 
-def test_an_edit_that_changes_nothing_is_no_bug() -> None:
-    """`subtle_bug` keeps only what the checks can tell: here every edit is harmless, so it finds none."""
+def test_an_edit_that_changes_nothing_is_not_a_bug() -> None:
+    """`subtle_bug` returns only code that fails the checks. Here every edit passes them."""
     row = Row("Do anything.", "", "value = 1", "family", "training", [Check("True", True)])
     assert make_pairs.subtle_bug(row, [row], Random(0)) is None
 

@@ -1,4 +1,4 @@
-"""`python -m minift.preview`: the supervised stretches can be seen, and the file holds what the loss gets."""
+"""`minift preview`: supervised stretches are marked, and the file has what the loss gets."""
 
 import io
 import json
@@ -8,11 +8,14 @@ import sys
 
 import pytest
 
-from minift.encode import Example, encode_rows
+from minift.commands.preview import main
+from minift.commands.terminal import mark, safe, show_labels
+from minift.encode import IGNORE_INDEX, Example, encode_rows
 from minift.errors import UserError
-from minift.preview import main, mark, show, write_examples
+from minift.files.templates import save_template
+from minift.files.tokenizer import save_tokenizer
 from minift.prompts import TEMPLATES
-from minift.tokenizer import load_tokenizer
+from tests.runs import read_lines, write_lines
 
 ROWS = [
     {"instruction": "Add.", "input": "1, 2", "output": "print('</s>')\n\x1b[2J\t😀"},
@@ -28,21 +31,23 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return write_lines(tmp_path / "data.jsonl", ROWS)
 
 
-def test_plain_marks(tokenizer):
+@pytest.fixture
+def examples(tokenizer):
+    return encode_rows(ROWS, tokenizer, TEMPLATES["course"], max_length=None).examples
+
+
+def test_plain_marks(tokenizer, examples):
     """Text that spells the end token looks different from the token; an escape in a row doesn't reach the terminal."""
-    (example, *_), _, _ = encode_rows(ROWS, tokenizer, TEMPLATES["course"], max_length=None)
-    assert mark(example, tokenizer, colour=False) == (
+    assert mark(examples[0], tokenizer, colour=False) == (
         "⟨</s>⟩### Instruction:↵\nAdd.↵\n↵\n### Input:↵\n1, 2↵\n↵\n### Response:↵\n⟦print('</s>')↵\n\\x1b[2J\t😀⟨</s>⟩⟧"
     )
 
 
 def test_colours_mark_the_same_tokens(tokenizer):
-    for example in encode_rows(ROWS, tokenizer, TEMPLATES["dialogue"], max_length=None)[0]:
+    for example in encode_rows(ROWS, tokenizer, TEMPLATES["dialogue"], max_length=None).examples:
         coloured = mark(example, tokenizer, colour=True)
         as_plain = re.sub("\x1b\\[32m(.*?)\x1b\\[0m", r"⟦\1⟧", coloured, flags=re.DOTALL)
         as_plain = re.sub("\x1b\\[90m(.*?)\x1b\\[0m", r"\1", as_plain, flags=re.DOTALL)
@@ -51,55 +56,41 @@ def test_colours_mark_the_same_tokens(tokenizer):
 
 def test_several_supervised_stretches(tokenizer):
     ids = tokenizer.encode("return a")
-    labels = [token if place % 2 else -100 for place, token in enumerate(ids)]
+    labels = [token if index % 2 else IGNORE_INDEX for index, token in enumerate(ids)]
     assert mark(Example(ids, labels), tokenizer, colour=False).count("⟦") == len(ids) // 2
 
 
-def test_colour_is_for_terminals_unless_no_color(tokenizer, monkeypatch):
-    examples, _, _ = encode_rows(ROWS, tokenizer, TEMPLATES["course"], max_length=None)
-    monkeypatch.delenv("NO_COLOR", raising=False)
+def test_colour_is_for_terminals_unless_no_color(tokenizer, examples, monkeypatch):
     for stream, no_color, coloured in ((Terminal(), "", True), (Terminal(), "1", False), (io.StringIO(), "", False)):
         monkeypatch.setenv("NO_COLOR", no_color)
-        show(examples, tokenizer, 2, stream)
+        show_labels(examples, tokenizer, 2, stream)
         text = stream.getvalue()
         assert ("\x1b[32m" in text) == coloured and ("between ⟦ and ⟧" in text) != coloured
         assert "example 2 of 3: " in text and "example 3" not in text
 
 
-def test_a_stream_without_unicode_is_no_reason_to_fail(tokenizer):
-    examples, _, _ = encode_rows(ROWS, tokenizer, TEMPLATES["course"], max_length=None)
+def test_a_stream_without_unicode_gets_escapes(tokenizer, examples):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    show(examples, tokenizer, 1, stream)
+    show_labels(examples, tokenizer, 1, stream)
     stream.flush()
     assert b"\\u27e6print(" in stream.buffer.getvalue()
+    assert safe("é\n\x1b[2J\t😀\u2028", stream) == "\\xe9\n\\x1b[2J\t\\U0001f600\\u2028"
+    assert safe("é\n\x1b[2J\t😀\u2028", io.StringIO()) == "é\n\\x1b[2J\t😀\\u2028"
 
 
-def test_out_holds_every_kept_row(tokenizer_directory, data, tmp_path, capsys):
+def test_out_has_every_kept_row(tokenizer_directory, tokenizer, data, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     arguments = ["--model", str(tokenizer_directory), "--data", str(data), "--max-length", "100", "--rows", "1"]
     main([*arguments, "--out", str(out)])
-    examples, kept, _ = encode_rows(
-        ROWS, load_tokenizer(tokenizer_directory), TEMPLATES["course"], max_length=100, source=str(data)
-    )
-    assert kept == [0, 2]
-    written = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(line["row"], line["input_ids"], line["labels"]) for line in written] == [
-        (row, *example) for row, example in zip(kept, examples, strict=True)
+    encoded = encode_rows(ROWS, tokenizer, TEMPLATES["course"], max_length=100)
+    assert encoded.numbers == [0, 2]
+    assert [(line["row"], line["input_ids"], line["labels"]) for line in read_lines(out)] == [
+        (number, *example) for number, example in zip(encoded.numbers, encoded.examples, strict=True)
     ]
     shown = capsys.readouterr().out
     assert "example 1 of 2" in shown and "example 2" not in shown
     assert "2 of 3 rows kept" in shown and "first 100 tokens (line 2)" in shown and "(line 3)" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl"]
-
-
-def test_out_is_written_whole_or_not_at_all(tmp_path):
-    out = tmp_path / "out.jsonl"
-    out.write_text("before")
-    with pytest.raises(TypeError):
-        write_examples([Example([1], [1]), Example([object()], [1])], [0, 1], str(out))
-    assert out.read_text() == "before" and list(tmp_path.iterdir()) == [out]
-    with pytest.raises(UserError, match="can't be written: No such file or directory"):
-        write_examples([], [], str(tmp_path / "nowhere" / "out.jsonl"))
 
 
 def test_flags_change_what_is_supervised(tokenizer_directory, tmp_path, capsys):
@@ -112,10 +103,19 @@ def test_flags_change_what_is_supervised(tokenizer_directory, tmp_path, capsys):
     assert "⟨</s>⟩⟦Q: a↵\nA: b⟨</s>⟩⟧" in capsys.readouterr().out
 
 
-def test_bad_input_ends_in_one_line(tokenizer_directory, data, tmp_path):
+def test_the_template_is_that_of_the_model_unless_named(tokenizer, data, tmp_path, capsys):
+    save_tokenizer(tokenizer, tmp_path)
+    save_template(TEMPLATES["dialogue"], tmp_path)
+    for flags, prompt in (([], "Human: Nothing.↵\n"), (["--template", "course"], "### Instruction:↵\nNothing.↵\n")):
+        main(["--model", str(tmp_path), "--data", str(data), *flags])
+        assert prompt in capsys.readouterr().out
+
+
+def test_bad_input_ends_in_one_line(tokenizer, data, tmp_path):
     model = tmp_path / "model"
-    load_tokenizer(tokenizer_directory).save(model)
-    good = {"--model": str(model), "--data": str(data)}
+    save_tokenizer(tokenizer, model)
+    out = tmp_path / "out.jsonl"
+    good = {"--model": str(model), "--data": str(data), "--out": str(out)}
     for change, config, expected in (
         ({"--model": str(tmp_path)}, None, "no tokenizer here"),
         ({"--data": str(tmp_path)}, None, "a directory"),
@@ -133,18 +133,18 @@ def test_bad_input_ends_in_one_line(tokenizer_directory, data, tmp_path):
         ),
         ({}, {"vocab_size": 100}, "doesn't fit"),
         ({}, {"vocab_size": "many"}, "expected a whole number"),
+        ({"--out": str(tmp_path / "nowhere" / "out.jsonl")}, None, "expected a file name in an existing directory"),
+        ({"--out": str(data)}, None, "this is the file that --data names"),
     ):
         (model / "config.json").write_text(json.dumps(config or {}))
-        out = tmp_path / "out.jsonl"
-        flags = [word for pair in (good | change).items() for word in pair]
         with pytest.raises(UserError) as caught:
-            main([*flags, "--out", str(out)])
+            main([word for pair in (good | change).items() for word in pair])
         assert expected in str(caught.value) and "\n" not in str(caught.value)
         assert not out.exists()
 
 
 def test_as_a_command(tokenizer_directory, data, tmp_path):
-    command = [sys.executable, "-m", "minift.preview", "--model", str(tokenizer_directory), "--data"]
+    command = [sys.executable, "-m", "minift", "preview", "--model", str(tokenizer_directory), "--data"]
     done = subprocess.run([*command, str(data)], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0 and done.stderr == "" and "⟦print('</s>')" in done.stdout
     done = subprocess.run([*command, str(tmp_path / "none.json")], capture_output=True, text=True)

@@ -1,13 +1,14 @@
-"""Templates and the pieces they make of rows."""
+"""Templates and the pieces they turn rows into; template files."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 
 from minift.errors import UserError
-from minift.prompts import TEMPLATES, Template, load_template, render, render_prompt, template_of
-from minift.tokenizer import Special, load_tokenizer
+from minift.files.templates import load_template, save_template, template_of
+from minift.files.tokenizer import load_tokenizer
+from minift.prompts import TEMPLATES, Template, likely_cause, render, render_prompt
+from minift.tokenizer import Special
 
 ROW = {"instruction": "Add them.", "input": "1, 2", "output": "3"}
 BARE = {"instruction": "Say hi.", "input": "", "output": "hi"}
@@ -19,7 +20,6 @@ def joined(row: dict, name: str) -> tuple[str, str]:
 
 
 def test_course_is_the_lab_s_text():
-    """REFERENCE.md: `### Instruction:\\n{i}\\n\\n### Response:\\n{o}`, template `### Response:\\n`."""
     assert joined(BARE, "course") == ("### Instruction:\nSay hi.\n\n### Response:\n", "hi")
     assert joined(ROW, "course") == ("### Instruction:\nAdd them.\n\n### Input:\n1, 2\n\n### Response:\n", "3")
 
@@ -54,13 +54,13 @@ def test_prompt_rows_are_used_as_they_are(name):
     assert render({"prompt": "a", "response": "b"}, TEMPLATES[name], "</s>", None) == (["a"], ["b"])
 
 
-def test_a_row_needs_no_response_to_be_a_prompt():
+def test_a_prompt_is_rendered_without_a_response():
     assert "".join(render_prompt({"instruction": "Go."}, TEMPLATES["course"], "</s>", None)).endswith("### Response:\n")
     assert render_prompt({"prompt": "Go."}, TEMPLATES["course"], "</s>", None) == ["Go."]
 
 
 def test_braces_are_text_in_rows_and_in_templates(tmp_path):
-    """Code is full of braces: str.format would raise KeyError on these, or fill a row's own text in again."""
+    """Code is full of braces: str.format would raise KeyError on these, or fill in placeholders in a row's text."""
     path = tmp_path / "template.txt"
     path.write_text("{{x}} {0} {instruction} {output} {}: {response} }\n")
     row = {"instruction": "f'{response} {input}' % {instruction}", "input": "", "output": "{bos} {'a': 1}"}
@@ -79,9 +79,9 @@ def test_a_template_file_carries_over_to_another_tokenizer(tmp_path, tokenizer_d
         prompt, completion = render(ROW, template, tokenizer.eos_token, tokenizer.bos_token)
         ids = tokenizer.encode(prompt + completion)
         eos = tokenizer.eos_token_id
-        assert [place for place, token in enumerate(ids) if token == eos] == [0, ids.index(eos, 1), len(ids) - 1]
+        assert [index for index, token in enumerate(ids) if token == eos] == [0, ids.index(eos, 1), len(ids) - 1]
         assert tokenizer.decode(ids) == "Q: Add them. 1, 2A: 3"
-    with pytest.raises(UserError, match="names no BOS token"):
+    with pytest.raises(UserError, match="this tokenizer has no BOS token"):
         render(ROW, template, "</s>", None)
 
 
@@ -101,7 +101,7 @@ def test_plain_template_file_loses_its_last_line_end_only(tmp_path):
     assert joined(BARE, str(path)) == ("Say hi.\n>\n", "hi\n")
 
 
-def test_an_input_is_never_dropped_silently(tmp_path):
+def test_an_input_is_never_dropped_without_an_error(tmp_path):
     path = tmp_path / "template.txt"
     path.write_text("{instruction}{response}")
     assert joined(BARE, str(path)) == ("Say hi.", "hi")
@@ -115,17 +115,17 @@ def test_an_input_is_never_dropped_silently(tmp_path):
         ("coarse", None, "no such file, expected one of course, alpaca, dialogue, none, or a file"),
         ("a.txt", "{instruction}", "expected {response} once, found it 0 times"),
         ("a.txt", "{instruction}{response}{response}", "found it 2 times"),
-        ("a.txt", "{response}", "expected {instruction} before {response}"),
-        ("a.txt", "{response}{instruction}", "expected {instruction} before {response}"),
-        ("a.txt", "{instruction}{response}{input}", "belong before {response}"),
+        ("a.txt", "{response}", "expected {instruction} and any {input} before {response}"),
+        ("a.txt", "{response}{instruction}", "before {response}, not after it"),
+        ("a.txt", "{instruction}{response}{input}", "before {response}, not after it"),
         ("a.txt", b"\xff\xfe{", "not UTF-8"),
-        ("a.json", "{", "not valid JSON"),
-        ("a.json", "[]", "two strings"),
+        ("a.json", "{", "a.json:1:2: malformed JSON"),
+        ("a.json", "[]", "expected a JSON object"),
         ("a.json", '{"with_input": "{instruction}{input}{response}"}', "two strings"),
         ("a.json", '{"with_input": 1, "without_input": 2}', "two strings"),
         (
             "a.json",
-            '{"with_input": "{instruction}{response}", "without_input": "{instruction}{response}"}',
+            '{"with_input": "{instruction}{response}", "without_input": "{instruction}: {response}"}',
             "has no {input}",
         ),
     ],
@@ -140,7 +140,7 @@ def test_bad_templates_end_in_one_line(tmp_path, name, content, expected):
     assert expected in message and message.startswith(f"--template {path}") and "\n" not in message
 
 
-def test_a_directory_is_no_template(tmp_path):
+def test_a_directory_is_not_a_template(tmp_path):
     with pytest.raises(UserError, match="a directory, expected one of"):
         load_template(str(tmp_path))
 
@@ -153,19 +153,59 @@ def test_copies_of_an_instruction_under_other_names_are_not_used():
     assert render(row, TEMPLATES["course"], "</s>", "</s>") == (["rendered"], ["3"])
 
 
-def test_a_model_is_read_by_the_template_of_its_run(tmp_path, monkeypatch):
-    assert template_of(None, tmp_path, "course") is TEMPLATES["course"]  # no run left this folder
-    own = Template("gone.txt", "{input}>{instruction}{response}", "{instruction}{response}")
-    run = tmp_path / "run.json"
-    run.write_text(json.dumps({"template": asdict(own)}))
-    assert template_of(None, tmp_path, "course") == own
-    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "checkpoints")
-    assert template_of(None, "last", "course") == template_of(None, tmp_path / "checkpoints/last", "course") == own
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{instruction}{response}",  # one form, without {input}
+        "{bos}Q: {instruction} {input}{eos}A: {response}{eos}",
+        '{"with_input": "{instruction}|{input}|{response}\\n", "without_input": "{instruction}\u2028é>{response}"}',
+        *TEMPLATES,
+    ],
+)
+def test_a_saved_template_is_read_back_equal(tmp_path, text):
+    source = tmp_path / ("t.json" if text.startswith('{"') else "t.txt")
+    source.write_text(text, encoding="utf-8")
+    template = TEMPLATES.get(text) or load_template(str(source))
+    save_template(template, tmp_path)
+    read = template_of(None, tmp_path, "none")
+    assert (read.with_input, read.without_input) == (template.with_input, template.without_input)
+    # The file is also one that --template takes.
+    assert load_template(str(tmp_path / "template.json")) == read
+    if "{input}" not in template.with_input:
+        with pytest.raises(UserError, match="--no-input-only"):
+            render_prompt(ROW, read, "</s>", "</s>")
+
+
+def test_a_model_s_template_is_the_default(tmp_path):
+    assert template_of(None, tmp_path, "course") is TEMPLATES["course"]
+    save_template(Template("gone.txt", "{input}>{instruction}{response}", "{instruction}{response}"), tmp_path)
+    assert template_of(None, tmp_path, "course").with_input == "{input}>{instruction}{response}"
     assert template_of("none", tmp_path, "course") is TEMPLATES["none"]
     with pytest.raises(UserError, match="--judge-template gone.txt: no such file"):
         template_of("gone.txt", tmp_path, "course", "--judge-template")
-    for damaged in ("{}", '{"template": {}}', '{"template": 3}', '{"template": {"other": ""}}'):
-        run.write_text(damaged)
-        with pytest.raises(UserError, match="run.json: has no template .* --template$"):
+    path = tmp_path / "template.json"
+    for damaged in ("{", "{}", "3", '{"with_input": "", "without_input": ""}'):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=f"^--template {path}:"):
             template_of(None, tmp_path, "course")
+
+
+@pytest.mark.parametrize(
+    ("text", "response_template", "cause"),
+    [
+        ("a\n### response:\nb", "### Response:\n", "upper and lower case: the row has '\\n### response:\\nb'"),
+        ("a\n### Response: b", "### Response:\n", "spaces or line ends: the row has '\\n### Response: '"),
+        ("a\n### Response:\r\nb", "### Response:\n", "spaces or line ends"),
+        ("a\n###Response:\nb", "### Response:\n", "spaces or line ends"),
+        ("a\n### response: b", "### Response:\n", "case and in spaces"),
+        ("a\n### Response\nb", "### Response:\n", "punctuation: the row has"),
+        ("a\n### Response:\nb", "### Response:\\n", "a backslash and a letter"),
+        ("a\n### Reponse:\nb", "### Response:\n", "the nearest line is '### Reponse:'"),
+        ("something else", "### Response:\n", "none of its lines is like"),
+        ("", "### Response:\n", "none of its lines is like"),
+        ("a", ">>>", "none of its lines is like"),
+    ],
+)
+def test_likely_causes(text, response_template, cause):
+    found = likely_cause(text, response_template)
+    assert cause in found and "\n" not in found

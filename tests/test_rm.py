@@ -1,4 +1,4 @@
-"""`train_rm.py` as a user runs it, on the model and pairs that ship, and the road from rows to pairs of ids."""
+"""`train_rm.py` as users run it, on the model and pairs that ship; and how rows become rankings of ids."""
 
 import json
 import math
@@ -12,126 +12,101 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, OPTForCausalLM, OPTForSequenceClassification
 
-from minift.datasets import PAIR_KINDS, load_rows
-from minift.encode import Ranking, encode_rankings, encode_response
+from minift.encoded import Encoded
 from minift.errors import UserError
-from minift.prompts import load_template
-from minift.scoring import load_judge
+from minift.files.datasets import PAIR_SCHEMAS, load_rows
+from minift.files.pretrained import load_judge
+from minift.files.templates import load_template
+from minift.files.weights import new_reward_model
+from minift.pairs import Ranking, encode_rankings, encode_response, swap_half
+from minift.prompts import TEMPLATES
+from tests.reference import reference_rewards
+from tests.runs import (
+    ROOT,
+    SHIPPED,
+    STEPS,
+    TINY,
+    assert_same_run,
+    execute,
+    few_rows,
+    kill_and_resume,
+    read_lines,
+    refused,
+    run,
+    snapshot,
+    task_of,
+    write_lines,
+)
 
-ROOT = Path(__file__).parent.parent
-SHIPPED = ROOT / "data" / "model"
-SMALL = ["--max-steps", 4, "--batch-size", 4, "--center-rewards", 0, "--lm-weight", 0, "--device", "cpu"]
+SMALL = [*TINY, "--center-rewards", 0, "--lm-weight", 0]
 PAIR = {"prompt": "Add two numbers.", "chosen": "def add(a, b):\n    return a + b", "rejected": "    return a"}
+REWARDS = {"accuracy", "margin", "reward_chosen", "reward_rejected"}
 
 
-def write_rows(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list:
-    """Flags that name a few of the shipped pairs, to learn from and held out, of every kind."""
-    folder = tmp_path_factory.mktemp("pairs")
-    rows = {name: read_lines(ROOT / "data" / f"{name}.jsonl") for name in ("pairs", "heldout_pairs")}
-    train = write_rows(folder / "pairs.jsonl", rows["pairs"][:40])
-    kinds = {row["kind"] for row in rows["heldout_pairs"]}
-    few = [row for kind in kinds for row in [row for row in rows["heldout_pairs"] if row["kind"] == kind][:3]]
-    return ["--data", train, "--eval-data", write_rows(folder / "heldout_pairs.jsonl", few)]
-
-
-@pytest.fixture
-def run(monkeypatch):
-    """Run the script in this process."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train_rm
-
-    def execute(*flags: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["train_rm.py", *map(str, flags)])
-        train_rm.main()
-
-    return execute
-
-
-@pytest.fixture
-def refused(run):
-    """Run it with flags that must be refused; give the message."""
-
-    def refuse(*flags: object) -> str:
-        with pytest.raises(UserError) as caught:
-            run(*flags)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-
-    return refuse
-
-
-@pytest.fixture
-def task_of(run, monkeypatch, tmp_path):
-    """What the script would hand the loop with these flags."""
-    import train_rm
-
-    def prepare(*flags: object):
-        handed = []
-
-        class Handed(Exception):
-            pass
-
-        def train(task, config, folder):
-            handed.append(task)
-            raise Handed
-
-        monkeypatch.setattr(train_rm, "train", train)
-        with pytest.raises(Handed):
-            run(*flags, "--out", tmp_path / f"never-trained-{len(list(tmp_path.iterdir()))}")
-        return handed[0]
-
-    return prepare
+    """Flags that name a few of the shipped pairs."""
+    return few_rows("rm", tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data) -> tuple[Path, str]:
     """A short run: its folder and what it printed."""
     out = tmp_path_factory.mktemp("rm") / "run"
-    command = [sys.executable, ROOT / "train_rm.py", *SMALL, *data, "--out", out]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return out, done.stdout
+    return out, execute("rm", *SMALL, *data, "--out", out)
 
 
-# ---- a run ----
+@pytest.fixture
+def given(tmp_path):
+    """Return what the script would train with some flags, on rows if there are any, each time in a new folder."""
+
+    def task(*flags: object, rows: list | None = None):
+        number = len([*tmp_path.iterdir()])
+        if rows:
+            data = write_lines(tmp_path / f"{number}.jsonl", rows)
+            flags = ("--recipe", "tiny", "--data", data, "--eval-fraction", 0, *flags)
+        return task_of("rm", tmp_path / f"run-{number}", *flags)
+
+    return task
+
+
+# -------------------------------------------------------------------------------------------------------------- a run
 
 
 def test_a_run_leaves_what_the_design_says(finished):
     out, printed = finished
     names = {path.name for path in out.iterdir()}
     assert names >= {"config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json"}
-    assert names >= {"run.json", "metrics.jsonl", "samples.jsonl", "report.html", "checkpoints"}
+    assert names >= {"template.json", "run.json", "metrics.jsonl", "samples.jsonl", "report.html", "checkpoints"}
     lines = read_lines(out / "metrics.jsonl")
     assert [(line["step"], line["split"]) for line in lines] == [
         (0, "eval"),
         *((n, "train") for n in (1, 2, 3, 4)),
         (4, "eval"),
     ]
-    rewards = {"accuracy", "margin", "reward_chosen", "reward_rejected"}
-    logged = {"step", "split", "loss", "tokens", "pairs", "seconds"} | rewards
-    assert all(line.keys() == logged | {"lr", "grad_norm"} for line in lines if line["split"] == "train")
-    assert all(line.keys() == logged for line in lines if line["split"] == "eval")
+    evaluated = {"step", "split", "loss", "tokens", "pairs", "seconds"} | REWARDS
+    assert all(line.keys() == evaluated | {"lr", "grad_norm"} for line in lines if line["split"] == "train")
+    assert all(line.keys() == evaluated for line in lines if line["split"] == "eval")
     assert lines[-1]["pairs"] == 16
+
     record = json.loads((out / "run.json").read_text())
-    assert record["task"] == "rm" and all(len(record["fingerprints"][name]) == 64 for name in ("weights", "data"))
+    assert record.keys() == {"task", "values", "template", "versions", "fingerprints", "commits", "results"}
+    assert record["task"] == "rm" and record["values"].items() >= {"recipe": "tiny", "seed": 1, "lr": 1.2e-3}.items()
+    assert all(len(record["fingerprints"][name]) == 64 for name in ("weights", "data", "eval_data"))
     results = record["results"]
+    assert results.keys() == {"eval_loss", "accuracy", "interval", "pairs", "ties", "mean_probability",
+                              "calibration_error", "brier"}  # fmt: skip
     assert results["eval_loss"] == {"before": lines[0]["loss"], "after": lines[-1]["loss"]}
-    kinds = {"all", "base model", "cut off", "other task", "rambling", "subtle bug"}
-    assert all(results["accuracy"][when].keys() == kinds for when in ("before", "after"))
+    categories = {"all", "base model", "cut off", "other task", "rambling", "subtle bug"}
+    assert all(results["accuracy"][when].keys() == categories for when in ("before", "after"))
+    samples = read_lines(out / "samples.jsonl")
+    fields = {"kind", "prompt", "chosen", "rejected", "rewards_before", "rewards_after"}
+    assert len(samples) == 15 and all(sample.keys() == fields for sample in samples)
     for expected in ("saved", "── chosen", "── rejected", "accuracy, 15 pairs", "eval loss", "Brier"):
         assert expected in printed
-    assert "On this CPU training will take about " in printed and "GB of memory: 4 steps of\n" in printed
+    assert f"\n{STEPS} optimiser steps of about " in printed
+    template = load_template(str(out / "template.json"))
+    assert template.without_input == TEMPLATES["dialogue"].without_input
 
 
 def test_metrics_are_those_of_the_scored_pairs(finished):
@@ -148,7 +123,7 @@ def test_metrics_are_those_of_the_scored_pairs(finished):
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 
 
-def test_transformers_loads_the_run_and_scores_alike(finished):
+def test_transformers_loads_the_run_and_gives_the_same_scores(finished):
     out, _ = finished
     reference, info = OPTForSequenceClassification.from_pretrained(out, output_loading_info=True)
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -158,50 +133,37 @@ def test_transformers_loads_the_run_and_scores_alike(finished):
         for response, reward in zip((sample["chosen"], sample["rejected"]), sample["rewards_after"], strict=True):
             text = f"\n\nHuman: {sample['prompt']}\n\nAssistant: {response}</s>"
             with torch.no_grad():
-                expected = reference.eval()(**reference_tokenizer(text, return_tensors="pt")).logits.item()
+                expected = reference_rewards(reference.eval(), [reference_tokenizer(text)["input_ids"]]).item()
             assert reward == pytest.approx(expected, abs=1e-4)
             assert judge.score(sample["prompt"], response) == pytest.approx(expected, abs=1e-4)
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, finished, data, tmp_path, monkeypatch):
-    whole, _ = finished
-    from minift import checkpoint
-
-    save = checkpoint.save
-
-    def save_then_stop(folder, model, optimizer, progress, write_model, *, is_best):
-        save(folder, model, optimizer, progress, write_model, is_best=is_best)
-        if progress["step"] == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "save", save_then_stop)
-    flags = [*SMALL, *data, "--out", tmp_path / "run", "--save-every", 1]
-    with pytest.raises(KeyboardInterrupt):
-        run(*flags)
-    run(*flags, "--resume")
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", whole))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert (tmp_path / "run" / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(finished, data, tmp_path):
+    kill_and_resume("rm", tmp_path / "run", *SMALL, *data)
+    assert_same_run(tmp_path / "run", finished[0])
 
 
-def test_lora_trains_its_linears_and_the_head(run, data, tmp_path):
+def test_lora_trains_its_linears_and_the_head(data, tmp_path):
     out = tmp_path / "run"
-    run(*SMALL, *data, "--out", out, "--lora-rank", 4)
+    printed = run("rm", *SMALL, *data, "--out", out, "--lora-rank", 4, "--lm-weight", 0.1)
+    assert "LoRA: 16,384 parameters to train, and the head" in printed
     before, after = load_file(SHIPPED / "model.safetensors"), load_file(out / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
     assert changed == {name for name in before if name.endswith(("q_proj.weight", "v_proj.weight"))}
-    run("--max-steps", 1, "--lr", 1e-12, *data, "--out", tmp_path / "untrained", "--seed", 42)
-    fresh = load_file(tmp_path / "untrained" / "model.safetensors")["score.weight"]
-    assert (after["score.weight"] - fresh).abs().max() > 1e-4
+    fresh = new_reward_model(SHIPPED, seed=1).score.weight  # the recipe's seed
+    lines = read_lines(out / "metrics.jsonl")
+    assert all(("lm_loss" in line) == (line["split"] == "train") for line in lines)
+    rates = [line["lr"] for line in lines if line["split"] == "train"]
+    assert 1e-4 < (after["score.weight"] - fresh).abs().max() <= 1.01 * sum(rates)  # AdamW's steps are that long
 
 
-def test_what_adapters_freeze_may_be_in_half_precision_and_what_trains_is_not(run, data, tmp_path):
+def test_frozen_weights_may_be_in_half_precision_and_trained_ones_are_not(data, tmp_path):
     losses = {}
     for dtype in ("float32", "float16", "bfloat16"):
         out = tmp_path / dtype
-        run(*SMALL, *data, "--out", out, "--lora-rank", 4, "--base-dtype", dtype, "--lr", 1e-2, "--lm-weight", 0.1)
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        losses[dtype] = [line["loss"] for line in lines if line["split"] == "train"]
+        flags = [*data[:2], "--eval-fraction", 0, "--lora-rank", 4, "--base-dtype", dtype, "--lr", 1e-2]
+        run("rm", *SMALL, *flags, "--lm-weight", 0.1, "--out", out)
+        losses[dtype] = [line["loss"] for line in read_lines(out / "metrics.jsonl")]
         stored, adapters = load_file(out / "model.safetensors"), load_file(out / "adapter/adapter_model.safetensors")
         assert stored["model.decoder.layers.0.self_attn.q_proj.weight"].dtype == getattr(torch, dtype)
         assert {tensor.dtype for tensor in [*adapters.values(), stored["score.weight"]]} == {torch.float32}
@@ -209,53 +171,74 @@ def test_what_adapters_freeze_may_be_in_half_precision_and_what_trains_is_not(ru
         assert losses[dtype] == pytest.approx(losses["float32"], rel=tolerance) and losses[dtype] != losses["float32"]
 
 
-def test_a_run_starts_from_a_tuned_model_or_goes_on_from_a_reward_model(task_of, finished, data, tmp_path):
+def test_whole_dialogues_share_their_beginning(tmp_path):
+    dialogue = "\n\nHuman: Add two numbers.\n\nAssistant:"
+    rows = [{"chosen": f"{dialogue} {n} + {n}", "rejected": f"{dialogue} No."} for n in range(8)]
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    flags = ["--data", data, "--eval-fraction", 0.25, "--max-steps", 1, "--device", "cpu"]
+    printed = run("rm", *flags, "--out", tmp_path / "run")
+    assert "6 of 6 pairs kept" in printed
+    assert "Assistant:\n\n── chosen" in printed  # where the shared part ends
+    fields = {"chosen", "rejected", "rewards_before", "rewards_after"}
+    assert read_lines(tmp_path / "run" / "samples.jsonl")[0].keys() == fields
+
+
+def test_training_on_every_row_leaves_nothing_to_examine(tmp_path):
+    data = write_lines(tmp_path / "rows.jsonl", [PAIR])
+    flags = ["--data", data, "--eval-fraction", 0, "--max-steps", 1, "--device", "cpu"]
+    assert "files in" in run("rm", *flags, "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["results"] == {}
+
+
+# ------------------------------------------------------------------------------------- the model and loss of the loop
+
+
+def test_a_run_starts_from_a_tuned_model_or_continues_from_a_reward_model(given, finished, data, tmp_path):
     out, _ = finished
     judge = load_judge(out)
-    assert torch.equal(task_of(*data, "--model", out).model.score.weight, judge.model.score.weight)
+    assert torch.equal(given(*data, "--model", out).model.score.weight, judge.model.score.weight)
     tuned = OPTForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
     tuned.model.decoder.layers[0].fc1.weight.data += 1
     tuned.save_pretrained(tmp_path / "tuned")
     AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "tuned")
-    ours = task_of(*data, "--model", tmp_path / "tuned").model
+    ours = given(*data, "--model", tmp_path / "tuned").model
     assert torch.equal(ours.decoder.layers[0].fc1.weight, tuned.model.decoder.layers[0].fc1.weight)
 
 
-def test_a_length_nobody_asked_for_gives_way_to_the_model(task_of, refused, tmp_path, data):
+def test_a_default_length_is_limited_to_the_models_positions(given, tmp_path, data):
     short = OPTForCausalLM.from_pretrained(SHIPPED)
     positions = short.model.decoder.embed_positions
     positions.weight.data = positions.weight.data[:202]  # 200 and OPT's offset
     short.config.max_position_embeddings = 200
     short.save_pretrained(tmp_path / "short")
     AutoTokenizer.from_pretrained(SHIPPED).save_pretrained(tmp_path / "short")
-    (batch,) = list(task_of(*data, "--model", tmp_path / "short", "--batch-size", 40).micro_batches(0))
+    task = given(*data, "--model", tmp_path / "short", "--batch-size", 40)
+    (batch,) = task.train_batches.micro_batches(0)
     assert batch.rows.shape[1] <= 200
-    message = refused(*data, "--model", tmp_path / "short", "--max-length", 201, "--out", tmp_path / "out")
+    message = refused("rm", *data, "--model", tmp_path / "short", "--max-length", 201, "--out", tmp_path / "out")
     assert message.startswith("--max-length 201: more than the model's 200 positions")
 
 
-def test_margins_and_centring_reach_the_loss(task_of, tmp_path):
+def test_margins_and_centring_reach_the_loss(given):
     rows = [PAIR | {"gap": 0.5}, PAIR | {"chosen": "    return b", "gap": -2}]
-    flags = ["--data", write_rows(tmp_path / "rows.jsonl", rows), "--eval-fraction", 0, "--order", "sequential"]
-    task = task_of(*flags, "--margin-field", "gap", "--center-rewards", 0.25)
-    (batch,) = task.micro_batches(0)
+    task = given("--order", "sequential", "--margin-field", "gap", "--center-rewards", 0.25, rows=rows)
+    (batch,) = task.train_batches.micro_batches(0)
     rewards = task.model.eval()(batch.input_ids, batch.positions, batch.rows).double()
-    better, worse = rewards[batch.better], rewards[batch.worse]
-    expected = (-F.logsigmoid(better - worse - torch.tensor([0.5, -2.0])) + 0.25 * (better + worse) ** 2).sum()
+    chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]
+    expected = (-F.logsigmoid(chosen - rejected - torch.tensor([0.5, -2.0])) + 0.25 * (chosen + rejected) ** 2).sum()
     loss, count, _ = task.loss(batch)
     assert count == 2 and loss.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
-def test_the_language_model_s_loss_is_added_in_training_alone(task_of, tmp_path):
-    flags = ["--data", write_rows(tmp_path / "rows.jsonl", [PAIR, PAIR | {"chosen": "    return b"}]), "--dropout", 0]
-    flags += ["--eval-fraction", 0, "--dtype", "float64"]
-    plain, with_it = (task_of(*flags, "--lm-weight", weight) for weight in (0, 0.3))
+def test_the_language_models_loss_is_added_in_training_alone(given):
+    rows, flags = [PAIR, PAIR | {"chosen": "    return b"}], ["--dropout", 0, "--dtype", "float64"]
+    plain, with_it = (given(*flags, "--lm-weight", weight, rows=rows) for weight in (0, 0.3))
     with_it.model.load_state_dict(plain.model.state_dict())
     reference = OPTForCausalLM.from_pretrained(SHIPPED, dtype=torch.float64).eval()
-    (batch,) = plain.micro_batches(0)
+    (batch,) = plain.train_batches.micro_batches(0)
     expected = 0.0
-    for better in batch.better.tolist():
-        ids = batch.input_ids[batch.rows[better][batch.rows[better] >= 0]]
+    for chosen in batch.chosen.tolist():
+        ids = batch.input_ids[batch.rows[chosen][batch.rows[chosen] >= 0]]
         expected += F.cross_entropy(reference(ids[None]).logits[0, :-1], ids[1:], reduction="sum").item()
     found = {}
     for task, model in ((plain, "plain"), (with_it, "with it")):
@@ -266,17 +249,16 @@ def test_the_language_model_s_loss_is_added_in_training_alone(task_of, tmp_path)
             found[model, mode] = loss.item()
     assert found["plain", "train"] == found["plain", "eval"] == found["with it", "eval"]
     assert found["with it", "train"] - found["plain", "train"] == pytest.approx(0.3 * expected, rel=1e-9)
-    assert metrics.keys() == {"accuracy", "margin", "reward_chosen", "reward_rejected"}
+    assert metrics.keys() == REWARDS
     with_it.model.train()
     loss, _, metrics = with_it.loss(batch)
-    assert metrics["surprise"].item() == pytest.approx(expected, rel=1e-9)
+    assert metrics["lm_loss"].item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_ranking_is_all_its_pairs_and_counts_once(task_of, tmp_path):
+def test_a_ranking_is_all_its_pairs_and_counts_once(given):
     responses = ["def add(a, b):\n    return a + b", "def add(a, b):", "    return a"]
-    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "Add.", "responses": responses}])
-    task = task_of("--data", data, "--eval-fraction", 0, "--center-rewards", 0)
-    (batch,) = task.micro_batches(0)
+    task = given("--center-rewards", 0, rows=[{"prompt": "Add.", "responses": responses}])
+    (batch,) = task.train_batches.micro_batches(0)
     rewards = task.model.eval()(batch.input_ids, batch.positions, batch.rows)
     pairs = [rewards[0] - rewards[1], rewards[0] - rewards[2], rewards[1] - rewards[2]]
     loss, count, metrics = task.loss(batch)
@@ -286,84 +268,60 @@ def test_a_ranking_is_all_its_pairs_and_counts_once(task_of, tmp_path):
     assert metrics["margin"].item() == pytest.approx(sum(pair.item() for pair in pairs) / 3, abs=1e-5)
 
 
-def test_pairs_of_one_prompt_and_chosen_response_count_once(task_of, tmp_path):
+def test_pairs_of_one_prompt_and_chosen_response_count_once(given):
     other = {"prompt": "Subtract.", "chosen": "a - b", "rejected": "a"}
     rows = [PAIR, other, PAIR | {"rejected": "No."}, PAIR | {"chosen": "a + b"}, PAIR | {"rejected": "No."}]
-    flags = ["--data", write_rows(tmp_path / "rows.jsonl", rows), "--eval-fraction", 0, "--order", "sequential"]
-    flags += ["--batch-size", 8, "--dtype", "float64", "--center-rewards", 0, "--lm-weight", 0]
-    plain, grouped = task_of(*flags), task_of(*flags, "--group-prompts")
-    (batch,), (group,) = plain.micro_batches(0), grouped.micro_batches(0)
+    flags = ["--order", "sequential", "--batch-size", 8, "--dtype", "float64", "--center-rewards", 0, "--lm-weight", 0]
+    plain, grouped = given(*flags, rows=rows), given(*flags, "--group-prompts", rows=rows)
+    assert (plain.unit, grouped.unit) == ("pairs", "prompts")
+    (batch,), (group,) = (task.train_batches.micro_batches(0) for task in (plain, grouped))
     assert len(batch.rows) == 10 and len(group.rows) == 7  # the same rejected answer twice is one
     assert group.weights.tolist() == [0.5, 0.5, 1, 1]
     rewards = plain.model.eval()(batch.input_ids, batch.positions, batch.rows)
-    nats = -F.logsigmoid(rewards[batch.better] - rewards[batch.worse])
+    losses = -F.logsigmoid(rewards[batch.chosen] - rewards[batch.rejected])
     loss, count, _ = grouped.loss(group)
     assert count == 3
-    assert loss.item() == pytest.approx(((nats[0] + nats[2]) / 2 + nats[1] + nats[3]).item(), rel=1e-6)
-    assert len(list(grouped.micro_batches(0))) == 1
+    assert loss.item() == pytest.approx(((losses[0] + losses[2]) / 2 + losses[1] + losses[3]).item(), rel=1e-6)
 
 
-def test_shuffled_labels_are_right_half_of_the_time_and_held_out_ones_always(task_of, data, tokenizer):
-    def rows(batches) -> list[tuple]:
+def test_shuffled_labels_are_right_half_of_the_time_and_held_out_ones_always(given, data):
+    def pairs(batches) -> list[tuple]:
         found = []
         for batch in batches:
             texts = [tuple(batch.input_ids[row[row >= 0]].tolist()) for row in batch.rows]
-            found += [(texts[i], texts[j]) for i, j in zip(batch.better, batch.worse, strict=True)]
+            found += [(texts[i], texts[j]) for i, j in zip(batch.chosen, batch.rejected, strict=True)]
         return found
 
-    plain = task_of(*data, "--order", "sequential", "--batch-size", 40)
-    shuffled = task_of(*data, "--order", "sequential", "--batch-size", 40, "--shuffle-labels")
-    expected, found = rows(plain.micro_batches(0)), rows(shuffled.micro_batches(0))
+    flags = [*data, "--order", "sequential", "--batch-size", 40]
+    plain, shuffled = given(*flags), given(*flags, "--shuffle-labels")
+    expected, found = (pairs(task.train_batches.micro_batches(0)) for task in (plain, shuffled))
     swapped = [ours == theirs[::-1] for ours, theirs in zip(found, expected, strict=True)]
     assert all(ours in (theirs, theirs[::-1]) for ours, theirs in zip(found, expected, strict=True))
     assert 10 <= sum(swapped) <= 30
-    assert rows(shuffled.eval_batches()) == rows(plain.eval_batches())
+    assert pairs(shuffled.eval_batches) == pairs(plain.eval_batches)
 
 
-@pytest.mark.parametrize("kinds", [["a"] * 9 + ["b"] * 6 + ["c"] * 5, [f"id {n}" for n in range(20)], [["list"]] * 20])
-def test_half_of_all_pairs_are_turned_whatever_their_kinds(monkeypatch, kinds):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from train_rm import turn_half_round
-
+@pytest.mark.parametrize("categories", [["a"] * 9 + ["b"] * 6 + ["c"] * 5, [f"id {n}" for n in range(20)], [None] * 20])
+def test_half_of_all_pairs_are_swapped_in_every_category(categories):
     drawn = set()
     for seed in range(20):
-        rankings = [Ranking([[1], [2]], 0.0) for _ in kinds]
-        turn_half_round(rankings, kinds, seed)
-        turned = [ranking.responses == [[2], [1]] for ranking in rankings]
-        drawn.add(tuple(turned))
-        assert sum(turned) == 10
-        for kind in ("a", "b", "c"):
-            members = [was for was, its in zip(turned, kinds, strict=True) if its == kind]
+        swapped = [ranking.responses == [[2], [1]] for ranking in swap_half([PLAIN] * 20, categories, seed)]
+        drawn.add(tuple(swapped))
+        assert sum(swapped) == 10
+        for category in ("a", "b", "c"):
+            members = [was for was, its in zip(swapped, categories, strict=True) if its == category]
             assert abs(sum(members) - len(members) / 2) <= 1
     assert len(drawn) > 10
+    assert PLAIN.responses == [[1], [2]]
 
 
-def test_whole_dialogues_share_their_beginning(run, tmp_path, capsys):
-    dialogue = "\n\nHuman: Add two numbers.\n\nAssistant:"
-    rows = [{"chosen": f"{dialogue} {n} + {n}", "rejected": f"{dialogue} No."} for n in range(8)]
-    data = write_rows(tmp_path / "rows.jsonl", rows)
-    run("--data", data, "--eval-fraction", 0.25, "--max-steps", 1, "--out", tmp_path / "run", "--device", "cpu")
-    printed = capsys.readouterr().out
-    assert "6 of 6 pairs kept" in printed
-    assert "Assistant:\n\n── chosen" in printed  # where the common part ends
-    assert read_lines(tmp_path / "run" / "samples.jsonl")[0].keys() == {
-        "chosen", "rejected", "rewards_before", "rewards_after"
-    }  # fmt: skip
+PLAIN = Ranking([[1], [2]])
+
+# --------------------------------------------------------------------------------------------------------- rows to ids
 
 
-def test_training_on_every_row_leaves_nothing_to_examine(run, tmp_path, capsys):
-    data = write_rows(tmp_path / "rows.jsonl", [PAIR])
-    run("--data", data, "--eval-fraction", 0, "--max-steps", 1, "--out", tmp_path / "run", "--device", "cpu")
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["results"] == {}
-    assert "left in" in capsys.readouterr().out
-
-
-# ---- rows to ids ----
-
-
-def encode(rows: list, tokenizer, template: str = "dialogue", **options):
-    values = {"max_length": 64, "positions": 64, "source": "rows.jsonl"} | options
-    return encode_rankings(rows, tokenizer, load_template(template), **values)
+def encode(rows: list, tokenizer, template: str = "dialogue", **options) -> Encoded[Ranking]:
+    return encode_rankings(rows, tokenizer, TEMPLATES[template], **{"max_length": 64, "source": "rows.jsonl"} | options)
 
 
 @pytest.mark.parametrize(
@@ -375,22 +333,23 @@ def encode(rows: list, tokenizer, template: str = "dialogue", **options):
     ],
 )
 def test_both_sides_are_the_rendered_prompt_the_response_and_one_end_token(tokenizer, template, prompt):
-    rows = [PAIR, PAIR | {"chosen": PAIR["chosen"] + "</s>"}]
-    (first, second), kept, _ = encode(rows, tokenizer, template)
-    assert kept == [0, 1] and first == second and first.margin == 0
+    encoded = encode([PAIR, PAIR | {"chosen": PAIR["chosen"] + "</s>"}], tokenizer, template)
+    first, second = encoded.examples
+    assert encoded.numbers == [0, 1] and first == second and first.margin == 0
     for ids, response in zip(first.responses, (PAIR["chosen"], PAIR["rejected"]), strict=True):
         assert tokenizer.decode(ids, skip_special_tokens=False) == f"</s>{prompt}{response}</s>"
         assert ids == [*tokenizer.encode(prompt + response), tokenizer.eos_token_id]
-    assert first.responses[0] == encode_response(PAIR["prompt"], PAIR["chosen"], tokenizer, load_template(template))
+    assert first.responses[0] == encode_response(PAIR["prompt"], PAIR["chosen"], tokenizer, TEMPLATES[template])
 
 
 def test_dialogues_are_used_as_they_are(tokenizer):
-    ((ranking,), _, _) = encode([{"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "C"}], tokenizer)
+    rows = [{"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "C"}]
+    (ranking,) = encode(rows, tokenizer).examples
     texts = [tokenizer.decode(ids, skip_special_tokens=False) for ids in ranking.responses]
     assert texts == ["</s>\n\nHuman: A\n\nAssistant: B</s>", "</s>C</s>"]
 
 
-def test_what_cannot_be_learned_from_is_dropped_and_named(tokenizer):
+def test_pairs_that_cannot_be_learned_from_are_dropped_and_named(tokenizer):
     rows = [
         PAIR,
         PAIR | {"rejected": PAIR["chosen"]},
@@ -400,27 +359,29 @@ def test_what_cannot_be_learned_from_is_dropped_and_named(tokenizer):
         {"prompt": "A", "responses": ["B", "C", "B"]},
         {"prompt": "A", "responses": ["B", "C", "D"]},
     ]
-    rankings, kept, report = encode(rows, tokenizer)
-    assert kept == [0, 4, 6] and [len(ranking.responses) for ranking in rankings] == [2, 2, 3]
-    first, *rest = report.lines()
-    assert first == f"rows.jsonl: 3 of 7 pairs kept, {sum(len(ids) for r in rankings for ids in r.responses)} tokens"
+    encoded = encode(rows, tokenizer)
+    assert encoded.numbers == [0, 4, 6] and encoded.rows == [rows[0], rows[4], rows[6]]
+    assert [len(ranking.responses) for ranking in encoded.examples] == [2, 2, 3]
+    first, *rest = encoded.summary.split("\n")
+    tokens = sum(len(ids) for ranking in encoded.examples for ids in ranking.responses)
+    assert first == f"rows.jsonl: 3 of 7 pairs kept, {tokens} tokens"
     assert [line.strip() for line in rest] == [
         "2 pairs dropped: its sides are equal (row 2, row 6)",
         "1 pair dropped: a side is longer than 64 tokens (row 3)",
         "1 pair dropped: the prompt alone fills the 64 tokens (row 4)",
-        "1 pair with an empty response: its reward is that of the end token (row 5)",
+        "1 pair with an empty response: its reward is that of the end token alone (row 5)",
     ]
 
 
-def test_a_side_of_just_the_allowed_length_stays(tokenizer):
-    length = max(len(ids) for ids in encode([PAIR], tokenizer)[0][0].responses)
-    assert encode([PAIR], tokenizer, max_length=length)[1] == [0]
+def test_a_side_of_exactly_the_allowed_length_stays(tokenizer):
+    length = max(len(ids) for ids in encode([PAIR], tokenizer).examples[0].responses)
+    assert encode([PAIR], tokenizer, max_length=length).numbers == [0]
     with pytest.raises(UserError, match="a side is longer"):
         encode([PAIR], tokenizer, max_length=length - 1)
 
 
 def test_margins_are_numbers(tokenizer):
-    rankings, _, _ = encode([PAIR | {"gap": 2}, PAIR | {"gap": -0.5}], tokenizer, margin_field="gap")
+    rankings = encode([PAIR | {"gap": 2}, PAIR | {"gap": -0.5}], tokenizer, margin_field="gap").examples
     assert [ranking.margin for ranking in rankings] == [2.0, -0.5]
     for wrong in ("1", None, True, [1], math.inf, math.nan, 10**400, 1e39):
         with pytest.raises(UserError, match=r"^rows.jsonl: row 2: field 'gap'.*expected a number"):
@@ -436,26 +397,32 @@ def test_margins_are_numbers(tokenizer):
         ({"prompt": "A", "rejected": "B"}, "field 'chosen' is missing"),
         ({"rejected": "B"}, "field 'chosen' is missing"),
         ({"prompt": "A"}, "expected 'chosen' and 'rejected', or 'responses'"),
-        ({"prompt": "A", "chosen": 1, "rejected": "B"}, "field 'chosen' is a number, expected a string"),
-        ({"prompt": 1, "chosen": "A", "rejected": "B"}, "field 'prompt' is a number, expected a string"),
+        ({"prompt": "A", "chosen": 1, "rejected": "B"}, "field 'chosen' is 1, expected a string"),
+        ({"prompt": 1, "chosen": "A", "rejected": "B"}, "field 'prompt' is 1, expected a string"),
         ({"prompt": "A", "responses": ["B"]}, "expected a list of two or more strings, best first"),
         ({"prompt": "A", "responses": "BC"}, "expected a list of two or more strings, best first"),
         ({"prompt": "A", "responses": ["B", None]}, "field 'responses' is null, expected a string"),
     ],
 )
-def test_a_row_that_is_no_pair_is_named(tmp_path, row, message):
-    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "A", "chosen": "B", "rejected": "C"}, row])
+def test_a_row_that_is_not_a_pair_is_named(tmp_path, row, message):
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "A", "chosen": "B", "rejected": "C"}, row])
     with pytest.raises(UserError) as caught:
-        load_rows(path, PAIR_KINDS)
+        load_rows(path, PAIR_SCHEMAS)
     assert str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value)
 
 
-def test_bad_input_ends_in_one_line_and_leaves_nothing(refused, finished, tmp_path):
-    out = tmp_path / "out"
+# ----------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_bad_input_ends_in_one_line_and_leaves_nothing(finished, tmp_path):
+    data = tmp_path / "rows.jsonl"
 
     def refused_rows(rows: list, *flags: object) -> str:
-        data = write_rows(tmp_path / "rows.jsonl", rows)
-        return refused("--out", out, "--data", data, "--eval-fraction", 0, *flags)
+        write_lines(data, rows)
+        before = snapshot(tmp_path)
+        message = refused("rm", "--out", tmp_path / "out", "--data", data, "--eval-fraction", 0, *flags)
+        assert snapshot(tmp_path) == before
+        return message
 
     assert "'rejected' is missing" in refused_rows([{"prompt": "A", "chosen": "B"}])
     assert "sides are equal" in refused_rows([PAIR | {"rejected": PAIR["chosen"]}])
@@ -464,19 +431,14 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(refused, finished, tmp_pa
     assert "--max-length 5000" in refused_rows([PAIR], "--max-length", 5000)
     assert "--lora-targets" in refused_rows([PAIR], "--lora-rank", 2, "--lora-targets", "c_attn")
     assert "--lora-rank is 1000, expected 1 to 256" in refused_rows([PAIR], "--lora-rank", 1000)
-    assert "only train_sft.py has it" in refused("--out", out, "--bleu-samples", 3)
-    assert not out.exists()
+    assert "only train_sft.py has it" in refused_rows([PAIR], "--bleu-samples", 3)
 
-    done = subprocess.run(
-        [sys.executable, "-m", "minift.score", "--model", SHIPPED, "--data", ROOT / "data" / "heldout_pairs.jsonl"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
-    assert done.stderr.startswith("error: ") and "this is a language model" in done.stderr
-    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "A"}])
-    done = subprocess.run(
-        [sys.executable, "-m", "minift.generate", "--model", finished[0], "--prompts", prompts],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
-    assert done.stderr.startswith("error: ") and "this is a reward model" in done.stderr
+    pairs, prompts = ROOT / "data" / "heldout_pairs.jsonl", write_lines(tmp_path / "prompts.jsonl", [{"prompt": "A"}])
+    for words, message in (
+        (["score", "--model", SHIPPED, "--data", pairs], "this is a language model"),
+        (["generate", "--model", finished[0], "--prompts", prompts], "this is a reward model"),
+    ):
+        command = [sys.executable, "-m", "minift", *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+        assert done.stderr.startswith("error: ") and message in done.stderr

@@ -1,8 +1,7 @@
-"""What a reward model is used for, against transformers' scores and counts worked out by hand."""
+"""A reward model in use, against transformers' scores and counts worked out by hand."""
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from statistics import NormalDist
 
@@ -10,13 +9,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer, OPTForSequenceClassification
 
-from minift import score, winrate
-from minift.datasets import SCORE_KINDS, load_rows
+from data.make.pretrain import initialise
+from minift.commands import generate, score, winrate
+from minift.commands.terminal import print_table
 from minift.errors import UserError
-from minift.model import OPT, OPTConfig, RewardModel, initialise
+from minift.files.datasets import SCORE_SCHEMAS, load_rows
+from minift.files.pretrained import load_judge
+from minift.files.templates import save_template
+from minift.files.tokenizer import save_tokenizer
+from minift.files.weights import save_model
+from minift.model import OPT, OPTConfig, RewardModel
 from minift.prompts import TEMPLATES
-from minift.scoring import Judge, calibration, examine, load_judge, table, wilson_interval, win_rate
-from minift.weights import save_model
+from minift.scoring import Judge, calibration, examine, wilson_interval, win_rate
+from tests.runs import read_lines, write_lines
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 16}
 CONFIG = OPTConfig(vocab_size=480, max_position_embeddings=64, do_layer_norm_before=False, **SIZES)
@@ -30,11 +35,11 @@ ANSWERS = [
 ]
 
 
-def saved(kind: type, folder: Path, seed: int, tokenizer) -> Path:
-    model = kind(CONFIG)
+def saved(model_class: type, folder: Path, seed: int, tokenizer) -> Path:
+    model = model_class(CONFIG)
     initialise(model, seed)
     save_model(model, folder)
-    tokenizer.save(folder)
+    save_tokenizer(tokenizer, folder)
     return folder
 
 
@@ -48,11 +53,6 @@ def judge(folder) -> Judge:
     return load_judge(folder, batch_size=4)
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 # ---- counts by hand ----
 
 
@@ -62,7 +62,7 @@ def test_the_wilson_interval_is_where_the_normal_test_just_fails_to_reject(wins,
     low, high = wilson_interval(wins, n)
     assert 0 <= low <= wins / n <= high <= 1
     for end in (low, high):
-        # Of a share of 0 or 1 one end is that share itself.
+        # For a proportion of 0 or 1 one end is the proportion itself.
         assert math.isclose(abs(wins / n - end), z * math.sqrt(end * (1 - end) / n), rel_tol=1e-9, abs_tol=1e-9)
     assert high - low > 0.001
 
@@ -71,7 +71,7 @@ def test_the_wilson_interval_as_printed_in_textbooks():
     assert wilson_interval(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-7)  # R: binom.confint(8, 10, wilson)
 
 
-def test_a_tie_is_no_win():
+def test_a_tie_is_not_a_win():
     rate = win_rate([1.0, 0.0, -2.0, 1e-9])
     assert (rate.wins, rate.ties, rate.pairs, rate.rate) == (2, 1, 4, 0.5)
     with pytest.raises(ValueError, match="no pairs"):
@@ -91,7 +91,7 @@ def test_calibration_by_hand():
     assert calibration([1e4, -1e4]) == (0.5, 0.5)  # certain, and half right
 
 
-def test_an_examination_by_kind_with_ties_and_rankings():
+def test_an_examination_by_category_with_ties_and_rankings(capsys):
     exam = examine([[2.0, 1.0], [0.5, 0.5], [1.0, 3.0], [3.0, 1.0, 2.0]], ["easy", "easy", "hard", None])
     assert exam["pairs"] == {"all": 6, "easy": 2, "hard": 1}
     assert exam["accuracy"] == {"all": 0.5, "easy": 0.5, "hard": 0.0}  # the ranking: 3 > 1, 3 > 2, but not 1 > 2
@@ -99,22 +99,13 @@ def test_an_examination_by_kind_with_ties_and_rankings():
     odds = [1 / (1 + math.exp(-difference)) for difference in (1, 0, -2, 2, 1, -1)]
     assert exam["mean_probability"] == pytest.approx(sum(odds) / 6)
     assert exam["interval"]["easy"] == [*wilson_interval(1, 2)]
-    lines = table({"before": exam, "after": exam})
-    assert lines[1].split()[:4] == ["accuracy,", "6", "pairs", "50.0%"] and any(
-        "hard, 1 pairs" in line for line in lines
-    )
+    print_table({measure: {"before": value, "after": value} for measure, value in exam.items()})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:4] == ["accuracy,", "6", "pairs", "50.0%"]
+    assert any("hard, 1 pairs" in line for line in lines)
 
 
 # ---- a judge ----
-
-
-def test_what_is_no_kind_is_counted_once_and_not_told_apart():
-    rewards = [[2.0, 1.0], [0.0, 1.0]]
-    assert examine(rewards, ["all", "all"])["pairs"] == {"all": 2}
-    assert examine(rewards, [["list"], None])["pairs"] == {"all": 2}
-    many = [f"row {number}" for number in range(21)]
-    assert examine(rewards[:1] * 21, many)["pairs"] == {"all": 21}
-    assert len(examine(rewards[:1] * 20, many[:20])["pairs"]) == 21
 
 
 def test_rewards_of_a_half_precision_model_are_not_rounded_to_it(folder):
@@ -124,7 +115,7 @@ def test_rewards_of_a_half_precision_model_are_not_rounded_to_it(folder):
     assert not torch.equal(rewards, rewards.bfloat16().float())
 
 
-def test_a_score_is_the_references_of_the_rendered_text(judge, folder):
+def test_a_score_is_transformers_score_of_the_rendered_text(judge, folder):
     reference = OPTForSequenceClassification.from_pretrained(folder).eval()
     reference_tokenizer = AutoTokenizer.from_pretrained(folder)
     for query, response in ANSWERS:
@@ -134,7 +125,7 @@ def test_a_score_is_the_references_of_the_rendered_text(judge, folder):
         assert judge.score(query, response) == pytest.approx(expected, abs=1e-5)
 
 
-def test_scores_do_not_depend_on_company_or_order(judge):
+def test_scores_do_not_depend_on_other_texts_or_order(judge):
     together = judge.scores(ANSWERS)
     assert together[::-1] == judge.scores(ANSWERS[::-1])
     assert together[2:] + together[:2] == judge.scores(ANSWERS[2:] + ANSWERS[:2])
@@ -142,7 +133,7 @@ def test_scores_do_not_depend_on_company_or_order(judge):
     assert len(set(together)) == len(ANSWERS)
 
 
-def test_equal_texts_tie_however_many_others_there_are(judge):
+def test_equal_texts_tie_in_any_batch(judge):
     rate = judge.win_rate([(query, response, response) for query, response in ANSWERS])
     assert (rate.wins, rate.ties, rate.pairs) == (0, len(ANSWERS), len(ANSWERS))
 
@@ -176,14 +167,14 @@ def test_an_answer_longer_than_the_model_is_refused(judge):
         judge.score("A", "B C " * 64)
 
 
-# ---- python -m minift.score ----
+# ---- minift score ----
 
 
 def test_score_adds_scores_to_responses(folder, judge, tmp_path, capsys):
     rows = [{"prompt": query, "response": text, "id": n} for n, (query, text) in enumerate(ANSWERS) if query]
-    data, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    data, out = write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
     score.main(["--model", str(folder), "--data", str(data), "--out", str(out), "--batch-size", "2"])
-    scored = [json.loads(line) for line in out.read_text().splitlines()]
+    scored = read_lines(out)
     assert [{name: row[name] for name in ("prompt", "response", "id")} for row in scored] == rows
     expected = [judge.score(row["prompt"], row["response"]) for row in rows]
     assert [row["score"] for row in scored] == pytest.approx(expected, abs=1e-6)
@@ -194,9 +185,9 @@ def test_score_adds_scores_to_pairs_and_prints_the_win_rate(folder, judge, tmp_p
     texts = [text for _, text in ANSWERS]
     rows = [{"prompt": "A", "chosen": a, "rejected": b, "kind": "k"} for a, b in zip(texts, texts[1:], strict=False)]
     rows.append({"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant: C"})
-    data, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    data, out = write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
     score.main(["--model", str(folder), "--data", str(data), "--out", str(out)])
-    scored = [json.loads(line) for line in out.read_text().splitlines()]
+    scored = read_lines(out)
     assert [row["score_rejected"] for row in scored[:-2]] == pytest.approx(
         [row["score_chosen"] for row in scored[1:-1]]
     )
@@ -212,11 +203,11 @@ def test_score_refuses_in_one_line(folder, tmp_path, tokenizer):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    good = write_rows(tmp_path / "good.jsonl", [{"prompt": "A", "response": "B"}])
-    long = write_rows(
+    good = write_lines(tmp_path / "good.jsonl", [{"prompt": "A", "response": "B"}])
+    long = write_lines(
         tmp_path / "long.jsonl", [{"prompt": "A", "response": "B"}, {"prompt": "A", "response": "B C " * 64}]
     )
-    half = write_rows(tmp_path / "half.jsonl", [{"prompt": "A", "chosen": "B"}])
+    half = write_lines(tmp_path / "half.jsonl", [{"prompt": "A", "chosen": "B"}])
     language_model = saved(OPT, tmp_path / "lm", 0, tokenizer)
     assert "this is a language model" in refused("--model", language_model, data=good)
     assert "line 2" in (message := refused("--model", folder, data=long)) and str(long) in message
@@ -227,31 +218,31 @@ def test_score_refuses_in_one_line(folder, tmp_path, tokenizer):
     assert "no-model" in refused("--model", tmp_path / "no-model", data=good)
 
 
-def test_a_judge_reads_by_the_template_of_its_run(tokenizer, tmp_path):
+def test_a_judge_s_template_is_that_of_its_model_unless_named(tokenizer, tmp_path):
     folder = saved(RewardModel, tmp_path / "reward", 0, tokenizer)
-    assert load_judge(folder).template.name == "dialogue"
-    (folder / "run.json").write_text(json.dumps({"template": asdict(TEMPLATES["alpaca"])}))
-    assert load_judge(folder).template.name == "alpaca"
-    assert load_judge(folder, "none").template.name == "none"
+    assert load_judge(folder).template is TEMPLATES["dialogue"]
+    save_template(TEMPLATES["alpaca"], folder)
+    assert load_judge(folder).template.without_input == TEMPLATES["alpaca"].without_input
+    assert load_judge(folder, template="none").template is TEMPLATES["none"]
 
 
-def test_rows_to_score_are_of_one_kind(tmp_path):
+def test_rows_to_score_share_one_schema(tmp_path):
     rows = [{"prompt": "A", "response": "B"}, {"prompt": "A", "chosen": "B", "rejected": "C"}]
-    with pytest.raises(UserError, match=r":2: this row has 'chosen' and 'rejected', but"):
-        load_rows(write_rows(tmp_path / "rows.jsonl", rows), SCORE_KINDS)
+    with pytest.raises(UserError, match=r":2: this row has 'chosen' and 'rejected', earlier"):
+        load_rows(write_lines(tmp_path / "rows.jsonl", rows), SCORE_SCHEMAS)
 
 
-# ---- python -m minift.winrate ----
+# ---- minift winrate ----
 
 
-def test_winrate_has_both_answer_and_the_judge_decide(folder, judge, tokenizer, tmp_path, capsys):
+def test_winrate_lets_both_answer_and_the_judge_decide(folder, judge, tokenizer, tmp_path, capsys):
     model_a, model_b = (saved(OPT, tmp_path / name, seed, tokenizer) for name, seed in (("a", 1), ("b", 2)))
     rows = [{"prompt": "Add."}, {"instruction": "Add.", "input": "1, 2"}, {"instruction": "What?"}, {"prompt": "Hi"}]
-    prompts, out = write_rows(tmp_path / "prompts.jsonl", rows), tmp_path / "out.jsonl"
+    prompts, out = write_lines(tmp_path / "prompts.jsonl", rows), tmp_path / "out.jsonl"
     flags = ["--judge", str(folder), "--prompts", str(prompts), "--max-new-tokens", "6", "--out", str(out)]
     winrate.main(["--model-a", str(model_a), "--model-b", str(model_b), *flags])
     found = json.loads(capsys.readouterr().out)
-    answered = [json.loads(line) for line in out.read_text().splitlines()]
+    answered = read_lines(out)
     queries = ["Add.", "Add.\n\n1, 2", "What?", "Hi"]
     for side in ("a", "b"):
         expected = [judge.score(query, row[f"answer_{side}"]) for query, row in zip(queries, answered, strict=True)]
@@ -262,7 +253,7 @@ def test_winrate_has_both_answer_and_the_judge_decide(folder, judge, tokenizer, 
     assert (found["wins_a"], found["wins_b"], found["ties"], found["prompts"]) == (wins, losses, 4 - wins - losses, 4)
     assert found["interval_95"] == [*wilson_interval(wins, 4)]
 
-    # The other way round it is the other's wins; a model never beats itself.
+    # Exchanged, the other one's wins are counted; a model never beats itself.
     winrate.main(["--model-a", str(model_b), "--model-b", str(model_a), *flags])
     assert json.loads(capsys.readouterr().out)["wins_a"] == losses
     winrate.main(["--model-a", str(model_a), "--model-b", str(model_a), *flags])
@@ -271,17 +262,15 @@ def test_winrate_has_both_answer_and_the_judge_decide(folder, judge, tokenizer, 
 
 
 def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, monkeypatch, capsys):
-    import minift.generate
-
     asked = []
 
-    def generate(model, prompts, options, on_progress):
+    def record(model, prompts, options, on_progress):
         asked.append([tokenizer.decode(ids) for ids in prompts])
         return [[tokenizer.encode("B")[1:]] for _ in prompts]
 
-    monkeypatch.setattr(minift.generate, "generate", generate)
+    monkeypatch.setattr(generate, "generate", record)
     model = saved(OPT, tmp_path / "a", 1, tokenizer)
-    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Add."}, {"instruction": "Add.", "input": "1"}])
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Add."}, {"instruction": "Add.", "input": "1"}])
     flags = ["--model-a", model, "--model-b", model, "--judge", folder, "--prompts", prompts, "--max-new-tokens", 2]
     winrate.main([*map(str, flags)])
     plain = "### Instruction:\nAdd.\n\n### Response:\n"
@@ -290,17 +279,17 @@ def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, mon
     winrate.main([*map(str, flags), "--template", "none", "--limit", "1"])
     assert asked == [["Add."]] * 2
 
-    # Each model by the template that it was trained with, where its run tells.
+    # Each model gets the template that it was trained with, if that is beside it.
     asked.clear()
     other = saved(OPT, tmp_path / "b", 1, tokenizer)
-    (other / "run.json").write_text(json.dumps({"template": asdict(TEMPLATES["none"])}))
+    save_template(TEMPLATES["none"], other)
     winrate.main([*map(str, flags), "--model-b", str(other), "--limit", "1"])
     assert asked == [[plain], ["Add."]]
 
 
 def test_winrate_refuses_in_one_line(folder, tokenizer, tmp_path):
     model = saved(OPT, tmp_path / "a", 1, tokenizer)
-    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "Add."}, {"prompt": "Add. " * 60}])
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Add."}, {"prompt": "Add. " * 60}])
 
     def refused(model_a: Path, model_b: Path, judge: Path, *flags: str) -> str:
         paths = ["--model-a", model_a, "--model-b", model_b, "--judge", judge, "--prompts", prompts]

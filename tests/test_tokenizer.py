@@ -1,4 +1,4 @@
-"""The tokenizer against transformers' own, on strings made to be hard."""
+"""The tokenizer against transformers' own (the reference), on strings made to be hard."""
 
 import json
 import random
@@ -12,7 +12,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from minift.errors import UserError
-from minift.tokenizer import Special, check_fits, load_tokenizer
+from minift.files.tokenizer import check_fits, load_tokenizer, save_tokenizer
+from minift.tokenizer import Special
 
 CODE = [
     "def f(x):\n    return x",
@@ -56,9 +57,9 @@ def hard_strings(count: int = 300) -> list[str]:
 
 
 def as_pieces(text: str, names: list[str]) -> list[str]:
-    """The pieces the reference sees in a text, where every special token's name is the token."""
+    """Split a text into the pieces the reference sees: every special token's name is the token."""
     parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
-    # The first part is plain, "" if need be: a BOS that pieces begin with counts as the one `encode` puts in front.
+    # The first part is plain text, maybe "": if pieces begin with a BOS, `encode` adds no other.
     return [Special(part) if part in names else part for part in parts]
 
 
@@ -107,7 +108,7 @@ def test_text_that_spells_a_special_token_is_text(tokenizer, gpt2_tokenizer_dire
 def test_special_pieces_are_one_token_and_plain_pieces_join(tokenizer):
     text = "def add(first, second):\n    return first"
     assert tokenizer.encode(list(text)) == tokenizer.encode(text)
-    assert len(tokenizer.encode(list(text))) < len(text), "no merge took place, so this shows nothing"
+    assert len(tokenizer.encode(list(text))) < len(text), "nothing was merged, so this tests nothing"
     ids = tokenizer.encode(["def", " add", Special("<pad>"), Special("</s>"), " add"])
     assert ids == [*tokenizer.encode("def add"), 1, 2, *tokenizer.encode(" add")[1:]]
     with pytest.raises(ValueError, match="no token '<nothing>'"):
@@ -131,14 +132,14 @@ def test_pad_falls_back_to_eos(tokenizer, gpt2_tokenizer_directory):
 
 
 def test_offsets_cover_every_character(tokenizer_directory, gpt2_tokenizer_directory):
-    """GPT-2's own post-processor trims spaces off: then no token holds the ones between two words."""
+    """GPT-2's own post-processor trims spaces off, so that no token covers those between two words."""
     for directory in (tokenizer_directory, gpt2_tokenizer_directory):
         ours = load_tokenizer(directory)
         for text in hard_strings(150):
             ids, offsets = ours.encode_with_offsets(text)
             assert ids == ours.encode(text) and len(ids) == len(offsets)
-            held = {place for start, end in offsets for place in range(start, end)}
-            assert held == set(range(len(text))), repr(text)
+            covered = {index for start, end in offsets for index in range(start, end)}
+            assert covered == set(range(len(text))), repr(text)
     ids, offsets = load_tokenizer(tokenizer_directory).encode_with_offsets("a 😀")
     assert offsets[0] == (0, 0) and offsets[-1] == (2, 3) and ids[0] == 2
 
@@ -150,25 +151,25 @@ def test_lone_surrogates_are_named(tokenizer):
 
 
 def test_save_is_byte_for_byte(tokenizer_directory, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(tokenizer_directory, source)
-    (source / "special_tokens_map.json").write_text('{"eos_token":   {"content": "</s>", "lstrip": false}}')
-    (source / "added_tokens.json").write_text("{}")
-    (source / "config.json").write_text("{}")
-    ours = load_tokenizer(source)
-    before = {path.name: path.read_bytes() for path in source.iterdir()}
-    shutil.rmtree(source)  # whatever happens to the source while a run goes on
-    ours.save(tmp_path / "run")
+    original = tmp_path / "original"
+    shutil.copytree(tokenizer_directory, original)
+    (original / "special_tokens_map.json").write_text('{"eos_token":   {"content": "</s>", "lstrip": false}}')
+    (original / "added_tokens.json").write_text("{}")
+    (original / "config.json").write_text("{}")
+    ours = load_tokenizer(original)
+    before = {path.name: path.read_bytes() for path in original.iterdir()}
+    shutil.rmtree(original)  # saving must not depend on files that may change during a run
+    save_tokenizer(ours, tmp_path / "run")
     saved = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     assert saved == {name: content for name, content in before.items() if name != "config.json"}
 
 
-def test_vocab_alone_is_taken_for_opt_and_saved_so_that_the_reference_agrees(tokenizer_directory, tmp_path):
+def test_vocab_alone_is_assumed_to_be_opts_and_saved_so_that_the_reference_agrees(tokenizer_directory, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(tokenizer_directory / name, tmp_path)
     ours = load_tokenizer(tmp_path)
     assert ours.encode("x") == load_tokenizer(tokenizer_directory).encode("x")
-    ours.save(tmp_path / "run")
+    save_tokenizer(ours, tmp_path / "run")
     assert_equal_to_reference(tmp_path / "run")
 
 
@@ -177,7 +178,7 @@ def test_special_tokens_from_each_file(tokenizer_directory, tmp_path):
         shutil.copy(tokenizer_directory / name, tmp_path)
     # The layout of facebook/opt-350m: objects in one file, strings or nothing in the other.
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "tokenizer_class": "GPT2Tokenizer"}')
-    tokens = {f"{kind}_token": {"content": "</s>", "normalized": True} for kind in ("bos", "eos", "unk")}
+    tokens = {f"{name}_token": {"content": "</s>", "normalized": True} for name in ("bos", "eos", "unk")}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens | {"pad_token": "<pad>"}))
     ours = load_tokenizer(tmp_path)
     assert (ours.bos_token_id, ours.eos_token, ours.pad_token_id) == (2, "</s>", 1)
@@ -186,7 +187,7 @@ def test_special_tokens_from_each_file(tokenizer_directory, tmp_path):
     assert load_tokenizer(tmp_path).encode("a<extra>")[-1] == ours.vocab_size
 
 
-def test_which_file_counts_where_they_disagree(tokenizer_directory, tmp_path):
+def test_which_file_wins_if_they_disagree(tokenizer_directory, tmp_path):
     shutil.copytree(tokenizer_directory, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"eos_token": "<unk>"}
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
@@ -197,8 +198,8 @@ def test_which_file_counts_where_they_disagree(tokenizer_directory, tmp_path):
         assert_equal_to_reference(tmp_path)
 
 
-def test_config_json_names_the_eos_where_nothing_else_does(gpt2_tokenizer_directory, tmp_path):
-    """Galactica's files: tokenizer.json, and no word about special tokens beside it."""
+def test_config_json_names_the_eos_if_nothing_else_does(gpt2_tokenizer_directory, tmp_path):
+    """Galactica's files: tokenizer.json, and no other file that names special tokens."""
     shutil.copy(gpt2_tokenizer_directory / "tokenizer.json", tmp_path)
     (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
     assert load_tokenizer(tmp_path).eos_token == "<|endoftext|>"
@@ -213,45 +214,47 @@ def test_a_token_that_is_special_by_name_only_stays_safe(gpt2_tokenizer_director
     assert 0 not in load_tokenizer(tmp_path).encode("a<|endoftext|>b")
 
 
-def broken_copies(source: Path, gpt2: Path, target: Path):
-    """(what was done, the message expected) for each way to break a directory, which lies at `target` meanwhile."""
+def broken_copies(opt: Path, gpt2: Path, target: Path):
+    """Break the folder `target` in one way after the other; yield what was done and the message expected."""
 
     def fresh(original: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(original, target)
 
     shutil.rmtree(target, ignore_errors=True)
-    yield "no directory", "no such directory"
+    yield "no folder", "no tokenizer here"
     target.mkdir()
-    yield "empty directory", "no tokenizer here"
-    fresh(source)
+    yield "empty folder", "no tokenizer here"
+    fresh(opt)
     (target / "merges.txt").unlink()
     yield "no merges", "no tokenizer here"
-    fresh(source)
+    fresh(opt)
     (target / "merges.txt").write_text("#version: 0.2\nqqqq zzzz\n")
     yield "merges of another vocabulary", "can't be read"
-    fresh(source)
-    (target / "vocab.json").write_text((source / "vocab.json").read_text()[:500])
+    fresh(opt)
+    (target / "vocab.json").write_text((opt / "vocab.json").read_text()[:500])
     yield "cut vocab.json", "can't be read"
-    fresh(source)
-    vocabulary = json.loads((source / "vocab.json").read_text())
+    fresh(opt)
+    vocabulary = json.loads((opt / "vocab.json").read_text())
     (target / "vocab.json").write_text(json.dumps({k: v for k, v in vocabulary.items() if k != "Ā"}))
     (target / "merges.txt").write_text("#version: 0.2\n")
     yield "a byte missing", "1 of the 256 byte symbols are missing"
-    fresh(source)
+    fresh(opt)
     (target / "tokenizer_config.json").write_text("{")
-    yield "cut tokenizer_config.json", "tokenizer_config.json: expected a JSON object"
+    yield "cut tokenizer_config.json", "tokenizer_config.json:1:2: malformed JSON"
     (target / "tokenizer_config.json").write_text("[]")
-    yield "a list for an object", "expected a JSON object"
+    yield "a list instead of an object", "expected a JSON object"
     (target / "tokenizer_config.json").write_text('{"eos_token": 2}')
-    yield "an id for a name", "can't be read"
+    yield "an id instead of a name", "can't be read"
     (target / "tokenizer_config.json").write_text("{}")
-    yield "no EOS", "no EOS token: none is named"
+    yield "no EOS", "its EOS token is '', expected one in its vocabulary"
+    (target / "config.json").write_text('{"eos_token_id": -1}')
+    yield "an EOS id below 0", "can't be read"
     (target / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
-    yield "an EOS that is no token", "'<eos>' is not in its vocabulary"
+    yield "an EOS that is not a token", "its EOS token is '<eos>', expected one in its vocabulary"
     (target / "tokenizer_config.json").write_text('{"eos_token": "</s>", "add_bos_token": true}')
-    yield "BOS without a name", "no bos_token is named"
-    fresh(source)
+    yield "BOS without a name", "no bos_token in its vocabulary"
+    fresh(opt)
     (target / "added_tokens.json").write_text('{"<extra>": 9000}')
     yield "a gap in the ids", "can't have id 9000"
     fresh(gpt2)
@@ -265,11 +268,11 @@ def broken_copies(source: Path, gpt2: Path, target: Path):
 
 def test_broken_files_end_in_one_line(tokenizer_directory, gpt2_tokenizer_directory, tmp_path):
     target = tmp_path / "model"
-    for what, expected in broken_copies(tokenizer_directory, gpt2_tokenizer_directory, target):
+    for damage, expected in broken_copies(tokenizer_directory, gpt2_tokenizer_directory, target):
         with pytest.raises(UserError) as caught:
             load_tokenizer(target)
         message = str(caught.value)
-        assert expected in message and str(target) in message and "\n" not in message, (what, message)
+        assert expected in message and str(target) in message and "\n" not in message, (damage, message)
 
 
 def test_check_fits(tokenizer):

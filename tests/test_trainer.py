@@ -2,86 +2,79 @@
 
 import json
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
-from transformers import OPTConfig as ReferenceConfig
 from transformers import OPTForCausalLM, get_linear_schedule_with_warmup
 
-from minift import checkpoint
-from minift.batching import Sampler, collate
+from minift.batching import Loader, collate
 from minift.config import Config
+from minift.encode import IGNORE_INDEX
 from minift.errors import UserError
-from minift.losses import completion_cross_entropy
-from minift.model import OPT, OPTConfig, initialise, set_dropout
-from minift.trainer import Task, pick_device, pick_dtype, train, weights_dtype
-from minift.weights import save_model
+from minift.files.weights import save_model
+from minift.model import OPT, set_dropout
+from minift.run import checkpoint
+from minift.run.device import pick_device, pick_dtype, weights_dtype
+from minift.run.folder import Run
+from minift.trainer import Task, train
+from tests.reference import POST_LN, MemoryRecorder, mean_loss, random_examples, reference_loss, sft_loss, twins
 
-SHAPE = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "ffn_dim": 48,
-    "word_embed_proj_dim": 16,
-    "max_position_embeddings": 64,
-    "do_layer_norm_before": False,
-}
+# Rows of 2 to 60 tokens: the mean of micro-batch means would be far off. No batch size below divides 19.
+LENGTHS = [2, 60, 5, 33, 3, 48, 9, 17]
+EXAMPLES = random_examples((LENGTHS * 3)[:19], seed=1)
+HELD_OUT = random_examples(LENGTHS[:7], seed=2)
 
 
-def some_rows(count: int, seed: int) -> list[tuple[list[int], list[int]]]:
-    """Rows of 2 to 60 tokens, their first part unsupervised: means of means would be far off."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for index in range(count):
-        length = [2, 60, 5, 33, 3, 48, 9, 17][index % 8]
-        ids = torch.randint(4, 60, (length,), generator=generator).tolist()
-        prompt = 1 + index % max(1, length - 1)
-        rows.append((ids, [-100] * min(prompt, length - 1) + ids[min(prompt, length - 1) :]))
-    return rows
+class KilledLoader(Loader):
+    """The loader of a run that is killed when it has done five steps."""
+
+    def micro_batches(self, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return super().micro_batches(step)
 
 
-ROWS = some_rows(19, seed=1)  # a tail that no batch size below divides
-HELD_OUT = some_rows(7, seed=2)
+def small_models(dtype: torch.dtype) -> tuple[OPTForCausalLM, OPT]:
+    return twins(POST_LN, dtype, max_position_embeddings=64)
 
 
 def run(
-    folder, *, dtype=torch.float32, arithmetic="auto", dropout=0.0, steps=6, break_at=None, **values
+    folder: Path | None = None,
+    *,
+    dtype=torch.float32,
+    arithmetic="auto",
+    dropout=0.0,
+    steps=6,
+    loader=Loader,
+    **values,
 ) -> tuple[OPT, list[dict]]:
-    """Train a small model from fixed weights; give it and the lines of metrics.jsonl."""
-    config = Config(**{"lr": 1e-3, "batch_size": 8, "device": "cpu", "dtype": arithmetic, **values})
-    model = OPT(OPTConfig.from_dict(SHAPE))
-    initialise(model, 0)
-    model.to(pick_device(config.device), dtype)
+    """Train a small model from fixed weights, in a run's folder if given; return it and the lines of metrics."""
+    values = {"lr": 1e-3, "batch_size": 8, "device": "cpu", "dtype": arithmetic, "max_steps": steps, **values}
+    config = Config(**values, out=str(folder))
+    device = pick_device(config.device)
+    model = small_models(dtype)[1].to(device)
     set_dropout(model, dropout)
-    sampler = Sampler(len(ROWS), config.batch_size, config.grad_accum, config.seed, config.order == "shuffled")
-
-    def micro_batches(step):
-        if step == break_at:
-            raise KeyboardInterrupt
-        return [collate([ROWS[i] for i in numbers]) for numbers in sampler.micro_batches(step)]
-
-    def loss(batch):
-        hidden = model(batch.input_ids, batch.positions, batch.rows)
-        return *completion_cross_entropy(hidden, model.head, batch.labels, batch.positions), {}
-
+    recorder = MemoryRecorder()
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+        recorder = Run("sft", config)
     task = Task(
         model=model,
-        loss=loss,
-        micro_batches=micro_batches,
-        eval_batches=lambda: [collate(HELD_OUT[:5]), collate(HELD_OUT[5:])],
-        total_steps=steps,
-        write_model=lambda path: save_model(model, path),
-        counted="supervised_tokens",
+        loss=sft_loss(model),
+        train_batches=loader(EXAMPLES, collate, config.batch_size, config.grad_accum, config.seed, config.order),
+        eval_batches=Loader(HELD_OUT, collate, 5),
+        write_model=partial(save_model, model),
+        unit="supervised_tokens",
+        dtype=pick_dtype(config, device),
     )
-    folder.mkdir(exist_ok=True)
-    train(task, config, folder)
-    return model, read_metrics(folder)
+    train(task, config, recorder)
+    return model, recorder.lines if folder is None else read_metrics(folder)
 
 
-def read_metrics(folder) -> list[dict]:
+def read_metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -97,17 +90,17 @@ def without_seconds(lines: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_accumulation_equals_the_big_batch(tmp_path, dtype, tolerance):
+def test_accumulation_equals_the_big_batch(dtype, tolerance):
     models, logs = zip(
         *(
-            run(tmp_path / f"{batch}x{accumulate}", dtype=dtype, batch_size=batch, grad_accum=accumulate, lr=1e-4)
+            run(dtype=dtype, batch_size=batch, grad_accum=accumulate, lr=1e-4)
             for batch, accumulate in [(1, 8), (2, 4), (8, 1)]
         ),
         strict=True,
     )
     for model, log in zip(models[1:], logs[1:], strict=True):
-        # Softmax does not feel a shift of its row, so the exact gradient of k_proj.bias is 0, and Adam, which divides a
-        # gradient by its own size, makes steps of float32's rounding there. In float64 it stays under eps.
+        # Softmax ignores a shift of its row, so the exact gradient of k_proj.bias is 0. Adam divides a gradient by its
+        # own size, so in float32 it makes steps of the rounding there. In float64 this stays below its eps.
         noise = "k_proj.bias" if dtype == torch.float32 else " "
         assert largest_difference(models[0], model, but_not=noise) <= tolerance
         for ours, theirs in zip(logs[0], log, strict=True):
@@ -116,16 +109,13 @@ def test_accumulation_equals_the_big_batch(tmp_path, dtype, tolerance):
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.05, 100.0])
-def test_follows_a_loop_written_by_hand_around_the_reference_model(tmp_path, max_grad_norm):
+def test_follows_a_loop_written_by_hand_around_the_reference_model(max_grad_norm):
     """float64, padded batches of transformers' model: loss, gradient norm, rate at each step, and the last weights."""
     values = {"max_grad_norm": max_grad_norm, "weight_decay": 0.1, "warmup_steps": 2, "batch_size": 3, "grad_accum": 2}
     steps = 9  # more than two epochs of four, the last of each smaller
-    ours, log = run(tmp_path / "ours", dtype=torch.float64, steps=steps, **values)
+    ours, log = run(dtype=torch.float64, steps=steps, **values)
 
-    reference = OPTForCausalLM(ReferenceConfig(**SHAPE, dropout=0.0, pad_token_id=1)).double()
-    start = OPT(OPTConfig.from_dict(SHAPE))
-    initialise(start, 0)
-    reference.model.load_state_dict(start.double().state_dict())
+    reference, _ = small_models(torch.float64)
     decayed = [p for name, p in reference.named_parameters() if "bias" not in name and "layer_norm" not in name]
     exempt = [p for name, p in reference.named_parameters() if "bias" in name or "layer_norm" in name]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": exempt, "weight_decay": 0.0}]
@@ -133,16 +123,11 @@ def test_follows_a_loop_written_by_hand_around_the_reference_model(tmp_path, max
     schedule = get_linear_schedule_with_warmup(optimizer, 2, steps)
     order = []
     for epoch in range(3):
-        rows = torch.randperm(len(ROWS), generator=torch.Generator().manual_seed(42 + epoch)).tolist()
+        rows = torch.randperm(len(EXAMPLES), generator=torch.Generator().manual_seed(42 + epoch)).tolist()
         order += [rows[start : start + 6] for start in range(0, len(rows), 6)]
     trained = [line for line in log if line["split"] == "train"]
     for numbers, line in zip(order[:steps], trained, strict=True):
-        width = max(len(ROWS[i][0]) for i in numbers)
-        ids = torch.tensor([ROWS[i][0] + [1] * (width - len(ROWS[i][0])) for i in numbers])
-        labels = torch.tensor([ROWS[i][1] + [-100] * (width - len(ROWS[i][1])) for i in numbers])
-        mask = torch.tensor([[1] * len(ROWS[i][0]) + [0] * (width - len(ROWS[i][0])) for i in numbers])
-        logits = reference(input_ids=ids, attention_mask=mask).logits  # its own loss is rounded to float32
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss = reference_loss(reference, [EXAMPLES[number] for number in numbers])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), max_grad_norm)
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-10)
@@ -159,20 +144,20 @@ def test_a_killed_and_resumed_run_is_the_run_that_was_not(tmp_path, log_every):
     values = {"dropout": 0.1, "save_every": 2, "eval_every": 3, "log_every": log_every, "steps": 8}
     whole, whole_log = run(tmp_path / "whole", **values)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed", break_at=5, **values)
+        run(tmp_path / "killed", loader=KilledLoader, **values)
     resumed, log = run(tmp_path / "killed", resume=True, **values)
     assert largest_difference(whole, resumed) == 0.0
     assert without_seconds(log) == without_seconds(whole_log)
 
 
-def test_evaluating_more_often_changes_nothing(tmp_path):
-    often, log = run(tmp_path / "often", dropout=0.1, eval_every=1)
-    seldom, _ = run(tmp_path / "seldom", dropout=0.1)
+def test_evaluating_more_often_changes_nothing():
+    often, log = run(dropout=0.1, eval_every=1)
+    seldom, _ = run(dropout=0.1)
     assert largest_difference(often, seldom) == 0.0
     assert [line["step"] for line in log if line["split"] == "eval"] == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_frozen_weights_in_half_precision_are_the_arithmetic_too():
+def test_frozen_weights_in_half_precision_decide_the_forward_pass_too():
     cpu = torch.device("cpu")
     assert pick_dtype(Config(base_dtype="float16"), cpu) == weights_dtype(Config(base_dtype="float16")) == torch.float16
     assert pick_dtype(Config(), cpu) == weights_dtype(Config()) == torch.float32
@@ -180,37 +165,33 @@ def test_frozen_weights_in_half_precision_are_the_arithmetic_too():
     assert pick_dtype(Config(dtype="float64"), cpu) == weights_dtype(Config(dtype="float64")) == torch.float64
 
 
-def test_bfloat16_is_the_arithmetic_of_the_forward_pass_and_not_of_the_weights(tmp_path):
-    _, expected = run(tmp_path / "float32")
-    model, log = run(tmp_path / "bfloat16", arithmetic="bfloat16")
+def test_bfloat16_is_the_dtype_of_the_forward_pass_and_not_of_the_weights():
+    _, expected = run()
+    model, log = run(arithmetic="bfloat16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert log[-1]["loss"] != expected[-1]["loss"]
     for ours, theirs in zip(log, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
 
 
-def test_dropout_depends_on_seed_and_step_alone(tmp_path):
-    first, _ = run(tmp_path / "first", dropout=0.1)
+def test_dropout_depends_on_seed_and_step_alone():
+    first, _ = run(dropout=0.1)
     torch.manual_seed(999)
-    again, _ = run(tmp_path / "again", dropout=0.1)
-    other, _ = run(tmp_path / "other", dropout=0.1, seed=43, order="sequential")
+    again, _ = run(dropout=0.1)
+    other, _ = run(dropout=0.1, seed=43, order="sequential")
     assert largest_difference(first, again) == 0.0
     assert largest_difference(first, other) > 1e-5
 
 
-def test_evaluation_is_a_mean_over_tokens(tmp_path):
-    model, log = run(tmp_path / "run", dtype=torch.float64, steps=1)
-    model.eval()
-    batch = collate(HELD_OUT)
-    hidden = model(batch.input_ids, batch.positions, batch.rows)
-    total, count = completion_cross_entropy(hidden, model.head, batch.labels, batch.positions)
+def test_evaluation_is_a_mean_over_tokens():
+    model, log = run(dtype=torch.float64, steps=1, dropout=0.1)
     assert log[-1]["split"] == "eval"
-    assert log[-1]["loss"] == pytest.approx((total / count).item(), rel=1e-12)
+    assert log[-1]["loss"] == pytest.approx(mean_loss(sft_loss(model.eval()), collate(HELD_OUT)).item(), rel=1e-12)
 
 
-def test_logged_loss_and_counters_cover_every_step(tmp_path):
-    _, each = run(tmp_path / "each")
-    _, some = run(tmp_path / "some", log_every=4)
+def test_logged_loss_and_counters_cover_every_step():
+    _, each = run()
+    _, some = run(log_every=4)
     each = [line for line in each if line["split"] == "train"]
     some = [line for line in some if line["split"] == "train"]
     assert [line["step"] for line in some] == [4, 6]
@@ -218,9 +199,10 @@ def test_logged_loss_and_counters_cover_every_step(tmp_path):
     counts += [b["supervised_tokens"] - a["supervised_tokens"] for a, b in zip(each, each[1:], strict=False)]
     expected = sum(line["loss"] * count for line, count in zip(each[:4], counts, strict=False)) / sum(counts[:4])
     assert some[0]["loss"] == pytest.approx(expected, rel=1e-6)
-    epoch = sum(len(ids) for ids, _ in ROWS)
+    epoch = sum(len(ids) for ids, _ in EXAMPLES)
     assert each[2]["tokens"] == epoch  # three steps of up to eight rows are an epoch of nineteen
-    assert each[2]["supervised_tokens"] == sum(label != -100 for _, labels in ROWS for label in labels)
+    supervised = sum(label != IGNORE_INDEX for _, labels in EXAMPLES for label in labels[1:])
+    assert each[2]["supervised_tokens"] == supervised
 
 
 def test_last_and_best_are_whole_checkpoints(tmp_path):
@@ -233,12 +215,7 @@ def test_last_and_best_are_whole_checkpoints(tmp_path):
     assert (checkpoints / "last").resolve().name == "step-000040"
     assert sorted(path.name for path in checkpoints.glob("step-*")) == [f"step-{best['step']:06d}", "step-000040"]
     loaded = OPTForCausalLM.from_pretrained(checkpoints / "best")
-    loss, count = 0.0, 0
-    for ids, labels in HELD_OUT:
-        kept = sum(label != -100 for label in labels[1:])
-        loss += loaded(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * kept
-        count += kept
-    assert loss / count == pytest.approx(best["loss"], rel=1e-5)
+    assert reference_loss(loaded, HELD_OUT).item() == pytest.approx(best["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(("fails_at", "error"), [("save_file", SafetensorError), ("rename", OSError)])
@@ -256,13 +233,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at,
     checkpoints = tmp_path / "run" / "checkpoints"
     assert (checkpoints / "last").resolve().name == "step-000002"
     assert not [path for path in checkpoints.iterdir() if "unfinished" in path.name]
-    whole, _ = run(tmp_path / "whole", steps=4, schedule="constant")
+    whole, _ = run(steps=4, schedule="constant")
     run(tmp_path / "cut", steps=2, schedule="constant")
     resumed, _ = run(tmp_path / "cut", steps=4, schedule="constant", resume=True)
     assert largest_difference(whole, resumed) == 0.0
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     with pytest.raises(UserError, match="--lr 1e\\+20: the loss or its gradient is nan in step 2"):
         run(tmp_path / "run", lr=1e20, steps=20, log_every=20, schedule="constant")
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -293,9 +270,9 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-2)])
-def test_a_gpu_trains_as_the_cpu_does(tmp_path, dtype, tolerance):
-    _, expected = run(tmp_path / "cpu")
-    model, log = run(tmp_path / "gpu", device="cuda", arithmetic=dtype)
+def test_a_gpu_trains_as_the_cpu_does(dtype, tolerance):
+    _, expected = run()
+    model, log = run(device="cuda", arithmetic=dtype)
     assert next(model.parameters()).dtype == torch.float32
     for ours, theirs in zip(log, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)

@@ -1,7 +1,7 @@
-"""minift and the reference, side by side: `make compare`.
+"""minift and the packages it replaces (the reference), side by side: `make compare`.
 
-Each module of this package but `__main__`, `page`, `training` and `faults` is a section: its `compare(setting)` yields
-what was compared, on how much, and the largest difference.
+Each module here is a section, except `__main__`, `page`, `training`, `faults` and `record_old_collator`. A section's
+`compare(setting)` yields what was compared, on how much, and the largest difference.
 """
 
 from collections.abc import Callable
@@ -14,23 +14,39 @@ class Check(NamedTuple):
 
     section: str
     what: str
-    on: str  # how much it was compared on
-    difference: float  # the largest one; where things must be equal, the number of those that are not
-    tolerance: float  # 0 where things must be equal
+    on: str  # how much was compared
+    difference: float  # the largest one; for things that must be equal, the number of those that are not
+    tolerance: float  # 0 for things that must be equal
     note: str = ""
 
     @property
     def agrees(self) -> bool:
-        return self.difference <= self.tolerance  # NaN agrees with nothing
+        return self.difference <= self.tolerance  # NaN never agrees
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The columns of the table, without the note."""
+        difference = f"{self.difference:.1e}" if self.difference else "0"
+        verdict = "agree" if self.agrees else "DISAGREE"
+        return self.section, self.what, self.on, difference, f"{self.tolerance:.2g}", verdict
+
+
+class Difference(NamedTuple):
+    """One deliberate difference; `minift` and `reference` hold what was measured."""
+
+    name: str
+    minift: str
+    reference: str
+    reason: str
 
 
 class Setting(NamedTuple):
-    """What is compared on what."""
+    """The model and data to compare on."""
 
     model: Path  # folder of an OPT language model
     data: Path  # rows for instruction tuning
     pairs: Path  # rows for reward modelling
-    quick: bool  # as few rows and steps as still exercise everything: what `make test` runs
+    quick: bool  # as few rows and steps as still exercise everything: this is what `make test` runs
     scratch: Path  # a folder that is removed afterwards
     progress: Callable[[str], None]
-    curves: dict[str, dict[str, list[float]]]  # for the page: title → whose → losses, a step each
+    curves: dict[str, dict[str, list[float]]]  # for the page: title → side → the loss of each step

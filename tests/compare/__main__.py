@@ -1,8 +1,8 @@
 """`python -m tests.compare`, or `make compare`: minift beside trl, transformers, peft and sacreBLEU, as one table.
 
-Every line says what was compared, on how much, the largest difference found, how much is tolerated, and whether that
-makes the two agree. The exit status is 1 if any line disagrees. `--faults` turns it round: one fault after the other is
-planted in minift, and the section concerned must disagree.
+A line says what was compared, on how much, the largest difference, the tolerance, and whether the two sides agree. The
+exit status is 1 if any line disagrees. `--faults` plants one fault after the other in minift; then the section that
+covers it must disagree. A complete run on the shipped model and data also writes tests/compare/README.md.
 """
 
 import importlib
@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from minift.errors import CommandParser, UserError, run_command
+from minift.commands.cli import CommandParser, run_command
+from minift.errors import UserError
 from tests.compare import Check, Setting
 
 SECTIONS = ("tokenizer", "masks", "model", "files", "sft", "reward", "lora", "generation", "bleu", "differences")
 PACKAGES = ("minift", "trl", "transformers", "peft", "sacrebleu", "torch")
-DATA = Path(__file__).parents[2] / "data"
-# Read by the libraries when they are imported, which is why sections are imported only after this is set.
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "data"
+README = ROOT / "tests" / "compare" / "README.md"
+# The libraries read these when they are imported, so nothing that imports them is imported before.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -28,26 +31,32 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 COLUMNS = "{:<10}  {:<52}  {:<50}  {:>9}  {:>9}  {}"
-SECONDS_BETWEEN_LINES = 10  # of progress, where they can't overwrite each other
+TITLES = COLUMNS.format("section", "what", "on", "largest", "tolerance", "").rstrip()
+SECONDS_BETWEEN_LINES = 10  # of progress, where a line cannot overwrite the one before
 
 
 def main() -> None:
-    parser = CommandParser("python -m tests.compare", description="what agrees between minift and the reference")
+    """Compare, or plant faults; exit with status 1 if anything disagrees."""
+    parser = CommandParser("python -m tests.compare", description="compare minift with the packages it replaces")
     parser.add_argument("--only", metavar="SECTIONS", help=f"some of {','.join(SECTIONS)}, with commas between them")
-    parser.add_argument("--model", type=Path, help="folder of an OPT language model; the one in data/ if left out")
-    parser.add_argument("--data", type=Path, help="JSON or JSONL rows, or pairs; those in data/ if left out")
+    parser.add_argument("--model", type=Path, help="folder of an OPT language model (default: the one in data/)")
+    parser.add_argument("--data", type=Path, help="JSON or JSONL rows, or pairs (default: those in data/)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for report.html")
-    parser.add_argument("--quick", action="store_true", help="on as few rows as still exercise everything")
+    parser.add_argument("--quick", action="store_true", help="use as few rows as still exercise everything")
     parser.add_argument("--faults", action="store_true", help="plant ten faults, each of which must be noticed")
     options = parser.parse_args()
     sections = _sections(options.only)
+    is_complete = not (options.only or options.model or options.data or options.quick)
     progress = _progress_line()
     with tempfile.TemporaryDirectory(prefix="minift-compare-") as scratch:
-        # Copies of data sets would otherwise be kept in the user's home.
+        # Otherwise copies of data sets would stay in the user's home.
         os.environ.update(OFFLINE | {"HF_DATASETS_CACHE": scratch})
         setting = _setting(options.model, options.data, options.quick or options.faults, Path(scratch), progress)
         try:
-            agreed = _faults(setting, sections) if options.faults else _compare(setting, sections, options.out)
+            if options.faults:
+                agreed = _faults(setting, sections)
+            else:
+                agreed = _compare(setting, sections, options.out, README if is_complete else None)
         finally:
             progress("")
     if not agreed:
@@ -65,15 +74,17 @@ def _sections(only: str | None) -> tuple[str, ...]:
 def _setting(
     model: Path | None, data: Path | None, quick: bool, scratch: Path, progress: Callable[[str], None]
 ) -> Setting:
-    """The shipped model and rows, or a user's own; whether these are pairs is seen by their fields."""
-    from minift.datasets import PAIR_KINDS, TRAINING_KINDS, load_rows
-    from minift.tokenizer import check_fits, load_tokenizer
-    from minift.weights import read_config, resolve
+    """Return the shipped model and data, or the user's own, whose fields show whether they are pairs."""
+    from minift.files.datasets import PAIR_SCHEMAS, TRAINING_SCHEMAS, load_rows
+    from minift.files.tokenizer import check_fits, load_tokenizer
+    from minift.files.weights import read_config, weight_files
 
     if model is not None and not model.is_dir():
         raise UserError(f"--model {model}: no such folder, expected one with config.json and weights")
-    model = resolve(model or DATA / "model")
-    check_fits(load_tokenizer(model), read_config(model / "config.json").vocab_size, str(model))
+    model = model or DATA / "model"
+    config, _ = read_config(model)
+    weight_files(model)
+    check_fits(load_tokenizer(model), config.vocab_size, str(model))
     setting = Setting(
         model=model,
         data=DATA / "instructions.jsonl",
@@ -85,15 +96,15 @@ def _setting(
     )
     if data is None:
         return setting
-    row = load_rows(data, {**TRAINING_KINDS, **PAIR_KINDS})[0]
-    is_pairs = any(all(field in row for field in fields) for fields in PAIR_KINDS.values())
+    row = load_rows(data, {**TRAINING_SCHEMAS, **PAIR_SCHEMAS})[0]
+    is_pairs = any(all(field in row for field in fields) for fields in PAIR_SCHEMAS.values())
     return setting._replace(**{"pairs" if is_pairs else "data": data})
 
 
-def _compare(setting: Setting, sections: tuple[str, ...], out: Path) -> bool:
-    """Print the table as it is made, leave the page, and say whether all agreed."""
-    from minift.files import write_text
-    from tests.compare.page import page
+def _compare(setting: Setting, sections: tuple[str, ...], out: Path, readme_file: Path | None) -> bool:
+    """Print the table line by line, write the page and perhaps the README, and return whether all agreed."""
+    from minift.files.text import write_text
+    from tests.compare.page import page, readme
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +117,6 @@ def _compare(setting: Setting, sections: tuple[str, ...], out: Path) -> bool:
     print()
     started = time.perf_counter()
     checks, differences = [], []
-    titles = COLUMNS.format("section", "what", "on", "largest", "tolerance", "")
     for name in sections:
         for result in _section(name, setting):
             setting.progress("")
@@ -118,33 +128,36 @@ def _compare(setting: Setting, sections: tuple[str, ...], out: Path) -> bool:
                 print(f"    reason     {result.reason}", flush=True)
             else:
                 if not checks:
-                    print(titles)
+                    print(TITLES)
                 checks.append(result)
                 print(line_of(result), flush=True)
-    write_text(out / "report.html", page(checks, differences, setting.curves, facts))
-    setting.progress("")
     disagree = sum(not check.agrees for check in checks)
     count = f"{disagree} of {len(checks)}" if disagree else f"all {len(checks)}"
     verdict = f"{count} comparisons {'DISAGREE' if disagree else 'agree'}" if checks else "measured"
-    print(f"\n{verdict}, in {time.perf_counter() - started:.0f} s; {out / 'report.html'}")
+    verdict += f", in {time.perf_counter() - started:.0f} s"
+    write_text(out / "report.html", page(checks, differences, setting.curves, facts))
+    if readme_file is not None:
+        table = [TITLES, *map(line_of, checks)]
+        write_text(readme_file, readme(facts, table, verdict, differences, sections))
+    setting.progress("")
+    print(f"\n{verdict}; {out / 'report.html'}")
     return not disagree
 
 
 def shown(path: Path) -> str:
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    """Return a path as messages show it: relative to the repository if it is inside."""
+    path = path.absolute()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def line_of(check: Check) -> str:
-    difference = f"{check.difference:.1e}" if check.difference else "0"
-    tolerance = f"{check.tolerance:.2g}"
-    verdict = "agree" if check.agrees else "DISAGREE"
-    line = COLUMNS.format(check.section, check.what, check.on, difference, tolerance, verdict)
+    """Return a check's line of the table."""
+    line = COLUMNS.format(*check.cells)
     return f"{line}  ({check.note})" if check.note else line
 
 
 def _faults(setting: Setting, sections: tuple[str, ...]) -> bool:
-    """Plant each fault in turn; True if the section concerned noticed every one."""
+    """Plant each fault in turn; return whether its section noticed each."""
     from tests.compare.faults import FAULTS
 
     layout = "{:<44}  {:<10}  {:>9}  {}"
@@ -154,7 +167,7 @@ def _faults(setting: Setting, sections: tuple[str, ...]) -> bool:
         if fault.section not in sections:
             continue
         setting.progress(f"planting: {fault.name}")
-        checks = _section(fault.section, setting)  # imported before anything is planted, and run after it
+        checks = _section(fault.section, setting)  # imports the section now; it runs with the fault
         with fault.plant():
             largest = first_disagreement(checks)
         setting.progress("")
@@ -165,7 +178,7 @@ def _faults(setting: Setting, sections: tuple[str, ...]) -> bool:
 
 
 def first_disagreement(checks: Iterator[Check]) -> Check:
-    """The first check that disagrees, without going on from there; the last one if none does."""
+    """Return the first check that disagrees, without running the others; the last one if none does."""
     check = None
     for check in checks:
         if not check.agrees:
@@ -180,7 +193,7 @@ def _section(name: str, setting: Setting) -> Iterator:
 
 
 def _progress_line() -> Callable[[str], None]:
-    """What shows one line on stderr, in place of the one before it where that can be done."""
+    """Return a function that shows one line on stderr; a terminal shows it over the line before."""
     if sys.stderr.isatty():
 
         def overwrite(text: str) -> None:
@@ -190,13 +203,13 @@ def _progress_line() -> Callable[[str], None]:
         return overwrite
     last = -SECONDS_BETWEEN_LINES
 
-    def now_and_then(text: str) -> None:
+    def print_sometimes(text: str) -> None:
         nonlocal last
         if text and time.monotonic() - last >= SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             print(text, file=sys.stderr, flush=True)
 
-    return now_and_then
+    return print_sometimes
 
 
 if __name__ == "__main__":

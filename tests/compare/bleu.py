@@ -6,22 +6,22 @@ from itertools import product
 from typing import Any
 
 import sacrebleu.metrics
-import torch
 from sacrebleu.metrics.bleu import BLEUScore
 
-from minift.answers import questions
 from minift.bleu import BLEU, SMOOTHING_DEFAULTS, TOKENIZERS, corpus_bleu, sentence_bleu
-from minift.datasets import Row, load_rows
+from minift.config import Config
+from minift.files.datasets import Row, load_rows
+from minift.files.tokenizer import load_tokenizer
+from minift.files.weights import load_model
 from minift.generate import Options, generate
 from minift.prompts import TEMPLATES
-from minift.tokenizer import load_tokenizer
-from minift.weights import load_model
+from minift.run.exam import held_out_prompts
 from tests.compare import Check, Setting
 
 ANSWERS, NEW_TOKENS = 200, 32
-SENTENCES = 5  # of a corpus, each compared by itself too
+SENTENCES = 5  # of each corpus, also compared one at a time
 ROUNDING = 1e-9  # of a score between 0 and 100
-# What the tokenisers treat in some way of their own, and characters of every kind.
+# Strings that some tokeniser treats specially, and characters of many scripts.
 HARD = """
     &quot; &amp; &lt; &gt; &amp;lt; <skipped> <SKIPPED> -\n - . .. a..5 3. .5 1,000.5 1-2 x-y don't _ __init__ `x` $5
     ½ ٣ € İ ß é 日本語 ， 👍🏽 x[i]+=1; f(x): -> != "" '' { } ~ ^ | \\
@@ -44,7 +44,7 @@ def compare(setting: Setting) -> Iterator[Check]:
 
     hypotheses, references = real_answers(setting, rows)
     setting.progress("bleu: the model's answers")
-    # An untuned model's words are seldom the references': after half a reference, 4-grams match too.
+    # An untuned model rarely writes the reference's words. After half a reference, 4-grams match too.
     helped = [right[: len(right) // 2] + answer for answer, right in zip(hypotheses, references, strict=True)]
     few = [chosen for chosen in settings if chosen["max_ngram_order"] == 4 and not chosen["lowercase"]]
     corpora = [(chosen, texts, [references]) for chosen in few for texts in (hypotheses, helped)]
@@ -54,7 +54,7 @@ def compare(setting: Setting) -> Iterator[Check]:
 def compare_scores(
     what: str, corpora: Sequence[tuple[dict[str, Any], list[str], list[list[str | None]]]]
 ) -> Iterator[Check]:
-    """BLEU of each corpus and of its first segments: scores to rounding; counts, lengths and signatures exactly."""
+    """Compare BLEU of each corpus and of its first segments: counts and signatures exactly, scores up to rounding."""
     pairs: list[tuple[BLEU, BLEUScore, str]] = []
     for chosen, hypotheses, references in corpora:
         oracle = sacrebleu.metrics.BLEU(**chosen, force=True)
@@ -81,7 +81,7 @@ def compare_scores(
 
 
 def random_corpus(generator: random.Random, words: list[str]) -> tuple[list[str], list[list[str | None]]]:
-    """Up to six segments of few different words, against one to three references, some left out after the first."""
+    """Return up to six segments of few different words, and one to three references each; only the first is sure."""
     chosen = [generator.choice([HARD, words][generator.random() < 0.5]) for _ in range(generator.randint(2, 10))]
 
     def segment() -> str:
@@ -102,21 +102,14 @@ def random_corpus(generator: random.Random, words: list[str]) -> tuple[list[str]
 
 
 def real_answers(setting: Setting, rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """The model's greedy answers to prompts from all over the data, and what the rows have."""
+    """Return the model's greedy answers to prompts from all parts of the data, and the references."""
     tokenizer = load_tokenizer(setting.model)
-    model = load_model(setting.model, dtype=torch.float32)
-    how_many = min(6 if setting.quick else ANSWERS, len(rows))
-    spread = [rows[number * len(rows) // how_many] for number in range(how_many)]
-    asked = questions(
-        spread,
-        tokenizer,
-        TEMPLATES["course"],
-        None,
-        how_many=how_many,
-        positions=model.config.max_position_embeddings - NEW_TOKENS,
-        plain_text=False,
-    )
-    setting.progress(f"bleu: the model answers {len(asked)} prompts")
+    model = load_model(setting.model)
+    count = min(6 if setting.quick else ANSWERS, len(rows))
+    spread = [rows[number * len(rows) // count] for number in range(count)]
+    room = model.config.max_position_embeddings - NEW_TOKENS
+    questions = held_out_prompts(spread, tokenizer, TEMPLATES["course"], Config(bleu_samples=count), room)
+    setting.progress(f"bleu: the model answers {len(questions)} prompts")
     options = Options(max_new_tokens=NEW_TOKENS, eos_token_id=tokenizer.eos_token_id, no_repeat_ngram_size=4)
-    completions = generate(model, [question.prompt_ids for question in asked], options)
-    return [tokenizer.decode(ids) for (ids,) in completions], [question.reference for question in asked]
+    completions = generate(model, [question.prompt_ids for question in questions], options)
+    return [tokenizer.decode(ids) for (ids,) in completions], [question.reference for question in questions]

@@ -1,4 +1,4 @@
-"""Ten mistakes to make on purpose: planted one at a time, each must make the section that looks there disagree."""
+"""Ten mistakes to plant in minift, one at a time: each must make the section that covers it disagree."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from minift import encode, losses, optim, trainer
-from minift.generate import Options, Search
+from minift.beam import Candidate, Search
+from minift.generate import Options
 from minift.model import Decoder, OPTConfig
 from minift.tokenizer import Tokenizer
 
@@ -19,25 +20,25 @@ from minift.tokenizer import Tokenizer
 class Fault(NamedTuple):
     name: str
     section: str  # the one that must disagree
-    plant: Callable[[], AbstractContextManager]  # minift has the fault inside the block, and not after it
+    plant: Callable[[], AbstractContextManager]  # minift has the fault inside the block only
 
 
 @contextmanager
 def instead_of(function: Callable, faulty: Callable) -> Iterator[None]:
-    """Put `faulty` wherever `function` was imported to, but here, where the faulty ones call it."""
-    places = [
+    """Replace a function in every module that imported it, except here, where the faulty versions call it."""
+    names = [
         (module, name)
         for path, module in list(sys.modules.items())
         if path.partition(".")[0] in ("minift", "tests") and path != __name__
         for name, value in vars(module).items()
         if value is function
     ]
-    for module, name in places:
+    for module, name in names:
         setattr(module, name, faulty)
     try:
         yield
     finally:
-        for module, name in places:
+        for module, name in names:
             setattr(module, name, function)
 
 
@@ -50,12 +51,12 @@ make_decoder, decode = Decoder.__init__, Decoder.forward
 
 
 def labels_one_further(hidden: Tensor, head: Tensor, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The token after the next is what each position is to predict."""
+    """Let each position predict the token after the next."""
     return cross_entropy(hidden, head, labels.roll(-1), positions)
 
 
 def mean_of_each_batch(hidden: Tensor, head: Tensor, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Each micro-batch counts as one, however many tokens it has."""
+    """Count each micro-batch as one, not by its tokens."""
     total, count = cross_entropy(hidden, head, labels, positions)
     return total / count, torch.ones_like(count)
 
@@ -66,8 +67,8 @@ def without_bos(tokenizer: Tokenizer, *text: Any) -> list[int]:
 
 
 def end_unsupervised(*arguments: Any) -> tuple[encode.Example, bool]:
-    example, merged = encode_completion(*arguments)
-    return encode.Example(example.input_ids, [*example.labels[:-1], encode.UNSUPERVISED]), merged
+    example, is_joined = encode_completion(*arguments)
+    return encode.Example(example.input_ids, [*example.labels[:-1], encode.IGNORE_INDEX]), is_joined
 
 
 def positions_from_zero(decoder: Decoder, input_ids: Tensor, positions: Tensor, *rest: Any) -> Tensor:
@@ -75,14 +76,14 @@ def positions_from_zero(decoder: Decoder, input_ids: Tensor, positions: Tensor, 
 
 
 def final_norm_always(decoder: Decoder, config: OPTConfig) -> None:
-    """As pre-LN models have one, without its two vectors, which no file has."""
+    """Add the final LayerNorm of pre-LN models, without its weight and bias, which no file has."""
     make_decoder(decoder, config)
     if not config.do_layer_norm_before:
         decoder.final_layer_norm = nn.LayerNorm(config.hidden_size, elementwise_affine=False)
 
 
-def end_not_counted(search: Search, candidates: list[tuple[float, int, int]], options: Options) -> Any:
-    """A finished sequence is as long as its tokens before the end."""
+def end_not_counted(search: Search, candidates: list[Candidate], options: Options) -> list[int]:
+    """Leave the EOS out of the length of a finished completion."""
     length = search.num_new + 1
     longer = (length / max(length - 1, 1)) ** options.length_penalty
     ends = [token == options.eos_token_id for _, _, token in candidates]
@@ -91,18 +92,18 @@ def end_not_counted(search: Search, candidates: list[tuple[float, int, int]], op
 
 
 def clipped_sums(task: trainer.Task, *arguments: Any) -> dict[str, float]:
-    """The gradient of the sum is clipped, and then divided by the count."""
+    """Clip the gradient of the sum, which is divided by the count afterwards."""
     sums = accumulate_gradient(task, *arguments)
     torch.nn.utils.clip_grad_norm_(task.model.parameters(), 1.0)
     return sums
 
 
-def late_schedule(step: int, **values: Any) -> float:
-    return learning_rate(max(step - 1, 0), **values)
+def late_schedule(step: int, *values: Any) -> float:
+    return learning_rate(max(step - 1, 0), *values)
 
 
-def margins_the_other_way(better: Tensor, worse: Tensor, margins: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return bradley_terry(better, worse, -margins, *rest)
+def negative_margins(chosen: Tensor, rejected: Tensor, margins: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return bradley_terry(chosen, rejected, -margins, *rest)
 
 
 FAULTS = [
@@ -115,5 +116,5 @@ FAULTS = [
     Fault("beam score without the end", "generation", partial(mock.patch.object, Search, "advance", end_not_counted)),
     Fault("clip before averaging", "sft", partial(instead_of, accumulate_gradient, clipped_sums)),
     Fault("schedule late by one step", "sft", partial(instead_of, learning_rate, late_schedule)),
-    Fault("margin sign", "reward", partial(instead_of, bradley_terry, margins_the_other_way)),
+    Fault("margin sign", "reward", partial(instead_of, bradley_terry, negative_margins)),
 ]

@@ -1,7 +1,7 @@
-"""Files: what minift saves, transformers loads, and the other way round: weights, settings and logits unchanged.
+"""Files that minift saves and transformers loads, and the other way round: weights, settings and logits unchanged.
 
-A model that has been through the other library's files must be the model it was: the library that reads them computes,
-bit for bit, what it computes from the original's files.
+A model that went through the other library's files must be the same model: the library that reads them computes, bit
+for bit, what it computes from the original's files.
 """
 
 import shutil
@@ -12,71 +12,69 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, OPTForCausalLM, OPTForSequenceClassification, PreTrainedModel
 
-from minift.batching import collate
 from minift.encode import Example
-from minift.model import OPT, RewardModel
-from minift.tokenizer import load_tokenizer
-from minift.weights import load_model, load_reward_model, new_reward_model, read_config, save_model
+from minift.files.tokenizer import load_tokenizer, save_tokenizer
+from minift.files.weights import config_values, load_model, load_reward_model, new_reward_model, read_config, save_model
 from tests.compare import Check, Setting
 from tests.compare.model import FLOAT32, models_and_rows, relative
 from tests.compare.tokenizer import as_pieces, hard_texts
 from tests.compare.training import quiet
+from tests.reference import logits_of, own_name, reference_logits, reference_rewards, rewards_of
 
 SECTION = "files"
 SEED = 0
-SHARD = 0.3  # of the weights, at most, in one file of several
-LAST = 3  # a token that every row ends in: transformers reads no reward at a pad
+SHARD = 0.3  # the largest fraction of the weights in one file of several
+LAST = 3  # the last token of every row: transformers does not read a reward at a pad
 
 
 def compare(setting: Setting) -> Iterator[Check]:
-    # One architecture is enough to exercise all of it: the one with everything, projections and biases included.
+    # One architecture is enough to exercise everything: the one with projections and biases.
     chosen = [*models_and_rows(setting)][1:2] if setting.quick else models_and_rows(setting)
     for name, folder, examples in chosen:
         setting.progress(f"files: {name}")
         for section in (minift_to_transformers, transformers_to_minift, reward_models):
-            yield from section(name, folder, examples, setting.scratch / "files")
+            with quiet(), torch.no_grad():
+                yield from section(name, folder, examples, setting.scratch / "files")
             shutil.rmtree(setting.scratch / "files")
     yield from tokenizers(setting)
 
 
-@quiet()
 def minift_to_transformers(name: str, folder: Path, examples: list[Example], out: Path) -> list[Check]:
-    original = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    weights, config = weights_of(original), read_config(folder / "config.json").to_dict()
-    logits = reference_logits(original, examples)
+    original = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    weights, config = weights_of(original), config_values(read_config(folder)[0])
+    rows = [ids for ids, _ in examples]
+    logits = reference_logits(original, rows)  # (N, V)
     wrong = 0
     for dtype in (torch.float32, torch.float16):
         save_model(load_model(folder), out / str(dtype), dtype)
         saved, report = OPTForCausalLM.from_pretrained(out / str(dtype), output_loading_info=True)
-        wrong += sum(map(len, report.values()))  # weights that are missing, not expected or of another shape
-        wrong += differing(weights_of(saved), {key: tensor.to(dtype) for key, tensor in weights.items()})
+        wrong += sum(map(len, report.values()))  # weights that are missing, unexpected or of another shape
+        wrong += count_unequal(weights_of(saved), {key: tensor.to(dtype) for key, tensor in weights.items()})
         wrong += sum(getattr(saved.config, key, None) != value for key, value in config.items())
         if dtype == torch.float32:
-            wrong += int((reference_logits(saved.eval(), examples) != logits).sum())
+            wrong += int((reference_logits(saved, rows) != logits).sum())
     on = f"{name}: {len(weights)} tensors in float32 and float16, {logits.numel():,} logits, {len(config)} settings"
     return [Check(SECTION, "minift saves, transformers loads", on, wrong, 0)]
 
 
-@quiet()
 def transformers_to_minift(name: str, folder: Path, examples: list[Example], out: Path) -> list[Check]:
     original = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32)
     weights = weights_of(original)
-    logits = our_logits(load_model(folder), examples)
+    logits = logits_of(load_model(folder).eval(), examples)  # (N, V)
     wrong = 0
     for layout, save in LAYOUTS.items():
         save(original, out / layout)
-        loaded = load_model(out / layout)
-        wrong += differing(loaded.state_dict(), weights)
-        wrong += int((our_logits(loaded, examples) != logits).sum())
-        wrong += read_config(out / layout / "config.json") != read_config(folder / "config.json")
+        loaded = load_model(out / layout).eval()
+        wrong += count_unequal(loaded.state_dict(), weights)
+        wrong += int((logits_of(loaded, examples) != logits).sum())
+        wrong += read_config(out / layout)[0] != read_config(folder)[0]
     on = f"{name}: {len(weights)} tensors and {logits.numel():,} logits, as {', '.join(LAYOUTS)}"
     return [Check(SECTION, "transformers saves, minift loads", on, wrong, 0)]
 
 
-@quiet()
 def reward_models(name: str, folder: Path, examples: list[Example], out: Path) -> list[Check]:
-    """Both ways, with the rewards that each library computes from the same files: other code, so not the same bits."""
-    rows = [Example([*ids[:-1], LAST], labels) for ids, labels in examples]
+    """Compare the rewards that both libraries compute from the same files, not bit for bit: the code differs."""
+    rows = [[*ids[:-1], LAST] for ids, _ in examples]
     ours = new_reward_model(folder, seed=SEED)
     save_model(ours, out / "ours")
     read, report = OPTForSequenceClassification.from_pretrained(out / "ours", output_loading_info=True)
@@ -89,16 +87,16 @@ def reward_models(name: str, folder: Path, examples: list[Example], out: Path) -
         ("a reward model that minift saves, transformers loads", ours, read, sum(map(len, report.values()))),
         ("a reward model that transformers saves, minift loads", load_reward_model(out / "theirs"), theirs, 0),
     ):
-        rewards, expected = our_rewards(minift, rows), reference_rewards(transformers, rows)
-        note = f"{refused} weights missing or not expected" if refused else ""
-        checks.append(Check(SECTION, what, on, float("inf") if refused else relative(rewards, expected), FLOAT32, note))
+        difference = relative(rewards_of(minift.eval(), rows), reference_rewards(transformers, rows))
+        note = f"{refused} weights missing or unexpected" if refused else ""
+        checks.append(Check(SECTION, what, on, float("inf") if refused else difference, FLOAT32, note))
     return checks
 
 
 @quiet()
 def tokenizers(setting: Setting) -> list[Check]:
     ours, reference = load_tokenizer(setting.model), AutoTokenizer.from_pretrained(setting.model)
-    ours.save(setting.scratch / "our tokenizer")
+    save_tokenizer(ours, setting.scratch / "our tokenizer")
     reference.save_pretrained(setting.scratch / "their tokenizer")
     read = AutoTokenizer.from_pretrained(setting.scratch / "our tokenizer")
     loaded = load_tokenizer(setting.scratch / "their tokenizer")
@@ -125,7 +123,7 @@ def save_sharded(model: PreTrainedModel, folder: Path) -> None:
 
 
 def save_pickled(model: PreTrainedModel, folder: Path) -> None:
-    """As the hub has facebook/opt-350m: a pickle, names without `model.`, the tied head not stored."""
+    """Save as the hub has facebook/opt-350m: a pickle, names without `model.`, the tied head not stored."""
     folder.mkdir(parents=True)
     model.config.save_pretrained(folder)
     torch.save(weights_of(model), folder / "pytorch_model.bin")
@@ -139,43 +137,11 @@ LAYOUTS: dict[str, Callable[[PreTrainedModel, Path], None]] = {
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items() if "lm_head" not in name}
+    return {own_name(name): tensor for name, tensor in model.state_dict().items() if "lm_head" not in name}
 
 
-def differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> int:
-    """How many tensors are on one side only, or differ in type, shape or any number."""
+def count_unequal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> int:
+    """Count the tensors that only one side has, or that differ in type, shape or any number."""
     both = found.keys() & expected.keys()
     changed = sum(found[name].dtype != expected[name].dtype or not found[name].equal(expected[name]) for name in both)
     return changed + len(found.keys() ^ expected.keys())
-
-
-@torch.no_grad()
-def our_logits(model: OPT, examples: list[Example]) -> Tensor:
-    batch = collate(examples)
-    return model.eval().logits(model(batch.input_ids, batch.positions, batch.rows))  # (N, V)
-
-
-@torch.no_grad()
-def our_rewards(model: RewardModel, rows: list[Example]) -> Tensor:
-    batch = collate(rows)
-    return model.eval()(batch.input_ids, batch.positions, batch.rows)  # (R,)
-
-
-@torch.no_grad()
-def reference_logits(model: OPTForCausalLM, examples: list[Example]) -> Tensor:
-    ids, mask = padded(examples, model.config.pad_token_id)
-    return model.eval()(input_ids=ids, attention_mask=mask).logits[mask.bool()]  # (N, V)
-
-
-@torch.no_grad()
-def reference_rewards(model: OPTForSequenceClassification, rows: list[Example]) -> Tensor:
-    ids, mask = padded(rows, model.config.pad_token_id)
-    return model.eval()(input_ids=ids, attention_mask=mask).logits.squeeze(1)  # (R,)
-
-
-def padded(examples: list[Example], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """The reference's batch: input_ids and attention_mask, each (R, T)."""
-    length = max(len(ids) for ids, _ in examples)
-    ids = torch.tensor([ids + [pad_token_id] * (length - len(ids)) for ids, _ in examples])
-    mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in examples])
-    return ids, mask

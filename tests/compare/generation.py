@@ -1,8 +1,8 @@
-"""minift's `generate` and transformers', with the same weights on the same prompts.
+"""minift's `generate` and `beam_search` against transformers' `generate`: the same weights, the same prompts.
 
-Tokens, in float32: greedy, and beam search over the whole grid of options. A completion that differs is looked into: if
-the two parted over scores that lie closer together than 1e-5, rounding decided, and the difference is explained.
-Sampling: the probabilities that tokens are drawn from, and what was drawn, by a chi-squared test.
+Tokens, in float32: greedy decoding, and beam search over a grid of options. If two completions differ because of scores
+that are closer than 1e-5 to each other, rounding decided, and the difference is only noted.
+Sampling: the probabilities that tokens are drawn from, and the drawn tokens by a chi-squared test.
 """
 
 import copy
@@ -17,17 +17,21 @@ import torch
 import transformers
 from torch import Tensor
 
-from minift.datasets import load_rows
-from minift.encode import prompt_ids_and_reference
-from minift.generate import Options, Search, draw, generate, process
+from minift import processors
+from minift.beam import Search, beam_search
+from minift.encode import encode_prompt, reference_of
+from minift.files.datasets import load_rows
+from minift.files.tokenizer import load_tokenizer
+from minift.files.weights import load_model
+from minift.generate import Options, generate, process_logits
 from minift.model import OPT
 from minift.prompts import TEMPLATES
-from minift.tokenizer import load_tokenizer
-from minift.weights import load_model
 from tests.compare import Check, Setting
+from tests.compare.training import DTYPES, reference_model
+from tests.reference import padded
 
 PROMPTS, NEW_TOKENS = 200, 10
-PROMPTS_EACH = 20  # where every search meets every processor: 72 settings
+PROMPTS_EACH = 20  # for each combination of a search and a processor: 72 settings
 TIE = 1e-5
 REFERENCE_BATCH = 50
 
@@ -56,9 +60,9 @@ DRAWS: list[Chosen] = [
 
 
 def compare(setting: Setting) -> Iterator[Check]:
-    model, reference = load_both(setting, torch.float32)
+    model, reference = load_both(setting, "float32")
     prompts = ragged_prompts(setting, 8 if setting.quick else PROMPTS, model.config.max_position_embeddings)
-    setting.progress(f"generation: what {len(prompts)} prompts end with")
+    setting.progress(f"generation: how completions of {len(prompts)} prompts end")
     end, remark = end_token(model, load_tokenizer(setting.model).eos_token_id, prompts)
 
     crossed = [search | processor for search, processor in product(SEARCHES, PROCESSORS)]
@@ -78,13 +82,13 @@ def compare(setting: Setting) -> Iterator[Check]:
         for chosen, asked in runs:
             setting.progress(f"generation: {what}, {described(chosen)}")
             options = Options(max_new_tokens=NEW_TOKENS, eos_token_id=end, **chosen)
-            for number, gap in parting_gaps(model, reference, asked, options).items():
+            for number, gap in decisive_gaps(model, reference, asked, options).items():
                 if gap < TIE:
                     ties += 1
                 else:
                     differ += 1
-                    where = where or f"prompt {number + 1} with {described(chosen)}: parted by {gap:.1e}"
-        explained = f"{ties} more differ where scores tie within {TIE:g}" if ties else ""
+                    where = where or f"prompt {number + 1} with {described(chosen)}: scores differ by {gap:.1e}"
+        explained = f"{ties} more differ where scores are equal within {TIE:g}" if ties else ""
         on = f"{sum(len(asked) for _, asked in runs):,} completions, {len(runs)} settings"
         note = "; ".join(part for part in (where, explained, remark) if part)
         yield Check("generation", what, on, differ, 0, note)
@@ -93,8 +97,8 @@ def compare(setting: Setting) -> Iterator[Check]:
 
 
 def compare_sampling(setting: Setting, prompts: list[list[int]]) -> Iterator[Check]:
-    # float64 weights: where float32 rounds a probability over the edge of a top-p, a whole token comes or goes.
-    model, reference = load_both(setting, torch.float64)
+    # float64 weights: in float32, rounding at the edge of a top-p adds or removes a whole token.
+    model, reference = load_both(setting, "float64")
     asked = prompts[:: math.ceil(len(prompts) / (4 if setting.quick else 16))]
     samplings = [*(SAMPLINGS[::5] if setting.quick else SAMPLINGS), PROCESSED]
     apart = []
@@ -109,8 +113,8 @@ def compare_sampling(setting: Setting, prompts: list[list[int]]) -> Iterator[Che
         "generation", "probabilities of the next token", on, float(apart[worst]), 1e-6, described(samplings[worst])
     )
 
-    # Short ones, as every draw reads its prompt.
-    model, reference = load_both(setting, torch.float32)
+    # Short ones, because every draw needs a pass over its prompt.
+    model, reference = load_both(setting, "float32")
     asked = [prompt[:1] + prompt[-3:] for prompt in asked[: 2 if setting.quick else 8]]
     draws = 400 if setting.quick else 1000
     statistic, freedom = 0.0, 0
@@ -120,49 +124,51 @@ def compare_sampling(setting: Setting, prompts: list[list[int]]) -> Iterator[Che
         expected = draws * reference_probabilities(reference, asked, options)  # (prompts, V)
         for samples, wanted in zip(generate(model, asked, options), expected, strict=True):
             drawn = torch.tensor([ids[0] for ids in samples]).bincount(minlength=len(wanted))
-            more = chi_squared(drawn, wanted)
-            statistic, freedom = statistic + more[0], freedom + more[1]
+            its_statistic, its_freedom = chi_squared(drawn, wanted)
+            statistic, freedom = statistic + its_statistic, freedom + its_freedom
     on = f"{len(DRAWS) * len(asked) * draws:,} draws, {freedom} degrees of freedom"
     p = chi_squared_tail(statistic, freedom)
     note = f"exceeded by chance with probability {p:.2g}; the tolerance with 0.001"
     yield Check("generation", "chi-squared of drawn tokens", on, statistic, chi_squared_limit(freedom, 0.001), note)
 
 
-# ---- what both complete ----
+# ---- models and prompts ----
 
 
-def load_both(setting: Setting, dtype: torch.dtype) -> tuple[OPT, transformers.OPTForCausalLM]:
-    reference = transformers.OPTForCausalLM.from_pretrained(setting.model, dtype=dtype, local_files_only=True).eval()
-    # A folder's generation_config.json is for its users: here every option is given by name.
+def load_both(setting: Setting, dtype: str) -> tuple[OPT, transformers.OPTForCausalLM]:
+    reference = reference_model(transformers.OPTForCausalLM, setting.model, dtype)
+    # Without the options of the folder's generation_config.json: here all of them are arguments.
     reference.generation_config = transformers.GenerationConfig()
-    return load_model(setting.model, dtype=dtype).eval(), reference
+    return load_model(setting.model, dtype=DTYPES[dtype]), reference
 
 
-def ragged_prompts(setting: Setting, how_many: int, positions: int) -> list[list[int]]:
-    """Prompts from all over the data, some with the beginning of their answer: one of ten whole, 1 to 40 tokens of
-    the others, from their end."""
-    tokenizer = load_tokenizer(setting.model)
+def ragged_prompts(setting: Setting, count: int, max_positions: int) -> list[list[int]]:
+    """Return prompts from all parts of the data, some with the beginning of their answer.
+
+    One in ten is whole; of the others the last 1 to 40 tokens are kept.
+    """
+    tokenizer, template = load_tokenizer(setting.model), TEMPLATES["course"]
     rows = load_rows(setting.data)
-    how_many = min(how_many, len(rows))
+    count = min(count, len(rows))
     start = tokenizer.encode("")
+    room = max_positions - NEW_TOKENS - len(start)
     prompts = []
-    for number in range(how_many):
-        prompt, answer = prompt_ids_and_reference(rows[number * len(rows) // how_many], tokenizer, TEMPLATES["course"])
-        answer_ids = tokenizer.encode(answer)[len(start) :]
-        ids = [*prompt, *answer_ids[: len(answer_ids) * (number % 4) // 4]][len(start) :]
-        room = positions - NEW_TOKENS - len(start)
+    for number in range(count):
+        row = rows[number * len(rows) // count]
+        answer = tokenizer.encode(reference_of(row, tokenizer, template))[len(start) :]
+        ids = [*encode_prompt(row, tokenizer, template), *answer[: len(answer) * (number % 4) // 4]][len(start) :]
         prompts.append([*start, *ids[-min(room, 1 + number % 40 if number % 10 else len(ids)) :]])
     return prompts
 
 
 def end_token(model: OPT, eos: int, prompts: list[list[int]]) -> tuple[int, str]:
-    """A token that ends some completions and not others, and a remark if that is not the model's own."""
+    """Return a token that ends some completions and not others, and a remark if it is not the model's own EOS."""
     completions = [set(ids) for (ids,) in generate(model, prompts, Options(max_new_tokens=NEW_TOKENS))]
     ended = Counter(token for ids in completions for token in ids)
     if 4 * ended[eos] >= len(prompts):
         return eos, ""
-    stand_in = min(ended, key=lambda token: (abs(ended[token] - len(prompts) / 2), token))
-    return stand_in, f"token {stand_in} is the end here: the model ends {ended[eos]} of {len(prompts)} by itself"
+    token = min(ended, key=lambda token: (abs(ended[token] - len(prompts) / 2), token))
+    return token, f"token {token} is the EOS here: the model's own ends {ended[eos]} of {len(prompts)}"
 
 
 def described(chosen: Chosen) -> str:
@@ -172,19 +178,23 @@ def described(chosen: Chosen) -> str:
 # ---- tokens ----
 
 
-def parting_gaps(
+def complete(model: OPT, prompts: Sequence[list[int]], options: Options) -> list[list[int]]:
+    """Return minift's completion of each prompt."""
+    return [ids for (ids,) in (beam_search if options.num_beams > 1 else generate)(model, prompts, options)]
+
+
+def decisive_gaps(
     model: OPT, reference: transformers.OPTForCausalLM, prompts: Sequence[list[int]], options: Options
 ) -> dict[int, float]:
-    """The prompts whose completions differ, and how far apart the scores lie over which the two sides parted."""
-    ours = [ids for (ids,) in generate(model, prompts, options)]
-    theirs = reference_completions(reference, prompts, options)
+    """Return which prompts' completions differ, and the gap between the scores that decided so."""
+    ours, theirs = complete(model, prompts, options), reference_completions(reference, prompts, options)
     differing = [number for number in range(len(prompts)) if ours[number] != theirs[number]]
     if not differing:
         return {}
     exact = copy.deepcopy(reference).double()
     if options.num_beams == 1:
         return {n: gap_of_tokens(exact, prompts[n], ours[n], theirs[n], options) for n in differing}
-    # Once more, looking on: both are deterministic.
+    # Run both again, recording the beams: both are deterministic.
     our_beams, finished = watched_searches(model, prompts, options)
     their_beams: dict[int, list[list[list[int]]]] = {}
     reference_completions(reference, prompts, options, watch=their_beams)
@@ -200,26 +210,25 @@ def reference_completions(
     options: Options,
     watch: dict[int, list[list[list[int]]]] | None = None,
 ) -> list[list[int]]:
-    """What transformers' `generate` gives for each prompt, in batches of like length that are padded on the left.
+    """Return transformers' completions; prompts of similar length share a batch, padded on the left.
 
-    `watch` takes, for each prompt, the new ids of its beams as they are after 0, 1, … tokens.
+    `watch` receives, for each prompt, the new ids of its beams after 0, 1, … tokens.
     """
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     found: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(by_length), REFERENCE_BATCH):
         numbers = by_length[start : start + REFERENCE_BATCH]
-        input_ids, mask = left_padded([prompts[number] for number in numbers], reference.config.pad_token_id)
-        width = input_ids.shape[1]
+        inputs = padded([prompts[number] for number in numbers], reference.config.pad_token_id, side="left")
+        width = inputs["input_ids"].shape[1]
 
-        def look_on(ids: Tensor, scores: Tensor, numbers: list[int] = numbers, width: int = width) -> Tensor:
+        def record(ids: Tensor, scores: Tensor, numbers: list[int] = numbers, width: int = width) -> Tensor:
             if watch is not None:
                 for number, beams in zip(numbers, ids[:, width:].unflatten(0, (len(numbers), -1)), strict=True):
                     watch.setdefault(number, []).append(beams.tolist())
             return scores
 
         together = reference.generate(
-            input_ids,
-            attention_mask=mask,
+            **inputs,
             do_sample=False,
             max_new_tokens=options.max_new_tokens,
             min_new_tokens=options.min_new_tokens or None,
@@ -230,7 +239,7 @@ def reference_completions(
             no_repeat_ngram_size=options.no_repeat_ngram_size,
             eos_token_id=options.eos_token_id,
             pad_token_id=reference.config.pad_token_id,
-            logits_processor=[look_on],
+            logits_processor=[record],
         )
         for number, ids in zip(numbers, together[:, width:].tolist(), strict=True):
             end = ids.index(options.eos_token_id) + 1 if options.eos_token_id in ids else len(ids)
@@ -238,30 +247,24 @@ def reference_completions(
     return found
 
 
-def left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(map(len, prompts))
-    ids = [[pad] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids), torch.tensor(mask)  # (R, T) each
-
-
 def watched_searches(
     model: OPT, prompts: Sequence[list[int]], options: Options
 ) -> tuple[dict[int, list[list[list[int]]]], dict[int, list[list[list[int]]]]]:
-    """Of minift's beam searches, for each prompt: the new ids of the beams, and of the finished, after each token."""
+    """Run minift's beam searches; return the beams and the finished completions of each prompt after each token."""
     beams: dict[int, list[list[list[int]]]] = {}
     finished: dict[int, list[list[list[int]]]] = {}
+    numbers: dict[int, int] = {}  # id of a search → number of its prompt: searches begin in the order of the prompts
     advance = Search.advance
 
-    def look_on(search: Search, *arguments: Any) -> list[int]:
+    def record(search: Search, *arguments: Any) -> list[int]:
+        number = numbers.setdefault(id(search), len(numbers))
         answer = advance(search, *arguments)
-        new = slice(len(prompts[search.prompt]), None)
-        beams.setdefault(search.prompt, []).append([ids[new] for ids in search.beams])
-        finished.setdefault(search.prompt, []).append([ids for _, ids in search.finished])
+        beams.setdefault(number, []).append([ids[len(prompts[number]) :] for ids in search.beams])
+        finished.setdefault(number, []).append([ids for _, ids in search.finished])
         return answer
 
-    with mock.patch.object(Search, "advance", look_on):
-        generate(model, prompts, options)
+    with mock.patch.object(Search, "advance", record):
+        beam_search(model, prompts, options)
     return beams, finished
 
 
@@ -269,20 +272,20 @@ def watched_searches(
 def scores_along(
     exact: transformers.OPTForCausalLM, prompt: list[int], ids: list[int], options: Options
 ) -> list[float]:
-    """The score of each new id given those before it, in float64, as the choice between tokens sees it."""
+    """Return the processed score, in float64, of each new id given those before it."""
     logits = exact(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]  # (new, V)
     scores = logits if options.num_beams == 1 else logits.log_softmax(1)
     return [
-        float(process(scores[place, None], [prompt + ids[:place]], [place], options)[0, token])
-        for place, token in enumerate(ids)
+        float(process_logits(scores[index, None], [prompt + ids[:index]], [index], options)[0, token])
+        for index, token in enumerate(ids)
     ]
 
 
 def gap_of_tokens(
     exact: transformers.OPTForCausalLM, prompt: list[int], ours: list[int], theirs: list[int], options: Options
 ) -> float:
-    """How far apart the two tokens lie at which two greedy completions part."""
-    length = next(place for place, (a, b) in enumerate(zip(ours, theirs, strict=False), 1) if a != b)
+    """Return the gap between the scores of the first two tokens in which two greedy completions differ."""
+    length = next(length for length, (a, b) in enumerate(zip(ours, theirs, strict=False), 1) if a != b)
     ours, theirs = (scores_along(exact, prompt, ids[:length], options) for ids in (ours, theirs))
     return abs(ours[-1] - theirs[-1])
 
@@ -296,8 +299,11 @@ def gap_of_beams(
     answers: tuple[list[int], list[int]],
     options: Options,
 ) -> float:
-    """How far apart the scores lie over which two beam searches part: at the first step whose beams are not the same,
-    or else where sequences end: at the close of the search, or when the two answers came up."""
+    """Return the gap between the scores that made two beam searches differ.
+
+    It is at the first step with different beams; if there is none, it is where a completion ends: at the end of the
+    search, or when either of the two answers was a beam.
+    """
 
     def total(ids: list[int]) -> float:
         return sum(scores_along(exact, prompt, ids, options))
@@ -305,7 +311,7 @@ def gap_of_beams(
     def final(ids: list[int]) -> float:
         return total(ids) / len(ids) ** options.length_penalty
 
-    # Before the first token theirs has a look too; after the last one neither has beams.
+    # The reference also records its beams before the first token; after the last one there are none.
     for mine, yours in zip(our_beams[:-1], their_beams[1:], strict=False):
         only_mine = sorted(total(ids) for ids in mine if ids not in yours)
         only_yours = sorted(total(ids) for ids in yours if ids not in mine)
@@ -323,26 +329,18 @@ def gap_of_beams(
 
 
 def probabilities(model: OPT, prompts: Sequence[list[int]], options: Options) -> Tensor:
-    """The probabilities `(R, V)` that minift draws each prompt's next token from."""
-    drawn_from = []
-
-    def look_on(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-        drawn_from.append(probabilities)
-        return draw(probabilities, uniforms)
-
-    with mock.patch("minift.generate.draw", look_on):
+    """Return the probabilities `(R, V)` that minift draws each prompt's next token from."""
+    with mock.patch.object(processors, "sample", wraps=processors.sample) as sample:
         generate(model, prompts, options)
-    return torch.cat(drawn_from)
+    return torch.cat([call.args[0] for call in sample.call_args_list])
 
 
 def reference_probabilities(
     reference: transformers.OPTForCausalLM, prompts: Sequence[list[int]], options: Options
 ) -> Tensor:
-    """The same of transformers' `generate`."""
-    input_ids, mask = left_padded(prompts, reference.config.pad_token_id)
+    """Return the probabilities `(R, V)` that transformers draws each prompt's next token from."""
     answer = reference.generate(
-        input_ids,
-        attention_mask=mask,
+        **padded(prompts, reference.config.pad_token_id, side="left"),
         do_sample=True,
         max_new_tokens=1,
         temperature=options.temperature,
@@ -357,7 +355,7 @@ def reference_probabilities(
 
 
 def chi_squared(drawn: Tensor, expected: Tensor) -> tuple[float, int]:
-    """Pearson's statistic of counts `(V,)`, and its degrees of freedom; cells of fewer than 5 expected are pooled."""
+    """Return Pearson's statistic of counts `(V,)` and its degrees of freedom; cells with fewer than 5 are pooled."""
     if drawn[expected == 0].any():
         return math.inf, 0
     rare = expected < 5
@@ -371,13 +369,13 @@ def chi_squared(drawn: Tensor, expected: Tensor) -> tuple[float, int]:
 
 
 def chi_squared_tail(statistic: float, freedom: int) -> float:
-    """The probability of a statistic at least as large."""
+    """Return the probability of a statistic at least as large."""
     half = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
 def chi_squared_limit(freedom: int, probability: float) -> float:
-    """The statistic that is exceeded with this probability, by bisection."""
+    """Return the statistic that is exceeded with this probability, by bisection."""
     low, high = 0.0, 10.0 * freedom + 100.0
     while high - low > 1e-6:
         middle = (low + high) / 2

@@ -1,32 +1,79 @@
-"""One HTML page of a comparison: both sides' loss curves drawn over each other, the table, the differences."""
+"""The results of a comparison as files: one HTML page with both sides' loss curves, and a README in Markdown."""
 
 from collections.abc import Sequence
+from functools import partial
 from html import escape
-from typing import TYPE_CHECKING
 
-from minift.report import STYLE, Curve, _chart
-from tests.compare import Check
+from minift.run.charts import Curve, chart
+from minift.run.report import STYLE
+from tests.compare import Check, Difference
 
-if TYPE_CHECKING:
-    from tests.compare.differences import Difference
-
-# The reference's curve is broad and pale and minift's thin on top of it, so that both are seen where they coincide.
+# The reference's curve is broad and pale, and minift's is thin and on top, so that both show where they coincide.
 OWN_STYLE = """
 path.trl { stroke: var(--train); stroke-width: 6; stroke-linecap: round; } span.trl::before { color: var(--train); }
 path.minift { stroke: var(--smooth); } span.minift::before { color: var(--smooth); }
-path.apart { stroke: var(--eval); } circle.apart { fill: var(--eval); } figcaption span { margin-left: .8rem; }
+path.distance { stroke: var(--eval); } circle.distance { fill: var(--eval); } figcaption span { margin-left: .8rem; }
 td.agree { color: var(--good); } td.disagree { color: var(--eval); font-weight: bold; } td.note { color: var(--dim); }
 main { max-width: 1400px; } .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }
 """
+README = """# minift and the packages it replaces, side by side
+
+```sh
+make compare                  # everything below; also writes runs/compare/report.html, with the loss curves
+make compare ONLY=bleu,masks  # some sections: {sections}
+make compare MODEL=… DATA=…   # your own model and rows (or pairs)
+make compare ARGS=--faults    # plants ten faults in minift, one at a time; each must be noticed
+```
+
+`make compare` trains minift and trl from the same weights on the same rows, and compares tokenizer, masks, model,
+generation, BLEU and files with the packages that minift replaces. The exit status is 1 if anything disagrees. Without
+ONLY, MODEL, DATA and ARGS it writes this file.
+
+In the table, "largest" is the largest difference: relative for losses and norms; for things that must be equal, the
+number of those that are not. Where float32 runs disagree, the note gives each side's distance from float64: a ReLU's
+gradient jumps at 0, so on some machines rounding alone can move the final weights by more than 1e-5.
+
+{facts}
+
+```
+{table}
+```
+
+{verdict}.
+
+## Deliberate differences
+
+{differences}
+"""
+
+
+def readme(
+    facts: dict[str, str],
+    table: Sequence[str],
+    verdict: str,
+    differences: Sequence[Difference],
+    sections: Sequence[str],
+) -> str:
+    """Return README.md; `table` has the lines that the command printed."""
+    return README.format(
+        sections=" ".join(sections),
+        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        table="\n".join(table),
+        verdict=verdict[:1].upper() + verdict[1:],
+        differences="\n".join(
+            f"- **{name}**\n  - minift: {minift}\n  - reference: {reference}\n  - reason: {reason}"
+            for name, minift, reference, reason in (map(partial(escape, quote=False), each) for each in differences)
+        ),
+    )
 
 
 def page(
     checks: Sequence[Check],
-    differences: Sequence["Difference"],
+    differences: Sequence[Difference],
     curves: dict[str, dict[str, list[float]]],
     facts: dict[str, str],
 ) -> str:
-    """The whole page. `facts` says what was compared: versions, model, data."""
+    """Return the HTML page. `facts` says what was compared: versions, model, data."""
     agreed = sum(check.agrees for check in checks)
     parts = [
         "<h1>minift and the reference, side by side</h1>",
@@ -36,24 +83,11 @@ def page(
     if curves:
         parts += ["<h2>Loss curves</h2>", *(figures(title, sides) for title, sides in curves.items())]
     if checks:
-        rows = [
-            [
-                check.section,
-                check.what,
-                check.on,
-                f"{check.difference:.1e}" if check.difference else "0",
-                f"{check.tolerance:.2g}",
-                "agree" if check.agrees else "DISAGREE",
-                check.note,
-            ]
-            for check in checks
-        ]
         head = ["section", "what", "on", "largest difference", "tolerance", "", "note"]
-        parts += ["<h2>Comparisons</h2>", table(head, rows)]
+        parts += ["<h2>Comparisons</h2>", table(head, [[*check.cells, check.note] for check in checks])]
     if differences:
-        rows = [[each.name, each.minift, each.reference, each.reason] for each in differences]
         head = ["", "minift", "reference", "reason"]
-        parts += ["<h2>Deliberate differences</h2>", table(head, rows)]
+        parts += ["<h2>Deliberate differences</h2>", table(head, differences)]
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -64,11 +98,11 @@ def page(
 
 
 def figures(title: str, sides: dict[str, list[float]]) -> str:
-    """Both loss curves in one chart, and beside it how far they are apart at each step."""
+    """Return a chart of both loss curves, and one of their relative difference in each step."""
     ours, theirs = ([*enumerate(sides[name], start=1)] for name in ("minift", "trl"))
-    both = _chart("loss", [Curve("trl", "trl", theirs), Curve("minift", "minift", ours)])
-    apart = [(step, abs(a - b) / abs(b) if b else abs(a)) for (step, a), (_, b) in zip(ours, theirs, strict=False)]
-    between = _chart("relative difference", [Curve("apart", "relative difference", apart)])
+    both = chart("loss", [Curve("trl", "trl", theirs), Curve("minift", "minift", ours)])
+    distances = [(step, abs(a - b) / abs(b) if b else abs(a)) for (step, a), (_, b) in zip(ours, theirs, strict=False)]
+    between = chart("relative difference", [Curve("distance", "relative difference", distances)])
     return (
         '<div class="pair">'
         f"<figure><figcaption><b>{escape(title)}</b><span class='trl'>trl</span><span class='minift'>minift</span>"
@@ -79,8 +113,8 @@ def figures(title: str, sides: dict[str, list[float]]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     titles = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>" if any(head) else ""
-    kinds = {"agree": ' class="agree"', "DISAGREE": ' class="disagree"'}
+    classes = {"agree": ' class="agree"', "DISAGREE": ' class="disagree"'}
     lines = "".join(
-        f"<tr>{''.join(f'<td{kinds.get(cell, str())}>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+        f"<tr>{''.join(f'<td{classes.get(cell, str())}>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
     return f"<table>{titles}{lines}</table>"

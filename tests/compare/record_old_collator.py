@@ -1,17 +1,17 @@
-"""Record what trl 0.11.4's `DataCollatorForCompletionOnlyLM` makes of rows, its failures included: old_collator.json.
+"""Record in old_collator.json what trl 0.11.4's `DataCollatorForCompletionOnlyLM` makes of rows, failures included.
 
-It needs an environment of its own, as that trl can't share one with the trl of today. From the repository's root:
+That trl does not work with today's packages, so this script needs another environment. From the repository's root:
 
     python3.11 -m venv /tmp/old
     /tmp/old/bin/python -m pip install torch==2.13.0 "numpy<2" pyarrow==17.0.0 rich==15.0.0 \\
         transformers==4.43.4 trl==0.11.4 peft==0.14.0 datasets==3.2.0 accelerate==0.34.2
     /tmp/old/bin/python tests/compare/record_old_collator.py
 
-What fails depends on the vocabulary. A folder as argument, with facebook/opt-350m's vocab.json, merges.txt and
-tokenizer_config.json, records the cases with OPT's own too; without it the file keeps what it has of them.
+What fails depends on the vocabulary. Given a folder with facebook/opt-350m's vocab.json, merges.txt and
+tokenizer_config.json, the script also records the cases with OPT's own vocabulary; otherwise it keeps the earlier ones.
 
-The collator looks for the ids of the response template, as it is tokenised by itself, in the ids of the whole text, and
-supervises what follows the last match. Nothing of minift is imported here: what is recorded owes nothing to it.
+The collator searches the ids of the whole text for those of the response template tokenised alone, and supervises what
+follows the last match. minift is not imported, so that the record does not depend on it.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ COURSE = "### Response:\n"
 
 ASK = "Write a function that doubles."
 ANSWER = "def double(number):\n    return 2 * number"
-# Each is a row, of which the course's text is made, or a text; and where the collator fails, why. `minift` says what
-# minift does there: "supervised" are the response and its end token, "dropped" is a row that it names.
+# A row, which goes through the course's template, or a text; and an explanation if the collator fails. `minift` says
+# what minift does then: "supervised" are the response and its end token, "dropped" is a row that it names.
 CASES = [
     {"name": "a row without input", "row": {"instruction": ASK, "output": ANSWER}},
     {"name": "a row with input", "row": {"instruction": "Sort them.", "input": "3, 1, 2", "output": "1, 2, 3"}},
@@ -59,7 +59,7 @@ CASES = [
         "row": {"instruction": "Complete the body.", "output": "    return 2 * number"},
         "minift": "supervised",
         "explanation": "The template's line end and the response's indent are one token of this vocabulary: nothing is "
-        "supervised. OPT's own vocabulary has no such token, and there the row would do.",
+        "supervised. OPT's own vocabulary does not have this token, and the collator handles the row.",
     },
     {
         "name": "a template that ends in a space",
@@ -67,16 +67,16 @@ CASES = [
         "response_template": "### Response: ",
         "completion": ANSWER,
         "minift": "supervised",
-        "explanation": "Byte-level BPE puts a space into the token of the word after it; alone at the template's end "
-        "it is a token that no text has there: nothing is supervised.",
+        "explanation": "Byte-level BPE puts a space into the token of the next word; alone at the template's end it is "
+        "another token, which the text does not have: nothing is supervised.",
     },
     {
         "name": "a template from the middle of a line",
         "row": {"instruction": ASK, "output": ANSWER},
         "response_template": "Response:\n",
         "minift": "supervised",
-        "explanation": "In the text a space comes before the word and belongs to its token; tokenised by itself the "
-        "template begins with another token: nothing is supervised.",
+        "explanation": "In the text the word's token includes the space before it; tokenised alone, the template "
+        "begins with another token: nothing is supervised.",
     },
     {
         "name": "a template in another case",
@@ -90,30 +90,29 @@ CASES = [
         "name": "a response that quotes the template",
         "row": {"instruction": "Show a prompt.", "output": f"It ends in:\n{COURSE}and then the answer."},
         "minift": "supervised",
-        "explanation": "The last match wins, and it is the quotation: what the response says before it is taken for "
-        "prompt.",
+        "explanation": "The last match is the quotation: the response before it counts as the prompt.",
     },
     {
         "name": "the end token for padding",
         "row": {"instruction": ASK, "output": ANSWER},
         "pad_token": "</s>",
         "minift": "supervised",
-        "explanation": "Labels of padding are masked by their id, and with it goes every end token: the model never "
-        "learns to stop.",
+        "explanation": "Labels are masked where they have the padding's id, which is also that of every end token: the "
+        "model never learns to stop.",
     },
     {
         "name": "no end token in the text",
         "text": f"### Instruction:\n{ASK}\n\n{COURSE}{ANSWER}",
         "completion": ANSWER,
         "minift": "supervised",
-        "explanation": "Nobody adds one: the model never learns to stop.",
+        "explanation": "The collator adds none: the model never learns to stop.",
     },
     {
         "name": "a response that spells the end token",
         "row": {"instruction": "How does a text end?", "output": "With `</s>`, like this."},
         "minift": "supervised",
-        "explanation": "The four characters become the token itself: the model learns to stop in the middle, and a row "
-        "can end its own response.",
+        "explanation": "The four characters become the token itself: the model learns to stop in the middle, and a "
+        "row's text can end its response.",
     },
     {
         "name": "a response that spells the padding token",
@@ -143,7 +142,7 @@ def main() -> None:
 
 
 def record(case: dict, folder: Path) -> dict:
-    """A case as it goes into the file. It is collated beside a longer row, so that there is padding."""
+    """Return a case as the file has it. It is collated beside a longer row, so that there is padding."""
     response_template = case.get("response_template", COURSE)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = case.get("pad_token", tokenizer.pad_token)
@@ -156,14 +155,14 @@ def record(case: dict, folder: Path) -> dict:
 
 
 def record_data(folder: Path) -> dict:
-    """What it makes of every row of the shipped data: digests of its ids and labels, and the rows it can't use."""
+    """Return digests of the ids and labels of every row of the shipped data, and the rows that it cannot use."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = [json.loads(line) for line in (ROOT / DATA).read_text(encoding="utf-8").splitlines()]
     digests, not_found = [], []
     for start in range(0, len(rows), ROWS_A_DIGEST):
         texts = [course_text(row) for row in rows[start : start + ROWS_A_DIGEST]]
         collated = collate(texts, tokenizer, COURSE, None)
-        not_found += [start + place for place, (_, labels) in enumerate(collated) if set(labels) == {-100}]
+        not_found += [start + number for number, (_, labels) in enumerate(collated) if set(labels) == {-100}]
         digests.append(digest(collated))
     return {"rows_a_digest": ROWS_A_DIGEST, "rows": len(rows), "not_found": not_found, "digests": digests}
 
@@ -174,10 +173,10 @@ def course_text(row: dict) -> str:
 
 
 def collate(texts: list[str], tokenizer, response_template: str, max_length: int | None) -> list:
-    """(input_ids, labels) of each text in one batch, its padding taken away again."""
+    """Collate texts in one batch; return input_ids and labels of each without the padding."""
     encoded = [tokenizer(text, truncation=max_length is not None, max_length=max_length) for text in texts]
     collator = DataCollatorForCompletionOnlyLM(response_template, tokenizer=tokenizer)
-    with warnings.catch_warnings(action="ignore"):  # one for each row that it can't use
+    with warnings.catch_warnings(action="ignore"):  # one for each row that it cannot use
         batch = collator([dict(row) for row in encoded])
     lengths = [len(row.input_ids) for row in encoded]
     columns = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True)
@@ -185,12 +184,12 @@ def collate(texts: list[str], tokenizer, response_template: str, max_length: int
 
 
 def digest(rows: list) -> str:
-    """Of [[input_ids, labels], …]: masks.py has the same function for minift's."""
+    """Return a digest of [[input_ids, labels], …]; masks.py has the same function for minift's."""
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def readable(recorded: dict) -> str:
-    """JSON with the fields of a case one a line."""
+    """Return JSON with one field of a case in each line."""
     parts = []
     for name, part in recorded.items():
         cases = [",\n".join(f"   {json.dumps(key)}: {json.dumps(case[key])}" for key in case) for case in part["cases"]]

@@ -1,7 +1,7 @@
 """The tokenizer against transformers' `AutoTokenizer` of the same folder: ids of texts, and texts of ids.
 
-A special token's name in a text is text to minift. The reference does the same when asked to (`split_special_tokens`),
-and by default takes it for the token, which minift takes a `Special` piece for: both are compared.
+minift reads a special token's name in a text as text. The reference does so with `split_special_tokens=True`; by
+default it reads the token, for which minift has `Special` pieces. Both ways are compared.
 """
 
 import random
@@ -11,51 +11,27 @@ from itertools import islice
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from minift.datasets import load_rows
-from minift.tokenizer import Special, load_tokenizer
+from minift.files.datasets import load_rows
+from minift.files.tokenizer import load_tokenizer
+from minift.tokenizer import Special
 from tests.compare import Check, Setting
 
 SECTION = "tokenizer"
 SEED = 0
-HARD, FROM_ROWS = 2000, 2000  # strings made here, and strings of the data
+HARD, FROM_ROWS = 2000, 2000  # random strings, and strings of the data
+# fmt: off
 FRAGMENTS = [
-    *(
-        "def f(x):\n    return x",
-        "word",
-        "B",
-        " a",
-        "'s",
-        "'ll",
-        "I'M",
-        "123",
-        "3.14e-9",
-        "__init__",
-        "{}",
-        "\\n",
-        "#" * 9,
-    ),
-    *(
-        " ",
-        "   ",
-        "\n",
-        "\n\n",
-        "\n    ",
-        "\t",
-        "\r\n",
-        "\v",
-        "\0",
-        "\x7f",
-        "\xa0",
-        "\u2003",
-        "\u3000",
-        "\u2028",
-        "\x85",
-    ),
-    *("é", "e\u0301", "ﬁ", "ß", "İ", "中文", "한", "हिन्दी", "\u202eعربى", "\u200b", "\ufeff", "\ufffd", "\U0010ffff"),
-    *("😀", "👩\u200d👩\u200d👧", "\U0001f1e9\U0001f1ea", "☎\ufe0f", "<|endoftext|>", "</ s>", "</S>", "< pad>", "<s>"),
+    "def f(x):\n    return x", "word", "B", " a", "'s", "'ll", "I'M", "123", "3.14e-9", "__init__", "{}", "\\n",
+    "#" * 9,
+    " ", "   ", "\n", "\n\n", "\n    ", "\t", "\r\n", "\v", "\0", "\x7f",
+    "\xa0", "\u2003", "\u3000", "\u2028", "\x85",
+    "é", "e\u0301", "ﬁ", "ß", "İ", "中文", "한", "हिन्दी", "\u202eعربى", "\u200b", "\ufeff", "\ufffd", "\U0010ffff",
+    "😀", "👩\u200d👩\u200d👧", "\U0001f1e9\U0001f1ea", "☎\ufe0f",
+    "<|endoftext|>", "</ s>", "</S>", "< pad>", "<s>",
 ]
-NO_TOKEN = 7  # OPT's embedding has so many rows more than there are tokens
-BLOCKS = [(0, 0x80), (0x80, 0xD800), (0xE000, 0x110000)]  # all of Unicode but the halves of a UTF-16 pair
+# fmt: on
+NO_TOKEN = 7  # OPT's embedding has this many more rows than there are tokens
+BLOCKS = [(0, 0x80), (0x80, 0xD800), (0xE000, 0x110000)]  # all of Unicode except the halves of UTF-16 pairs
 
 
 def compare(setting: Setting) -> Iterator[Check]:
@@ -81,7 +57,7 @@ def compare(setting: Setting) -> Iterator[Check]:
 
 
 def hard_texts(names: Sequence[str], count: int) -> list[str]:
-    """Fragments that BPE and pre-tokenisers trip over, glued at random, and random characters from all of Unicode."""
+    """Return random sequences of fragments that are difficult for BPE and pre-tokenisers, and of any characters."""
     rng = random.Random(SEED)
     fragments = [*FRAGMENTS, *names, *names]
     glued = ["".join(rng.choices(fragments, k=rng.randrange(12))) for _ in range(count // 2)]
@@ -90,13 +66,13 @@ def hard_texts(names: Sequence[str], count: int) -> list[str]:
 
 
 def texts_of_rows(setting: Setting, count: int) -> list[str]:
-    """The first texts of the data, whatever their fields are called."""
+    """Return the first texts of the data, from any field."""
     texts = (value for row in load_rows(setting.data) for value in row.values() if isinstance(value, str))
     return [*islice(dict.fromkeys(texts), count)]
 
 
 def random_ids(size: int, count: int) -> list[list[int]]:
-    """Ids that no text gave: halves of characters, special tokens in odd places, ids without a token."""
+    """Return ids that no text encodes to: halves of characters, special tokens anywhere, ids without a token."""
     rng = random.Random(SEED)
     return [[rng.randrange(size) for _ in range(rng.randrange(1, 30))] for _ in range(count)]
 
@@ -106,13 +82,13 @@ def decode_all(reference: PreTrainedTokenizerBase, ids: Sequence[list[int]], ski
 
 
 def as_pieces(text: str, names: Sequence[str]) -> list[str]:
-    """A text with the special tokens it names as `Special` pieces."""
+    """Return a text as pieces: `Special` for the special tokens that it spells."""
     parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
-    # The first part is plain, "" if need be: a BOS that pieces begin with counts as the one `encode` puts in front.
+    # The first piece is plain, perhaps "": `encode` does not add a BOS if the first piece is the BOS.
     return [Special(part) if part in names else part for part in parts]
 
 
 def check(what: str, on: str, given: Sequence, found: Sequence, expected: Sequence) -> Check:
-    wrong = [place for place in range(len(given)) if found[place] != expected[place]]
+    wrong = [number for number in range(len(given)) if found[number] != expected[number]]
     note = f"the first: {given[wrong[0]]!r}" if wrong else ""
     return Check(SECTION, what, on, len(wrong), 0, note)

@@ -1,4 +1,4 @@
-"""What the sections that train share: minift's loop and trl's, from the same weights over the same rows."""
+"""Training for the sections that train: minift's loop and trl's trainers, from the same weights, on the same rows."""
 
 import json
 import logging
@@ -6,9 +6,10 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import datasets
@@ -18,20 +19,27 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_callback import PrinterCallback
+from trl import RewardConfig, RewardTrainer, SFTConfig
 
-from minift.batching import Batch, PairBatch, Sampler
+from minift.batching import Loader
 from minift.config import Config
+from minift.files.datasets import TRAINING_SCHEMAS, Row, load_rows
+from minift.files.weights import read_config
+from minift.model import set_dropout
 from minift.trainer import LossFunction, Task, train
 from tests.compare import Check, Setting
+from tests.reference import MemoryRecorder, own_name, write_nothing
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 SEED = 42
 BATCH_SIZE, GRAD_ACCUM = 2, 2
-LEAST_STEPS = 60
+MIN_STEPS = 60
+MAX_LENGTH = 1024  # trl's default
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0}
-# Softmax ignores what a constant in all keys adds to a query's scores.
-IMMATERIAL = "k_proj.bias"
+# A constant added to all keys does not change a softmax, so the exact gradient of this bias is 0.
+WITHOUT_EFFECT = "k_proj.bias"
+TITLES = {"sft": "SFT", "lora": "LoRA", "reward": "Reward model"}  # of the loss curves
 
 
 class Plan(NamedTuple):
@@ -44,28 +52,53 @@ class Plan(NamedTuple):
     schedule: str = "linear"
     warmup_steps: int = 0
     weight_decay: float = 0.0
-    is_smooth: bool = False  # GELU in the place of ReLU, whose gradient jumps
+    is_smooth: bool = False  # with GELU instead of ReLU, whose gradient jumps
 
     @property
     def name(self) -> str:
         return f"{self.dtype}, {self.order}" + (", GELU" if self.is_smooth else "")
 
 
+ONE_EPOCH = Plan("float32", "sequential", 2e-5, 1)
+
+
 class Outcome(NamedTuple):
-    """What one side's training left behind."""
+    """What one side's training produced."""
 
     steps: list[dict[str, float]]  # of each optimiser step: loss, grad_norm, lr and the task's metrics
     before: dict[str, Tensor]  # the trained parameters, by minift's names
     after: dict[str, Tensor]
+    scores: Sequence[float] = ()  # of a reward model after training
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' progress bars, warnings and advice, which would be printed between the table's lines."""
+    bars = not are_progress_bars_disabled()
+    disabled, verbosity = logging.root.manager.disable, transformers.logging.get_verbosity()
+    disable_progress_bars()
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(disabled)
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            enable_progress_bars()
 
 
 def plans(rows: int, lr: float, *, quick: bool, smooth: bool = False) -> list[Plan]:
-    """Both orders, first in float64; the shuffled ones with warm-up, a cosine and weight decay beside.
+    """Return a plan for each order and dtype, float64 first; the shuffled ones add warm-up, a cosine and weight decay.
 
-    If `smooth`, also once in float32 with a GELU, which leaves no excuse for a difference.
+    `smooth` adds one in float32 with GELU, where no jump of a gradient can explain a difference.
     """
     steps_per_epoch = math.ceil(rows / (BATCH_SIZE * GRAD_ACCUM))
-    epochs = 2 if quick else max(2, math.ceil(LEAST_STEPS / steps_per_epoch))
+    epochs = 2 if quick else max(2, math.ceil(MIN_STEPS / steps_per_epoch))
     varied = {"schedule": "cosine", "warmup_steps": 2 if quick else 6, "weight_decay": 0.01}
     both = [
         Plan(dtype, order, lr, epochs, **(varied if order == "shuffled" else {}))
@@ -76,7 +109,7 @@ def plans(rows: int, lr: float, *, quick: bool, smooth: bool = False) -> list[Pl
 
 
 def model_folder(setting: Setting, plan: Plan) -> Path:
-    """The setting's model, or a copy of it with GELU as its activation."""
+    """Return the setting's model, or a copy of it with GELU as its activation."""
     if not plan.is_smooth:
         return setting.model
     folder = setting.scratch / "smooth"
@@ -88,7 +121,18 @@ def model_folder(setting: Setting, plan: Plan) -> Path:
     return folder
 
 
-def how_much(plan: Plan, rows: int, noun: str = "rows") -> str:
+def length_limit(setting: Setting) -> int:
+    """Return the most tokens that a row may have: trl's default, or the model's positions."""
+    return min(MAX_LENGTH, read_config(setting.model)[0].max_position_embeddings)
+
+
+def plain_rows(setting: Setting, data: Path, schemas: Mapping[str, tuple[str, ...]] = TRAINING_SCHEMAS) -> list[Row]:
+    """Return the rows that do not spell a special token; other sections compare those that do."""
+    special = reference_tokenizer(setting.model).all_special_tokens
+    return [row for row in load_rows(data, schemas) if not any(token in str(row) for token in special)]
+
+
+def extent_of(plan: Plan, rows: int, noun: str = "rows") -> str:
     return f"{plan.epochs * math.ceil(rows / (BATCH_SIZE * GRAD_ACCUM))} steps, {plan.epochs} epochs of {rows} {noun}"
 
 
@@ -96,51 +140,25 @@ def how_much(plan: Plan, rows: int, noun: str = "rows") -> str:
 
 
 def train_minift(
-    model: nn.Module,
-    plan: Plan,
-    rows: int,
-    collated: Callable[[list[int]], Batch | PairBatch],
-    loss: LossFunction,
-    counted: str,
-    folder: Path,
+    model: nn.Module, plan: Plan, examples: Sequence[Any], collate: Callable, loss: LossFunction, unit: str
 ) -> Outcome:
-    """Train `model` through minift's own loop; `collated` turns row numbers into a batch. As in train_sft.py."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Train `model` with minift's own loop, without dropout."""
     config = Config(
         lr=plan.lr,
         epochs=plan.epochs,
-        batch_size=BATCH_SIZE,
-        grad_accum=GRAD_ACCUM,
-        order=plan.order,
         schedule=plan.schedule,
         warmup_steps=plan.warmup_steps,
         weight_decay=plan.weight_decay,
         seed=SEED,
-        device="cpu",
-        dtype=plan.dtype,
     )
-    sampler = Sampler(rows, config.batch_size, config.grad_accum, config.seed, config.order == "shuffled")
-
-    def micro_batches(step: int) -> Iterable[Batch | PairBatch]:
-        return (collated(numbers) for numbers in sampler.micro_batches(step))
-
+    set_dropout(model, 0.0)
     before = trained(model)
+    train_batches = Loader(examples, collate, BATCH_SIZE, GRAD_ACCUM, SEED, plan.order)
+    eval_batches = Loader([], collate, BATCH_SIZE)
+    recorder = MemoryRecorder()
     with quiet():
-        train(
-            Task(
-                model=model,
-                loss=loss,
-                micro_batches=micro_batches,
-                eval_batches=lambda: (),
-                total_steps=config.epochs * sampler.steps_per_epoch,
-                write_model=lambda folder: None,
-                counted=counted,
-            ),
-            config,
-            folder,
-        )
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return Outcome([line for line in lines if line["split"] == "train"], before, trained(model))
+        train(Task(model, loss, train_batches, eval_batches, write_nothing, unit), config, recorder)
+    return Outcome(recorder.lines, before, trained(model))
 
 
 # ---- the reference's side ----
@@ -150,15 +168,25 @@ def reference_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+@quiet()
 def reference_model(kind: type[PreTrainedModel], folder: Path, dtype: str, **config: Any) -> PreTrainedModel:
-    """A transformers model from a local folder, without dropout."""
-    return kind.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True, **NO_DROPOUT, **config)
+    """Return a transformers model from a local folder, without dropout."""
+    return kind.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True, **(NO_DROPOUT | config))
 
 
-def reference_values(plan: Plan, folder: Path) -> dict[str, Any]:
-    """trl's arguments for a plan: only what must be said, so that its own defaults are what is compared."""
-    return {
-        "output_dir": str(folder),
+def make_trainer(
+    trainer_class: type[Trainer],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    scratch: str | Path,
+    plan: Plan = ONE_EPOCH,
+    **values: Any,
+) -> Trainer:
+    """Return one of trl's trainers for some rows: silent, and with all of trl's defaults that the plan leaves alone."""
+    config_class = RewardConfig if issubclass(trainer_class, RewardTrainer) else SFTConfig
+    arguments = {
+        "output_dir": str(scratch),
         "per_device_train_batch_size": BATCH_SIZE,
         "gradient_accumulation_steps": GRAD_ACCUM,
         "num_train_epochs": plan.epochs,
@@ -169,7 +197,7 @@ def reference_values(plan: Plan, folder: Path) -> dict[str, Any]:
         "train_sampling_strategy": "sequential" if plan.order == "sequential" else "random",
         "seed": SEED,
         "use_cpu": True,
-        "bf16": False,  # what trl takes unless told not to
+        "bf16": False,  # trl's default is True
         "gradient_checkpointing": False,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -178,21 +206,34 @@ def reference_values(plan: Plan, folder: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
+    silent_class = type(trainer_class.__name__, (trainer_class,), {"_send_telemetry": lambda trainer: None})
+    trainer = silent_class(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(rows),
+        args=config_class(**arguments | values),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-def train_reference(trainer_class: type[Trainer], **arguments: Any) -> tuple[Outcome, datasets.Dataset]:
-    """Train with one of trl's trainers; give what it did in each step, and the data set as it prepared it."""
+def train_reference(
+    trainer_class: type[Trainer],
+    model: PreTrainedModel,
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    plan: Plan,
+    **values: Any,
+) -> tuple[Outcome, datasets.Dataset]:
+    """Train with one of trl's trainers; return the outcome, and the data set as the trainer prepared it."""
 
     class Recorder(trainer_class):
-        """trl's trainer, noting each step's loss before the trainer adds it up in float32, whatever the model's."""
+        """trl's trainer; records each step's loss before the trainer adds it up in float32 for any model."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.pending: list[float] = []
             self.steps: list[dict[str, float]] = []
-
-        def _send_telemetry(self) -> None:
-            """To nobody."""
 
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             loss = super().training_step(*args, **kwargs)
@@ -205,61 +246,42 @@ def train_reference(trainer_class: type[Trainer], **arguments: Any) -> tuple[Out
                 self.steps.append({**logs, "lr": logs["learning_rate"], "loss": sum(self.pending)})
                 self.pending.clear()
 
-    trainer = Recorder(**arguments)
-    trainer.remove_callback(PrinterCallback)
-    before = trained(trainer.model)
-    trainer.train()
+    with quiet(), TemporaryDirectory() as scratch:
+        trainer = make_trainer(Recorder, model, reference_tokenizer(folder), rows, scratch, plan, **values)
+        before = trained(trainer.model)
+        trainer.train()
     return Outcome(trainer.steps, before, trained(trainer.model)), trainer.train_dataset
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters that are trained, by minift's names for them."""
+    """Return copies of the parameters that are trained, by minift's names for them."""
     return {own_name(name): each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
 
 
-def own_name(name: str) -> str:
-    """minift's name for a parameter of transformers' or peft's, which calls an adapter "default"."""
-    return name.removeprefix("base_model.model.").removeprefix("model.").replace(".default.", ".")
+# ---- the comparison ----
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars, warnings and advice: the table is what is to be read."""
-    bars = not are_progress_bars_disabled()
-    verbosity = transformers.logging.get_verbosity()
-    disable_progress_bars()
-    datasets.disable_progress_bars()
-    datasets.disable_caching()
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            enable_progress_bars()
-
-
-# ---- what is compared ----
+def compare_prepared(section: str, what: str, noun: str, ours: Sequence, theirs: Sequence) -> Check:
+    """Count the examples that trl prepared differently."""
+    wrong = sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
+    return Check(section, what, f"{len(ours)} {noun}", wrong, 0)
 
 
 def compare_outcomes(
-    section: str, plan: Plan, on: str, minift: Outcome, reference: Outcome, exact: Outcome
+    setting: Setting, section: str, plan: Plan, on: str, minift: Outcome, reference: Outcome, exact: Outcome
 ) -> Iterator[Check]:
-    """The loss, gradient norm and learning rate of each step, and the weights at the end.
+    """Compare the loss, gradient norm and learning rate of each step, and the final weights; keep the loss curves.
 
-    A ReLU's gradient jumps at 0. Once in some ten thousand tokens float32 rounds an input to one side of 0 here and to
-    the other there; from then on gradients and weights are apart by more than roundings, and Adam makes the most of it.
-    So where these disagree in float32, how far each side is from `exact`, the reference's training in float64, is told.
+    A ReLU's gradient jumps at 0. About once in ten thousand tokens, float32 rounds an input to different sides of 0 on
+    the two sides. From then on gradients and weights differ by more than rounding, and Adam amplifies it. So where they
+    disagree in float32, a note gives the distance of each side from `exact`, the reference's training in float64.
     """
     tolerance = TOLERANCE[plan.dtype]
     ours, theirs, true = (
         {name: [step[name] for step in outcome.steps] for name in ("loss", "grad_norm", "lr")}
         for outcome in (minift, reference, exact)
     )
+    setting.curves[f"{TITLES[section]}, {plan.name}"] = {"minift": ours["loss"], "trl": theirs["loss"]}
     loss, where = largest_relative(ours["loss"], theirs["loss"])
     yield Check(section, f"loss of each step, {plan.name}", on, loss, tolerance, where)
 
@@ -276,24 +298,24 @@ def compare_outcomes(
     if unmatched:
         yield Check(section, what, "their names", len(unmatched), 0, f"only one side has {unmatched[0]}")
         return
-    # In float64 the noise in a gradient of zero is too small to move anything, so nothing is set apart.
-    immaterial = [name for name in minift.after if name.endswith(IMMATERIAL) and plan.dtype == "float32"]
-    material = [name for name in minift.after if name not in immaterial]
-    difference, where = largest_between(minift.after, reference.after, material)
-    rounding = [largest_between(side.after, exact.after, material)[0] for side in (minift, reference)]
-    check = Check(section, what, extent(minift, material), difference, tolerance, where)
+    # In float64 the noise in a gradient of zero is too small to move a weight, so nothing needs a separate check.
+    separate = [name for name in minift.after if name.endswith(WITHOUT_EFFECT) and plan.dtype == "float32"]
+    others = [name for name in minift.after if name not in separate]
+    difference, where = largest_between(minift.after, reference.after, others)
+    rounding = [largest_between(side.after, exact.after, others)[0] for side in (minift, reference)]
+    check = Check(section, what, extent(minift, others), difference, tolerance, where)
     yield with_rounding(check, plan, *rounding)
-    if immaterial:
-        # Adam makes steps of the learning rate's size out of any gradient, noise included.
+    if separate:
+        # Adam turns any gradient, noise included, into steps of the size of the learning rate.
         bound = 2 * sum(ours["lr"])
-        difference, _ = largest_between(minift.after, reference.after, immaterial)
-        note = "gradient 0 but for rounding, which Adam follows; softmax ignores what it adds to all keys"
-        what = f"{IMMATERIAL} at the end, {plan.name}"
-        yield Check(section, what, extent(minift, immaterial), difference, bound, note)
+        difference, _ = largest_between(minift.after, reference.after, separate)
+        note = "its gradient is 0 up to rounding, which Adam follows; a constant added to all keys changes no softmax"
+        what = f"{WITHOUT_EFFECT} at the end, {plan.name}"
+        yield Check(section, what, extent(minift, separate), difference, bound, note)
 
 
 def with_rounding(check: Check, plan: Plan, minift: float, reference: float) -> Check:
-    """In float32, a check that disagrees with a note of both sides' distances from float64."""
+    """Add both sides' distances from float64 to the note of a float32 check that disagrees."""
     if plan.dtype != "float32" or check.agrees:
         return check
     rounding = f"minift is {minift:.1e} from float64, the reference {reference:.1e}"
@@ -306,20 +328,20 @@ def extent(outcome: Outcome, names: list[str]) -> str:
 
 
 def largest_between(ours: dict[str, Tensor], theirs: dict[str, Tensor], names: list[str]) -> tuple[float, str]:
-    """The largest difference between tensors of one name, and that name. NaN is larger than any number."""
+    """Return the largest difference between tensors of one name, and that name. NaN is larger than any number."""
     differences = {name: float((ours[name].double() - theirs[name].double()).abs().max()) for name in names}
     worst = max(differences, key=lambda name: (math.isnan(differences[name]), differences[name]))
     return differences[worst], worst if differences[worst] else ""
 
 
 def largest_relative(ours: list[float], theirs: list[float]) -> tuple[float, str]:
-    """The largest |a - b| / |b| and the step where it is; infinite where one side made more steps."""
+    """Return the largest |a - b| / |b| and its step; infinite if one side made more steps."""
     scaled = [(a, b) if a == b or b == 0 else (a / abs(b), b / abs(b)) for a, b in zip(ours, theirs, strict=False)]
     return largest_absolute([a for a, _ in scaled], [b for _, b in scaled], len(ours) - len(theirs))
 
 
 def largest_absolute(ours: list[float], theirs: list[float], surplus: int = 0) -> tuple[float, str]:
-    """The largest |a - b| and where it is; infinite where one side has more numbers."""
+    """Return the largest |a - b| and its step; infinite if one side has more numbers."""
     if surplus or len(ours) != len(theirs):
         return math.inf, "one side made more steps"
     differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]

@@ -1,0 +1,47 @@
+"""The command line: `minift COMMAND`, or `python -m minift COMMAND`."""
+
+import difflib
+import importlib
+import sys
+
+from minift.commands.cli import run_command
+from minift.errors import UserError
+
+# command -> (module, one line of help)
+COMMANDS = {
+    "generate": ("minift.commands.generate", "complete prompts: greedy, sampling or beam search"),
+    "preview": ("minift.commands.preview", "show the tokens of a data set and mark the supervised ones"),
+    "bleu": ("minift.commands.bleu", "compute BLEU as sacreBLEU does, as JSON"),
+    "score": ("minift.commands.score", "score responses or preference pairs with a reward model"),
+    "winrate": ("minift.commands.winrate", "compare two models' answers with a reward model"),
+    "report": ("minift.commands.report", "write a run's report.html again"),
+}
+
+
+def main() -> None:
+    """Run the command that the process's arguments name; without a name, list the commands."""
+    run_command(lambda: run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> None:
+    """Import the named command's module and call its `main`. UserError for an unknown name.
+
+    The import runs inside `run_command`: importing torch takes seconds, and Ctrl-C then prints one line too.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: minift COMMAND ...\n")
+        for command, (_, description) in COMMANDS.items():
+            print(f"  {command:10}{description}")
+        print("\n`minift COMMAND --help` lists a command's flags.")
+        return
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+        raise UserError(f"{name}: not a command, {hint} (`minift` lists the commands)")
+    module, _ = COMMANDS[name]
+    importlib.import_module(module).main(rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The command line: flags, recipes, terminal output, and one module with a `main` for each `minift COMMAND`."""

@@ -1,0 +1,85 @@
+"""The command line's error contract: one line on stderr; status 2 for a user's mistake, 1 for a machine's fault."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minift.errors import UserError
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one-line `UserError`s and whose flags cannot be abbreviated."""
+
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError; argparse would print its usage and exit."""
+        raise UserError(message.removeprefix("argument ").rstrip(".") + f" (see {self.prog} --help)")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return a `type` for `add_argument` that accepts whole numbers of at least `least`."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
+        return int(text)
+
+    return read
+
+
+def add_device_flags(parser: argparse.ArgumentParser, *, half: bool = True) -> None:
+    """Add --device and --dtype, which choose where and in which precision a command computes; float16 if `half`."""
+    dtypes = ["float32", "bfloat16", *(["float16"] if half else []), "float64"]
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="(default: %(default)s)")
+
+
+def check_out(path: str | None, flag: str, input_path: str) -> None:
+    """Raise UserError if --out cannot be created, or would overwrite `input_path`, the file that `flag` names.
+
+    Commands call this before any work, so that a wrong --out does not cost the results.
+    """
+    if path is None:
+        return
+    if Path(path).resolve() == Path(input_path).resolve():
+        raise UserError(f"--out {path}: this is the file that {flag} names, expected another file")
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise UserError(f"--out {path}: expected a file name in an existing directory")
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run `main` and translate its errors into one line on stderr and an exit status.
+
+    Status 2 is a `UserError`; 1 is a full disk, a lost file or exhausted memory; 130 is Ctrl-C. Any other exception is
+    a bug in minift and keeps its traceback.
+    """
+    try:
+        main()
+    except UserError as error:
+        _exit(2, f"error: {error}")
+    except KeyboardInterrupt:
+        _exit(130, "interrupted")
+    except BrokenPipeError:
+        # The reader of stdout (`| head`) has closed it. Without this, Python's flush at exit would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (OSError, MemoryError) as error:
+        _exit(1, f"error: the machine failed: {error or type(error).__name__}")
+    except Exception as error:
+        # torch raises RuntimeErrors for memory: OutOfMemoryError on a GPU, "DefaultCPUAllocator: …" on a CPU.
+        # safetensors raises SafetensorError when the disk is full.
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+            _exit(1, f"error: out of memory, try a smaller --batch-size: {error}")
+        if type(error).__name__ == "SafetensorError":
+            _exit(1, f"error: the machine failed: {error}")
+        raise
+
+
+def _exit(status: int, line: str) -> NoReturn:
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(status)

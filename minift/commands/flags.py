@@ -1,0 +1,140 @@
+"""Flags of both scripts → `Config`.
+
+A value comes from the first of: the flag, the recipe, the default.
+"""
+
+import argparse
+from dataclasses import Field
+from difflib import get_close_matches
+from typing import Any
+
+from minift.commands.cli import CommandParser
+from minift.commands.recipes import DROPPED_BY, RECIPES
+from minift.config import GROUPS, SWITCH, TEXT, Config, defaults_of, flag_of, options_of, to_dict
+from minift.errors import UserError
+
+SCRIPTS = {"sft": "train_sft.py", "rm": "train_rm.py"}
+
+# The names under which people coming from trl know a flag, where they are not spelled alike.
+TRL_NAMES = {
+    "--learning-rate": "--lr",
+    "--lr-scheduler-type": "--schedule",
+    "--num-train-epochs": "--epochs",
+    "--per-device-train-batch-size": "--batch-size",
+    "--gradient-accumulation-steps": "--grad-accum",
+    "--model-name-or-path": "--model",
+    "--dataset-name": "--data",
+    "--output-dir": "--out",
+    "--resume-from-checkpoint": "--resume",
+    "--bf16": "--dtype",
+    "--logging-steps": "--log-every",
+    "--eval-steps": "--eval-every",
+    "--save-steps": "--save-every",
+    "--lora-r": "--lora-rank",
+    "--lora-target-modules": "--lora-targets",
+    "--center-rewards-coefficient": "--center-rewards",
+}
+
+
+def parse(script: str, argv: list[str] | None = None) -> Config:
+    """Resolve the values of a run of `script` (sft or rm) from its flags; `argv` is the command line's if None.
+
+    Raises UserError for an unknown flag, a flag of the other script, a wrong value, and values that contradict.
+    """
+    texts, unknown = _parser(script).parse_known_args(argv)
+    if unknown:
+        raise UserError(_explain_unknown(unknown[0], script))
+    given = {
+        option.name: _read(option, getattr(texts, option.name))
+        for option in options_of(script)
+        if hasattr(texts, option.name)
+    }
+    if given.get("eval_fraction") and "eval_data" in given:
+        raise UserError("--eval-fraction: --eval-data already holds the evaluation rows, give one of the two")
+
+    # A recipe never leaks into a run with the user's own model or data, unless it is named.
+    own = "model" in given or "data" in given
+    name = given.get("recipe", None if own else "tiny")
+    recipe = {} if name is None else {"recipe": name, **RECIPES[script][name]}
+    dropped = {option for flag in DROPPED_BY.keys() & given.keys() for option in DROPPED_BY[flag]}
+    recipe = {option: value for option, value in recipe.items() if option not in dropped}
+
+    values = defaults_of(script) | recipe | given
+    _check_together(values)
+    origins = {option: "flag" if option in given else "recipe" if option in recipe else "default" for option in values}
+    if values["eval_data"] is not None:
+        values["eval_fraction"], origins["eval_fraction"] = 0.0, origins["eval_data"]
+    return Config(**values, origins=origins)
+
+
+def describe(config: Config, script: str) -> str:
+    """Return one line for each flag: its name, its resolved value, and whether flag, recipe or default set it."""
+    rows = [(flag_of(name), _show(value), config.origins[name]) for name, value in to_dict(config, script).items()]
+    flag_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return "\n".join(f"{flag:{flag_width}}  {value:{value_width}}  {origin}" for flag, value, origin in rows)
+
+
+def _parser(script: str) -> CommandParser:
+    # Values are read as text here and checked by `_read`, so that every message has the same form.
+    about = f"`make {script}` runs this script without flags, with the values of the recipe tiny."
+    parser = CommandParser(SCRIPTS[script], description=about, argument_default=argparse.SUPPRESS)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for option in options_of(script):
+        domain = option.metadata["domain"]
+        settings: dict[str, Any] = (
+            {"action": "store_true"} if domain is SWITCH else {"metavar": option.name.split("_")[-1].upper()}
+        )
+        groups[option.metadata["group"]].add_argument(flag_of(option.name), help=_help(option, script), **settings)
+    return parser
+
+
+def _help(option: Field, script: str) -> str:
+    """Return an option's meaning, the values allowed, its default, and its value in `make sft` or `make rm`."""
+    domain, default = option.metadata["domain"], defaults_of(script)[option.name]
+    notes = [domain.expected] if domain not in (SWITCH, TEXT) else []
+    notes += [f"default {_show(default)}"] if default is not None and domain is not SWITCH else []
+    tiny = RECIPES[script]["tiny"].get(option.name, default)
+    notes += [f"`make {script}`: {'on' if tiny is True else _show(tiny)}"] if tiny != default else []
+    text = option.metadata["meaning"] + (f" ({'; '.join(notes)})" if notes else "")
+    return text.replace("%", "%%")
+
+
+def _read(option: Field, text: str | bool) -> Any:
+    domain = option.metadata["domain"]
+    try:
+        value = domain.read(text)
+        if domain.allows(value):
+            return value
+    except ValueError:
+        pass  # not even a number: the same message
+    raise UserError(f"{flag_of(option.name)}: expected {domain.expected}, got {text!r}")
+
+
+def _check_together(values: dict[str, Any]) -> None:
+    base_dtype = values["base_dtype"]
+    if base_dtype != "float32" and not values["lora_rank"]:
+        raise UserError(f"--base-dtype {base_dtype}: only frozen weights can be in half precision: give --lora-rank")
+    if base_dtype != "float32" and values["dtype"] != "auto":
+        raise UserError(f"--base-dtype {base_dtype}: it also sets the dtype of the forward pass, so omit --dtype")
+    if values.get("shuffle_labels") and values["group_prompts"]:
+        raise UserError("--group-prompts: with --shuffle-labels there is no chosen response to group by")
+
+
+def _explain_unknown(text: str, script: str) -> str:
+    if not text.startswith("-"):
+        return f"unexpected argument {text!r}: every value follows its flag (see {SCRIPTS[script]} --help)"
+    name = text.split("=")[0].replace("_", "-")
+    known = [flag_of(option.name) for option in options_of(script)]
+    other = "rm" if script == "sft" else "sft"
+    if name not in known and name in [flag_of(option.name) for option in options_of(other)]:
+        return f"unknown flag {text}: only {SCRIPTS[other]} has it"
+    # Compared without the dashes, which all flags share.
+    near = get_close_matches(name[2:], [flag[2:] for flag in known], n=1)
+    guess = TRL_NAMES.get(name, f"--{near[0]}" if near else None)
+    return f"unknown flag {text}" + (f", did you mean {guess}?" if guess else f" (see {SCRIPTS[script]} --help)")
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    return ",".join(value) if isinstance(value, list | tuple) else str(value)

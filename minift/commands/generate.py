@@ -1,0 +1,129 @@
+"""`minift generate`: prompts in, completions out, in the prompts' order."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+
+from minift.beam import beam_search, check_beams
+from minift.commands.cli import CommandParser, add_device_flags, check_out
+from minift.encode import encode_prompt
+from minift.errors import UserError
+from minift.files.datasets import PROMPT_SCHEMAS, Row, load_rows
+from minift.files.pretrained import LanguageModel, load_language_model
+from minift.files.text import to_json_lines, write_json_lines
+from minift.generate import Completions, Options, check_prompt, generate
+from minift.run.device import pick_device
+
+# Fields of `Options` that are flags of the same type and default, and what --help says of each.
+FLAGS = {
+    "max_new_tokens": "maximum number of tokens in a completion",
+    "min_new_tokens": "no end token before that many",
+    "num_beams": "above 1: beam search",
+    "length_penalty": "of beam search: scores are divided by length to this power",
+    "top_k": "sample from the k most probable tokens; 0: from all",
+    "top_p": "sample from the most probable tokens with total probability p",
+    "repetition_penalty": "for tokens that occurred, in the prompt or after; 1: none",
+    "no_repeat_ngram_size": "no n tokens in a row twice; 0: any may repeat",
+    "num_samples": "completions of each prompt, numbered by `sample`; with beams, the best ones",
+    "batch_size": "rows at a time; each beam is a row",
+    "seed": "of sampling",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Complete the prompts of a file."""
+    args = _parser().parse_args(arguments)
+    options = _options(args)
+    check_out(args.out, "--prompts", args.prompts)
+    rows = load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)
+    dtype, device = getattr(torch, args.dtype), pick_device(args.device)
+    language_model = load_language_model(args.model, template=args.template, dtype=dtype, device=device)
+    prompts = encode_prompts(language_model, rows, args.prompts, options.max_new_tokens)
+    options = replace(options, eos_token_id=language_model.tokenizer.eos_token_id)
+    try:
+        # Before the progress bar, which no message should follow.
+        check_beams(options.num_beams, language_model.model.config.vocab_size)
+        completions = complete(language_model, prompts, options, "completions")
+    except ValueError as error:
+        raise _name_flag(error) from None
+    lines = _lines(rows, completions, language_model)
+    if args.out is None:
+        sys.stdout.writelines(to_json_lines(lines))
+    else:
+        write_json_lines(args.out, lines)
+
+
+def encode_prompts(
+    language_model: LanguageModel, rows: Sequence[Row], source: str, max_new_tokens: int
+) -> list[list[int]]:
+    """Return each row's prompt as ids; `source` is what messages call the rows.
+
+    Raises UserError for a prompt that cannot be encoded or leaves no room for the new tokens.
+    """
+    model, tokenizer, template = language_model
+    prompts = []
+    for row in rows:
+        try:
+            prompts.append(encode_prompt(row, tokenizer, template))
+            check_prompt(prompts[-1], "the prompt", max_new_tokens, model.config.max_position_embeddings)
+        except (ValueError, UserError) as error:
+            raise UserError(f"{source}: {row.location}: {error}") from None
+    return prompts
+
+
+def complete(
+    language_model: LanguageModel, prompts: Sequence[Sequence[int]], options: Options, description: str
+) -> Completions:
+    """Complete prompts behind a progress bar, by beam search if `options` say so. Raises ValueError like `generate`."""
+    search = beam_search if options.num_beams > 1 else generate
+    with tqdm(total=len(prompts) * options.num_samples, desc=description) as bar:
+        return search(language_model.model, prompts, options, bar.update)
+
+
+def _lines(rows: Sequence[Row], completions: Completions, language_model: LanguageModel) -> Iterator[dict[str, Any]]:
+    for row, samples in zip(rows, completions, strict=True):
+        for number, token_ids in enumerate(samples):
+            added = {"completion": language_model.tokenizer.decode(token_ids), "token_ids": token_ids}
+            yield row | added | ({"sample": number} if len(samples) > 1 else {})
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("minift generate", description="Complete prompts: greedy, sampling or beam search.")
+    add = parser.add_argument
+    add("--model", required=True, help="a folder or hub id of a model, or of adapters")
+    add("--prompts", required=True, help='JSONL: {"prompt": …}, or {"instruction": …, "input": …} for the template')
+    add("--out", help="JSONL: the same lines with `completion` and `token_ids` (default: standard output)")
+    add("--template", help="course, alpaca, dialogue, none, or a file (default: that of the training run, or course)")
+    defaults = Options()
+    for name, meaning in FLAGS.items():
+        default = getattr(defaults, name)
+        add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{meaning} (default: {default})")
+    add("--early-stopping", choices=("true", "false", "never"), default="false",
+        help="when beam search ends (default: %(default)s)")  # fmt: skip
+    add("--temperature", type=float, help="0 is greedy, above 0 tokens are sampled (default: 0, or 1 where --top-k, "
+        "--top-p or --num-samples without beams ask for sampling)")  # fmt: skip
+    add_device_flags(parser)
+    return parser
+
+
+def _options(args: Namespace) -> Options:
+    values = {name: getattr(args, name) for name in FLAGS}
+    values["early_stopping"] = {"true": True, "false": False}.get(args.early_stopping, args.early_stopping)
+    values["temperature"] = args.temperature
+    if args.temperature is None:
+        is_sampled = args.num_beams == 1 and (args.top_k != 0 or args.top_p != 1 or args.num_samples > 1)
+        values["temperature"] = 1.0 if is_sampled else 0.0
+    try:
+        return Options(**values)
+    except ValueError as error:
+        raise _name_flag(error) from None
+
+
+def _name_flag(error: ValueError) -> UserError:
+    name, rest = str(error).split(" ", 1)
+    return UserError(f"--{name.replace('_', '-')} {rest}" if hasattr(Options, name) else str(error))

@@ -1,0 +1,59 @@
+"""`minift preview`: what the loss sees of some rows, with their supervised tokens marked."""
+
+import sys
+
+from minift.commands import terminal
+from minift.commands.cli import CommandParser, check_out, whole_number
+from minift.encode import encode_rows
+from minift.errors import UserError
+from minift.files.datasets import load_rows
+from minift.files.pretrained import find_model
+from minift.files.templates import template_of
+from minift.files.text import read_json, write_json_lines
+from minift.files.tokenizer import check_fits, load_tokenizer
+from minift.prompts import TEMPLATES
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Show some rows, write all of them if asked, and print what was kept."""
+    args = _parser().parse_args(arguments)
+    check_out(args.out, "--data", args.data)
+    files = find_model(args.model, fetch_weights=False)
+    tokenizer = load_tokenizer(files.tokenizer_folder)
+    path = files.folder / "config.json"
+    # A folder with only a tokenizer is fine too: then nothing limits a row's length.
+    config = read_json(path, "an OPT's config.json") if path.is_file() else {}
+    for name in ("vocab_size", "max_position_embeddings"):
+        if not isinstance(config.get(name, 0), int):
+            raise UserError(f"{path}: {name} is {config[name]!r}, expected a whole number")
+    if "vocab_size" in config:
+        check_fits(tokenizer, config["vocab_size"], args.model)
+    encoded = encode_rows(
+        load_rows(args.data),
+        tokenizer,
+        template_of(args.template, files.own, "course"),
+        max_length=args.max_length,
+        max_positions=config.get("max_position_embeddings"),
+        response_template=args.response_template,
+        supervise=args.supervise,
+        source=args.data,
+    )
+    if args.out is not None:
+        numbered = zip(encoded.numbers, encoded.examples, strict=True)
+        write_json_lines(args.out, ({"row": number, **example._asdict()} for number, example in numbered))
+    terminal.show_labels(encoded.examples, tokenizer, args.rows, sys.stdout)
+    print("\n" + terminal.safe(encoded.summary, sys.stdout))
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("minift preview", description="Show what the loss sees of some rows.")
+    add = parser.add_argument
+    add("--model", required=True, help="a model's folder or hub id; its weights are not read")
+    add("--data", required=True, help="rows: a JSON, JSONL or parquet file, or a hub data set")
+    add("--template", help=f"one of {', '.join(TEMPLATES)}, or a file (default: that of the training run, or course)")
+    add("--response-template", help="text before the response in rows of `text` (default: the template's)")
+    add("--max-length", type=whole_number(1), help="tokens kept of a row (default: all, up to the model's positions)")
+    add("--supervise", choices=("completion", "all"), default="completion", help="tokens that count in the loss")
+    add("--rows", type=whole_number(0), default=terminal.SHOWN, help="how many rows to show (default: %(default)s)")
+    add("--out", help="write input_ids and labels of every row to this .jsonl file; `row` counts from 0")
+    return parser

@@ -1,0 +1,61 @@
+"""`minift score`: the rewards of responses, or of both sides of preference pairs."""
+
+import torch
+
+from minift.commands import terminal
+from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
+from minift.encoded import category_of
+from minift.errors import UserError
+from minift.files.datasets import SCORE_SCHEMAS, load_rows
+from minift.files.pretrained import load_judge
+from minift.files.text import write_json_lines
+from minift.run.device import pick_device
+from minift.scoring import examine, score_rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Score every response; print a summary, for pairs the accuracy by category."""
+    args = _parser().parse_args(arguments)
+    device, dtype = pick_device(args.device), getattr(torch, args.dtype)
+    check_out(args.out, "--data", args.data)
+    rows = load_rows(args.data, SCORE_SCHEMAS)
+    judge = load_judge(args.model, template=args.template, batch_size=args.batch_size, device=device, dtype=dtype)
+
+    are_pairs = "chosen" in rows[0] and "rejected" in rows[0]
+    fields = {"score_chosen": "chosen", "score_rejected": "rejected"} if are_pairs else {"score": "response"}
+    encoded = []
+    for row in rows:
+        for name in fields.values():
+            try:
+                encoded.append(judge.encode(row.get("prompt"), row[name]))
+            except ValueError as error:
+                raise UserError(f"{args.data}: {row.location}: {name}: {error}") from None
+    rewards = iter(score_rows(judge.model, encoded, judge.batch_size))
+    scored = [{field: next(rewards) for field in fields} for _ in rows]
+
+    if args.out is not None:
+        write_json_lines(args.out, (row | its_rewards for row, its_rewards in zip(rows, scored, strict=True)))
+    if are_pairs:
+        exam = examine([[*its_rewards.values()] for its_rewards in scored], [category_of(row) for row in rows])
+        terminal.print_table({measure: {"": value} for measure, value in exam.items()})
+    else:
+        _print_spread(sorted(its_rewards["score"] for its_rewards in scored))
+
+
+def _print_spread(ranked: list[float]) -> None:
+    mean, median = sum(ranked) / len(ranked), ranked[len(ranked) // 2]
+    print(f"{len(ranked):,} responses: lowest {ranked[0]:.3f}, median {median:.3f}, "
+          f"highest {ranked[-1]:.3f}, mean {mean:.3f}")  # fmt: skip
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("minift score", description="Score responses, or both sides of preference pairs.")
+    add = parser.add_argument
+    add("--model", required=True, help="a reward model's folder or hub id, such as runs/rm, or adapters of one")
+    add("--data", required=True, help='file or hub data set of {"prompt": …, "response": …} or {"prompt": …, '
+        '"chosen": …, "rejected": …}; pairs of whole dialogues have no prompt')  # fmt: skip
+    add("--out", help="JSONL: the same rows with `score`, or `score_chosen` and `score_rejected`")
+    add("--template", help="template the model was trained with (default: that of the training run, or dialogue)")
+    add("--batch-size", type=whole_number(1), default=32, help="rows scored at a time (default: %(default)s)")
+    add_device_flags(parser, half=False)
+    return parser

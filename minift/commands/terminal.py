@@ -1,0 +1,187 @@
+"""What commands print: the labels in colour, pairs, samples, the table of results."""
+
+import os
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any, TextIO
+
+from minift.batching import Loader, collate_rankings
+from minift.encode import IGNORE_INDEX, Example
+from minift.encoded import Encoded
+from minift.pairs import Ranking, name_responses
+from minift.tokenizer import Tokenizer
+
+GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
+SHOWN, MAX_LINES = 3, 12  # examples or samples printed, and lines of each of their texts
+MEASURED_STEPS, MEASURED_RANKINGS = 50, 1000  # how many are collated to measure tokens
+
+
+def print_summaries(*data_sets: Encoded) -> None:
+    """Print what was kept of each data set, and the remarks about its rows."""
+    for encoded in data_sets:
+        if encoded.num_rows:
+            print(safe(encoded.summary, sys.stdout))
+    print()
+
+
+def print_plan(batches: Loader, total_steps: int) -> None:
+    """Print how many optimiser steps the run takes, and how many tokens a step has."""
+    measured = min(total_steps, MEASURED_STEPS)
+    tokens = sum(len(batch.input_ids) for step in range(measured) for batch in batches.micro_batches(step)) / measured
+    print(f"\n{total_steps:,} optimiser steps of about {tokens:,.0f} tokens", flush=True)
+
+
+# ---- what the loss sees ----
+
+
+def show_labels(
+    examples: Sequence[Example], tokenizer: Tokenizer, count: int = SHOWN, stream: TextIO | None = None
+) -> None:
+    """Print the first examples as text: supervised tokens green, or between ⟦ and ⟧ without colour.
+
+    Special tokens are printed between ⟨ and ⟩, unlike text that spells their names, and line ends as ↵.
+    There is colour on terminals, unless NO_COLOR is set (no-color.org). `stream` is by default standard output.
+    """
+    stream = stream or sys.stdout
+    colour = stream.isatty() and not os.environ.get("NO_COLOR")
+    supervised = f"{GREEN}green{PLAIN}" if colour else "between ⟦ and ⟧"
+    lines = [f"What the loss sees: tokens {supervised} are supervised, ⟨…⟩ is a special token, ↵ a line end."]
+    for number, example in enumerate(examples[:count], start=1):
+        num_supervised = sum(label != IGNORE_INDEX for label in example.labels)
+        of = f"{number} of {len(examples):,}"
+        lines.append(f"\n── example {of}: {len(example.input_ids)} tokens, {num_supervised} supervised")
+        lines.append(mark(example, tokenizer, colour))
+    stream.write(_encodable("\n".join([*lines, ""]), stream))
+
+
+def mark(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
+    """Return an example's text with its supervised stretches marked.
+
+    Neighbouring tokens are decoded together, because a character may consist of several. A character that the mask cuts
+    in two is printed as �.
+    """
+    specials = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    start, end = (GREEN, PLAIN) if colour else ("⟦", "⟧")
+    marked = []
+    for is_supervised, stretch in groupby(
+        zip(example.input_ids, example.labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX
+    ):
+        text = ""
+        for is_special, run in groupby((token for token, _ in stretch), key=lambda token: token in specials):
+            if is_special:
+                text += "".join(f"⟨{tokenizer.decode([token], skip_special_tokens=False)}⟩" for token in run)
+            else:
+                text += _escape(tokenizer.decode(list(run), skip_special_tokens=False)).replace("\n", "↵\n")
+        marked.append(start + text + end if is_supervised else GREY + text + PLAIN if colour else text)
+    return "".join(marked)
+
+
+def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer) -> None:
+    """Print what became of `num_pairs` pairs in grouping, what the loss compares, and how many tokens are saved."""
+    if any(ranking.best_only for ranking in rankings):
+        repeated = num_pairs - sum(len(ranking.responses) - 1 if ranking.best_only else 1 for ranking in rankings)
+        print(f"  {len(rankings):,} prompts with all their pairs, {repeated} pairs dropped: they repeat another one")
+    measured = rankings[:MEASURED_RANKINGS]
+    tokens = sum(len(response) for ranking in measured for response in ranking.responses)
+    saved = 1 - sum(len(collate_rankings([ranking]).input_ids) for ranking in measured) / tokens
+    note = f" (measured on the first {len(measured):,})" if len(measured) < len(rankings) else ""
+    print(f"  {saved:.0%} of the tokens saved: a prefix that responses share is computed once for all{note}")
+    print("\nWhat the loss compares: rewards, read at each response's last token; the chosen one's should be higher.")
+    for number, ranking in enumerate(rankings[:SHOWN], start=1):
+        shared = len(commonprefix(ranking.responses))
+        prefix = tokenizer.decode(ranking.responses[0][:shared], skip_special_tokens=False)
+        noun = "prompt" if ranking.best_only else "pair"
+        print_text(f"{noun} {number} of {len(rankings):,}: {shared} tokens that all responses share", prefix)
+        names = name_responses(len(ranking.responses), best_only=ranking.best_only)
+        for name, ids in zip(names, ranking.responses, strict=True):
+            print_text(f"{name}: {len(ids) - shared} more", tokenizer.decode(ids[shared:], skip_special_tokens=False))
+
+
+# ---- results ----
+
+
+def print_samples(samples: Sequence[dict[str, Any]]) -> None:
+    """Print the first samples of a run: prompt, answers and reference, or responses and their rewards."""
+    for sample in samples[:SHOWN]:
+        if "rewards_after" not in sample:
+            for part in ("prompt", "before", "after", "reference"):
+                print_text(part, sample[part])
+            continue
+        print_text("prompt", sample.get("prompt", "(in the responses)"))
+        names = name_responses(len(sample["rewards_after"]))
+        for name, before, after in zip(names, sample["rewards_before"], sample["rewards_after"], strict=True):
+            print_text(f"{name}: reward {before:.2f} before, {after:.2f} after", sample[name])
+
+
+def print_results(results: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Print a run's results, before and after training, and what it left in its folder."""
+    print()
+    print_table(results)
+    print(f"\nfiles in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def print_table(results: dict[str, dict[str, Any]]) -> None:
+    """Print one row per measure (and category) and one column per exam ("before", "after").
+
+    `results` maps a measure (`eval_loss`, `bleu`, those of `scoring.examine`) to its value in each exam.
+    """
+    rows: list[tuple[str, list[str]]] = []
+    for measure, label in (("bleu", "BLEU"), ("accuracy", "accuracy")):
+        exams = results.get(measure, {})
+        for category in [*exams.values()][-1] if exams else []:
+            name = label if category == "all" else f"  {category}"
+            if measure == "accuracy":
+                name += f", {[*results['pairs'].values()][-1][category]:,} pairs"
+            rows.append((name, [_cell(results, measure, exam, category) for exam in exams]))
+    for measure, label, form in (
+        ("ties", "ties, counted as wrong", ","),
+        ("mean_probability", "mean probability of chosen", ".3f"),
+        ("calibration_error", "calibration error", ".3f"),
+        ("brier", "Brier score", ".3f"),
+        ("eval_loss", "eval loss", ".3f"),
+    ):
+        if measure in results:
+            rows.append((label, [format(value, form) for value in results[measure].values()]))
+    columns = [*next(iter(results.values()), {})]
+    width = max((len(cell) for _, cells in rows for cell in [*cells, *columns]), default=0) + 4
+    if any(columns):
+        print(f"{'':30}" + "".join(f"{column:>{width}}" for column in columns))
+    for label, cells in rows:
+        print(safe(f"{label:30}" + "".join(f"{cell:>{width}}" for cell in cells), sys.stdout))
+
+
+def _cell(results: dict[str, dict[str, Any]], measure: str, exam: str, category: str) -> str:
+    value = results[measure][exam][category]
+    if measure == "bleu":
+        return f"{value:.1f}"
+    low, high = results["interval"][exam][category]
+    return f"{value:.1%} ({low:.1%}-{high:.1%})"
+
+
+# ---- text that comes from files ----
+
+
+def print_text(title: str, text: str) -> None:
+    """Print a text of a row or a model under a title, its first lines only."""
+    lines = safe(text, sys.stdout).strip("\n").splitlines() or ["(nothing)"]
+    if len(lines) > MAX_LINES:
+        lines[MAX_LINES:] = ["…"]
+    print("", f"── {title}", *lines, sep="\n")
+
+
+def safe(text: str, stream: TextIO) -> str:
+    """Escape what a terminal must not get from a file: control characters, and characters `stream` cannot encode."""
+    return _encodable(_escape(text), stream)
+
+
+def _escape(text: str) -> str:
+    # A row must not be able to move the cursor.
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

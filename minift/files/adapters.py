@@ -1,0 +1,128 @@
+"""Adapters as peft's two files: a small folder that turns the model it was trained on into the tuned one."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from minift.errors import UserError
+from minift.files.tensors import read_state
+from minift.files.text import atomic_write, read_json, write_json
+from minift.lora import SCORE, adapter_state, adapters_of, add_lora, last_name, targeted
+from minift.model import OPT, RewardModel
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EXPECTED = "a folder that peft wrote"
+
+# peft has dozens of settings. These are read:
+READ = ("peft_type", "use_rslora", "r", "lora_alpha", "lora_dropout", "target_modules")
+# These don't change the function computed (which modules were trained whole shows in the weights):
+WITHOUT_EFFECT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "modules_to_save",
+    "peft_version", "qalora_group_size", "revision", "task_type")  # fmt: skip
+# Nor do these values; other initialisations would, as they alter the frozen weights. Everything else must be off.
+PLAIN = (["bias", "none"], *(["init_lora_weights", start] for start in (True, "gaussian", "orthogonal")))
+
+
+def save_adapters(
+    model: OPT | RewardModel, folder: str | Path, base: str | None = None, revision: str | None = None
+) -> None:
+    """Write the adapters, and a reward model's head, as peft's `PeftModel.from_pretrained(model, folder)` reads them.
+
+    peft's `model` is the frozen one: `OPTForCausalLM`, or `OPTForSequenceClassification` with one label. `base` (hub id
+    or folder) and `revision` (commit) name it. The folder must not hold a model: transformers would add the adapters to
+    it. Each write is atomic. Raises ValueError for a model without adapters.
+    """
+    adapters = adapters_of(model)
+    if not adapters:
+        raise ValueError("the model has no adapters to save")
+    first = next(iter(adapters.values()))
+    state = {_peft_name(name): weight.cpu().contiguous() for name, weight in adapter_state(model).items()}
+    is_reward_model = _peft_name(SCORE) in state
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS" if is_reward_model else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "inference_mode": True,
+        "r": first.lora_A.out_features,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "target_modules": sorted({last_name(name) for name in adapters}),
+        "modules_to_save": ["score"] if is_reward_model else None,
+        "bias": "none",
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / ADAPTER_WEIGHTS) as path:
+        save_file(state, path, metadata={"format": "pt"})
+    write_json(folder / ADAPTER_CONFIG, settings)
+
+
+def load_adapters(model: OPT | RewardModel, folder: str | Path, *, keep_reward_head: bool = False) -> None:
+    """Add the adapters that `save_adapters` or peft's `save_pretrained` wrote, to train on or to `merge`.
+
+    `model` must be the one they were trained on. With `keep_reward_head` a reward model keeps its own head if the
+    adapters have none, like those of a language model. Raises UserError, leaving the model unchanged, if a file is
+    absent or damaged, asks for anything but plain LoRA on linears, or has weights that do not fit (`read_state`).
+    """
+    folder = Path(folder)
+    rank, alpha, dropout, targets = _read_settings(folder / ADAPTER_CONFIG)
+    try:
+        linears = targeted(model, targets, rank)
+    except ValueError as error:
+        raise UserError(f"{folder / ADAPTER_CONFIG}: {error}") from None
+    score = {_peft_name(SCORE): model.score.weight.detach()} if isinstance(model, RewardModel) else {}
+    shapes: dict[str, tuple[int, ...]] = {name: tuple(weight.shape) for name, weight in score.items()}
+    for name, linear in linears.items():
+        shapes[_peft_name(f"{name}.lora_A.weight")] = (rank, linear.in_features)
+        shapes[_peft_name(f"{name}.lora_B.weight")] = (linear.out_features, rank)
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, expected {EXPECTED}")
+    # float64 holds every stored dtype exactly; `copy_` rounds to the adapters' own.
+    state = read_state([path], shapes, torch.float64, fresh=score if keep_reward_head else {})
+    add_lora(model, rank, alpha, dropout, targets)
+    for name, weight in adapter_state(model).items():
+        weight.copy_(state[_peft_name(name)])
+
+
+def read_base(folder: str | Path) -> tuple[str, str | None]:
+    """Return the name (hub id or folder) and revision of the model that a folder's adapters were trained on."""
+    path = Path(folder, ADAPTER_CONFIG)
+    settings = read_json(path, EXPECTED)
+    base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not base or not isinstance(base, str) or not isinstance(revision, str | None):
+        found = f"base_model_name_or_path is {base!r} and revision {revision!r}"
+        raise UserError(
+            f"{path}: {found}, expected the model that the adapters were trained on, and its revision or null"
+        )
+    return base, revision or None
+
+
+def _read_settings(path: Path) -> tuple[int, float, float, list[str]]:
+    """Return rank, alpha, dropout and targets; raise UserError for a setting that would compute something else."""
+    settings = read_json(path, EXPECTED)
+    values: list[Any] = [settings.get(name) for name in READ]
+    peft_type, is_rank_stabilised, rank, alpha, dropout, targets = values
+    if peft_type != "LORA":
+        raise UserError(f"{path}: peft_type is {peft_type!r}, expected 'LORA'")
+    for name, value in settings.items():
+        if value and name not in (*READ, *WITHOUT_EFFECT) and [name, value] not in PLAIN:
+            raise UserError(f"{path}: {name} is {value!r}, expected plain LoRA: merge this adapter with peft instead")
+    if not isinstance(is_rank_stabilised, bool | None):
+        raise UserError(f"{path}: use_rslora is {is_rank_stabilised!r}, expected true or false")
+    numbers = type(rank) is int and all(type(value) in (int, float) for value in (alpha, dropout))
+    names = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    if not (numbers and names and rank > 0 and 0 <= alpha < 1e9 and 0 <= dropout < 1):  # NaN is outside as well
+        found = ", ".join(f"{name} {settings.get(name)!r}" for name in READ[2:])
+        raise UserError(f"{path}: expected a rank of at least 1, two numbers and a list of names, found {found}")
+    # Rank-stabilised LoRA divides alpha by √rank instead (Kalajdzievski 2023, arXiv 2312.03732). For "all-linear" peft
+    # lists whole paths; if those are not all the linears of that last name, the weights' names won't fit.
+    alpha = alpha * math.sqrt(rank) if is_rank_stabilised else alpha
+    return rank, alpha, dropout, sorted({last_name(target) for target in targets})
+
+
+def _peft_name(name: str) -> str:
+    return f"base_model.model.{name}" if name == SCORE else f"base_model.model.model.{name}"

@@ -1,0 +1,153 @@
+"""Load a model, its tokenizer and template from a folder, hub id or peft adapters. Each name is resolved once."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from minift.errors import UserError
+from minift.files import weights
+from minift.files.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapters, read_base
+from minift.files.hub import model_folder
+from minift.files.templates import template_of
+from minift.files.text import sha256
+from minift.files.tokenizer import check_fits, load_tokenizer
+from minift.lora import merge
+from minift.model import OPT, RewardModel
+from minift.prompts import Template
+from minift.scoring import Judge
+from minift.tokenizer import Tokenizer
+
+Model = TypeVar("Model", OPT, RewardModel)
+
+
+class ModelFiles(NamedTuple):
+    """Local folders of a model, or of adapters and their base model."""
+
+    name: str  # as the user gave it
+    own: Path  # its folder; for a hub id, that in the hub's cache
+    folder: Path  # config.json and weights: `own`, or for adapters the folder of their base model
+
+    @property
+    def are_adapters(self) -> bool:
+        """Return whether `own` holds adapters, to be merged into the model in `folder`."""
+        return self.own != self.folder
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Return the folder with the tokenizer: `own`, unless adapters come without one."""
+        has_tokenizer = any((self.own / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+        return self.own if has_tokenizer else self.folder
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the weights, those of adapters included."""
+        adapters = [self.own / ADAPTER_WEIGHTS] if self.are_adapters else []
+        return sha256([*weights.weight_files(self.folder), *adapters])
+
+
+class LanguageModel(NamedTuple):
+    """A language model with the tokenizer and template that belong to it."""
+
+    model: OPT
+    tokenizer: Tokenizer
+    template: Template
+
+
+def find_model(name: str | Path, revision: str | None = None, *, fetch_weights: bool = True) -> ModelFiles:
+    """Resolve a folder or hub id to local files, and those of the base model for adapters.
+
+    Raises UserError if there is no such model, if adapters name no base model or one that cannot be found, and like
+    `hub.look_up`; ConnectionError if the hub cannot be reached.
+    """
+    own = folder = _find_folder(name, revision, fetch_weights)
+    if _holds_adapters(own):
+        base, base_revision = read_base(own)
+        try:
+            folder = _find_folder(base, base_revision, fetch_weights)
+        except UserError as error:
+            raise UserError(f"{own / ADAPTER_CONFIG}: the base model of these adapters: {error}") from None
+        if _holds_adapters(folder):
+            raise UserError(f"{own / ADAPTER_CONFIG}: its base {base} is not a model but adapters: merge these first")
+    return ModelFiles(str(name), own, folder)
+
+
+def load_language_model(
+    model: ModelFiles | str | Path,
+    *,
+    template: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> LanguageModel:
+    """Load a language model, its tokenizer and its template; adapters are merged.
+
+    `template` is a name or file; by default that of the training run, or `course`. Raises UserError like `find_model`
+    and the files' own loaders.
+    """
+    files = model if isinstance(model, ModelFiles) else find_model(model)
+    own_template = template_of(template, files.own, "course")
+    loaded, tokenizer = load_base_model(files, dtype=dtype)
+    return LanguageModel(loaded.to(device), tokenizer, own_template)
+
+
+def load_base_model(files: ModelFiles, *, dtype: torch.dtype = torch.float32) -> tuple[OPT, Tokenizer]:
+    """Load a language model to train, and its tokenizer; adapters are merged. Raises like `load_language_model`."""
+    return _load(files, weights.load_model, dtype)
+
+
+def load_judge(
+    model: ModelFiles | str | Path,
+    *,
+    template: str | None = None,
+    flag: str = "--template",
+    batch_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Judge:
+    """Load a reward model to score with; adapters are merged.
+
+    `template` is a name or file; by default that of the training run, or `dialogue`. Raises UserError for a language
+    model, and like `load_language_model`.
+    """
+    files = model if isinstance(model, ModelFiles) else find_model(model)
+    own_template = template_of(template, files.own, "dialogue", flag)
+    load: Callable[..., RewardModel] = weights.load_reward_model
+    if files.are_adapters:  # they replace the head
+        load = partial(weights.new_reward_model, seed=0)
+    loaded, tokenizer = _load(files, load, dtype)
+    return Judge(loaded.to(device).eval(), tokenizer, own_template, batch_size)
+
+
+def new_reward_model(
+    files: ModelFiles, *, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[RewardModel, Tokenizer]:
+    """Return a reward model to train, and its tokenizer: a language model's body under a fresh head drawn by `seed`.
+
+    If the model already has a reward head, that is kept. Raises UserError like `load_language_model`.
+    """
+    return _load(files, partial(weights.new_reward_model, seed=seed), dtype, keep_reward_head=True)
+
+
+def _load(
+    files: ModelFiles, load: Callable[..., Model], dtype: torch.dtype, *, keep_reward_head: bool = False
+) -> tuple[Model, Tokenizer]:
+    """Return the model that `load` makes of a folder, with adapters merged into it, and its tokenizer."""
+    tokenizer = load_tokenizer(files.tokenizer_folder)
+    model = load(files.folder, dtype=dtype)
+    if files.are_adapters:
+        load_adapters(model, files.own, keep_reward_head=keep_reward_head)
+        merge(model)
+    check_fits(tokenizer, model.config.vocab_size, files.name)
+    return model.requires_grad_(True).to(dtype=dtype), tokenizer
+
+
+def _find_folder(name: str | Path, revision: str | None, fetch_weights: bool) -> Path:
+    folder = model_folder(name, revision)
+    if fetch_weights and not Path(name).is_dir():
+        weights.fetch_weights(str(name), revision)
+    return folder
+
+
+def _holds_adapters(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()

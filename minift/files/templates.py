@@ -1,0 +1,60 @@
+"""Prompt templates: built in, in a file of the user's, or beside the model that was trained with one."""
+
+from pathlib import Path
+
+from minift.errors import UserError
+from minift.files.text import read_json, read_text, write_json
+from minift.prompts import TEMPLATES, Template
+
+TEMPLATE_FILE = "template.json"  # beside a model: the template that it was trained with
+FORMS = ("with_input", "without_input")
+
+
+def template_of(name_or_path: str | None, folder: Path, default: str, flag: str = "--template") -> Template:
+    """Return the named template, else that of the model in `folder`, else `default`.
+
+    Raises UserError like `load_template`.
+    """
+    own = folder / TEMPLATE_FILE
+    if name_or_path is None and own.is_file():
+        name_or_path = str(own)
+    return load_template(name_or_path or default, flag)
+
+
+def load_template(name_or_path: str, flag: str = "--template") -> Template:
+    """Return one of `TEMPLATES` by its name, or read a template from a file.
+
+    A file ending in .json holds an object with both forms, "with_input" and "without_input". Any other file is one form
+    for all rows, in which {input} may be empty; the line end at the end of the file does not belong to it.
+
+    Raises UserError naming `flag`: unknown name or file, not exactly one {response}, no {instruction} before it.
+    """
+    if name_or_path in TEMPLATES:
+        return TEMPLATES[name_or_path]
+    expected = f"one of {', '.join(TEMPLATES)}, or a file"
+    try:
+        if name_or_path.endswith(".json"):
+            forms = read_json(name_or_path, expected)
+        else:
+            text = read_text(name_or_path, expected).replace("\r\n", "\n").removesuffix("\n")
+            forms = dict.fromkeys(FORMS, text)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
+    subject = f"{flag} {name_or_path}"
+    if sorted(forms) != sorted(FORMS) or not all(isinstance(form, str) for form in forms.values()):
+        raise UserError(f'{subject}: expected a JSON object of two strings, "with_input" and "without_input"')
+    for form in forms.values():
+        before, *after = form.split("{response}")
+        if len(after) != 1:
+            raise UserError(f"{subject}: expected {{response}} once, found it {len(after)} times")
+        if "{instruction}" not in before or "{instruction}" in after[0] or "{input}" in after[0]:
+            raise UserError(f"{subject}: expected {{instruction}} and any {{input}} before {{response}}, not after it")
+    # Both forms are the same text where one text file made them: {input} is optional there.
+    if forms["with_input"] != forms["without_input"] and "{input}" not in forms["with_input"]:
+        raise UserError(f'{subject}: "with_input" has no {{input}}')
+    return Template(name_or_path, **forms)
+
+
+def save_template(template: Template, folder: Path) -> None:
+    """Write a template beside its model, in the format that `load_template` reads."""
+    write_json(folder / TEMPLATE_FILE, {name: getattr(template, name) for name in FORMS})

@@ -1,0 +1,151 @@
+"""A tokenizer's files in a model's folder: read, saved, and checked against a model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from minift.errors import UserError
+from minift.files.text import atomic_write, read_json
+from minift.tokenizer import Tokenizer
+
+FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json")  # fmt: skip
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+# The settings in facebook/opt-350m's tokenizer_config.json: a vocab.json without that file is assumed to be OPT's.
+OPT_SETTINGS = {"add_bos_token": True, "add_prefix_space": False, "bos_token": "</s>", "eos_token": "</s>",
+    "unk_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "GPT2Tokenizer"}  # fmt: skip
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Read the tokenizer of a model's folder: tokenizer.json, or else vocab.json and merges.txt.
+
+    tokenizer_config.json and special_tokens_map.json name the special tokens. If they name no EOS (Galactica),
+    config.json's `eos_token_id` is used. tokenizer.json's post-processor decides if `encode` adds a BOS; without a
+    tokenizer.json, `add_bos_token` does. Raises UserError if a file is missing or broken, or if no EOS is found.
+    """
+    folder = Path(folder)
+    files, settings = _read_files(folder)
+    try:
+        named = {key: _content(settings[key]) for key in NAMED_TOKENS if settings.get(key)}
+        if "tokenizer.json" in files:
+            backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+        else:
+            backend = _byte_level_bpe(folder, settings, set(named.values()))
+        if "eos_token" not in named:
+            eos_token_id = (_read_object(folder / "config.json") | settings).get("eos_token_id")
+            named["eos_token"] = backend.id_to_token(eos_token_id) or "" if isinstance(eos_token_id, int) else ""
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise UserError(f"{folder}: the tokenizer's files can't be read: {error}") from None
+
+    if backend.token_to_id(named["eos_token"]) is None:
+        problem = f"its EOS token is {named['eos_token']!r}, expected one in its vocabulary"
+        raise UserError(f"{folder}: {problem}; set eos_token in tokenizer_config.json")
+    named = {key: token for key, token in named.items() if backend.token_to_id(token) is not None}
+
+    _keep_text_plain(backend, named)
+    bos_token_id = None
+    if "tokenizer.json" in files:
+        bos_token_id = _bos_of_post_processor(backend, folder)
+    elif settings.get("add_bos_token"):
+        if "bos_token" not in named:
+            raise UserError(f"{folder}: add_bos_token is set, but no bos_token in its vocabulary")
+        bos_token_id = backend.token_to_id(named["bos_token"])
+    # `Tokenizer.encode` adds the BOS itself. And GPT-2's post-processor trims spaces off the offsets.
+    backend.post_processor = None
+    return Tokenizer(backend, named, bos_token_id, files)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write the files the tokenizer was read from, byte for byte, so that transformers reads the same tokenizer."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer.files.items():
+        with atomic_write(Path(folder, name)) as unfinished:
+            unfinished.write_bytes(content)
+
+
+def check_fits(tokenizer: Tokenizer, vocab_size: int, model_name: str) -> None:
+    """Raise UserError if the tokenizer has ids beyond the `vocab_size` rows of the model's embedding."""
+    if tokenizer.vocab_size > vocab_size:
+        problem = f"ids go up to {tokenizer.vocab_size - 1}, but the model's embedding has {vocab_size} rows"
+        raise UserError(f"{model_name}: its tokenizer doesn't fit: {problem}; use the one that came with the model")
+
+
+def _read_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Return the tokenizer's own files, and what they say about special tokens."""
+    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    settings = _read_object(folder / "tokenizer_config.json")
+    if "tokenizer.json" not in files:
+        if not {"vocab.json", "merges.txt"} <= files.keys():
+            raise UserError(f"{folder}: no tokenizer here, expected tokenizer.json, or vocab.json and merges.txt")
+        if "tokenizer_config.json" not in files:
+            settings = OPT_SETTINGS
+            files["tokenizer_config.json"] = json.dumps(settings, indent=2).encode()
+    token_map = _read_object(folder / "special_tokens_map.json")
+    # transformers' precedence: the map is the older format, which `added_tokens_decoder` replaced.
+    settings = token_map | settings if "added_tokens_decoder" in settings else settings | token_map
+    return files, settings
+
+
+def _byte_level_bpe(folder: Path, settings: dict[str, Any], named: set[str]) -> tokenizers.Tokenizer:
+    """Build a tokenizer from vocab.json, merges.txt and the list of added tokens, if there is one."""
+    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    absent = [symbol for symbol in pre_tokenizers.ByteLevel.alphabet() if model.token_to_id(symbol) is None]
+    if absent:
+        problem = f"{len(absent)} of the 256 byte symbols are missing, so text would be lost"
+        raise UserError(f"{folder / 'vocab.json'}: {problem}; expected byte-level BPE, as of OPT or GPT-2")
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(settings.get("add_prefix_space")))
+    backend.decoder = decoders.ByteLevel()
+
+    if "added_tokens_decoder" in settings:
+        added = {int(token_id): AddedToken(**token) for token_id, token in settings["added_tokens_decoder"].items()}
+    else:
+        added = {
+            token_id: AddedToken(token, special=token in named, normalized=token not in named)
+            for token, token_id in _read_object(folder / "added_tokens.json").items()
+        }
+    for token_id, token in sorted(added.items()):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != token_id:
+            raise UserError(f"{folder}: the added token {token.content!r} can't have id {token_id}: ids have a gap")
+    return backend
+
+
+def _keep_text_plain(backend: tokenizers.Tokenizer, named: dict[str, str]) -> None:
+    """Make the backend encode a text whole, and special tokens that are spelled in it as plain text."""
+    backend.no_truncation()
+    backend.no_padding()
+    # `encode_special_tokens` works only for tokens flagged "special": text that spells another would become that token.
+    flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    unflagged = sorted(set(named.values()) - flagged)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unflagged])
+    backend.encode_special_tokens = True
+
+
+def _bos_of_post_processor(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
+    """Return the one token that tokenizer.json's post-processor adds in front of a text, or None."""
+    bare, full = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
+    if full == bare:
+        return None
+    if full[1:] == bare:
+        return full[0]
+    problem = f"its post-processor makes {full} of {bare}, expected it to add at most one token in front"
+    raise UserError(f"{folder / 'tokenizer.json'}: {problem} (minift adds the EOS itself)")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Read a file's JSON object, or return {} if there is no such file."""
+    return read_json(path, "a tokenizer's file") if path.is_file() else {}
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    """Return a token's text: the files hold either the text itself or an object with it as "content"."""
+    text = token["content"] if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ValueError(f"a special token is {token!r}, expected its text")
+    return text

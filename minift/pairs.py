@@ -1,0 +1,143 @@
+"""Preference pairs and rankings → ids: each response after its prompt, best first."""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from minift.encode import encode_prompt, split_row
+from minift.encoded import Encoded, location_of
+from minift.errors import UserError
+from minift.prompts import Template
+from minift.tokenizer import Tokenizer
+
+MAX_MARGIN = 1_000_000  # rewards differ by a few units, so larger margins cannot be reached
+
+
+class Ranking(NamedTuple):
+    """Two or more responses to one prompt, best first, each as the ids of its whole row: a pair is (chosen, rejected).
+
+    With `best_only`, only the first response is known to be better than the others.
+    """
+
+    responses: list[list[int]]
+    margin: float = 0.0
+    best_only: bool = False
+
+
+def encode_rankings(
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    max_length: int,
+    margin_field: str | None = None,
+    source: str = "rows",
+) -> Encoded[Ranking]:
+    """Encode pairs and rankings (`datasets.PAIR_SCHEMAS`); drop and report those that cannot be used.
+
+    Pairs with equal sides give no gradient. A side longer than `max_length` would lose its last token, where the reward
+    is read. Both are dropped. `margin_field` names the field with a row's margin; without it, margins are 0.
+
+    Raises UserError if every row is dropped, a row cannot be encoded, or a margin is not a number.
+    """
+    encoded: Encoded[Ranking] = Encoded(source, "pair", len(rows))
+    for number, row in enumerate(rows, start=1):
+        location = location_of(row, number)
+        responses = responses_of(row)
+        prompt = row.get("prompt")
+        try:
+            sides = [encode_response(prompt, response, tokenizer, template) for response in responses]
+            prompt_length = 0 if prompt is None else len(encode_prompt({"instruction": prompt}, tokenizer, template))
+        except ValueError as error:
+            raise UserError(f"{source}: {location}: {error}") from None
+        margin = 0.0 if margin_field is None else _margin(row, margin_field, f"{source}: {location}")
+        lengths = [len(side) for side in sides]
+        if len({tuple(side) for side in sides}) < len(sides):
+            encoded.remark("dropped: its sides are equal", location)
+        elif prompt_length >= max_length and min(lengths) > max_length:
+            encoded.remark(f"dropped: the prompt alone fills the {max_length} tokens", location)
+        elif max(lengths) > max_length:
+            encoded.remark(f"dropped: a side is longer than {max_length} tokens", location)
+        else:
+            if "" in responses:
+                encoded.remark("with an empty response: its reward is that of the end token alone", location)
+            encoded.keep(Ranking(sides, margin), row, number - 1)
+            encoded.tokens += sum(lengths)
+    encoded.check_any_kept("can be learned from")
+    return encoded
+
+
+def encode_response(prompt: str | None, response: str, tokenizer: Tokenizer, template: Template) -> list[int]:
+    r"""Return the ids of a prompt (an instruction of the template), its response and the EOS.
+
+    Without a prompt the response is a whole dialogue, used as it is.
+
+    >>> from minift.prompts import TEMPLATES
+    >>> encode_response("Hi", "Yo", tokenizer, TEMPLATES["dialogue"])  # "\n\nHuman: Hi\n\nAssistant: Yo"
+    [2, 202, 202, 43, 538, 293, 29, 1052, 76, 202, 202, 1754, 378, 271, 1348, 29, 2539, 82, 2]
+    """
+    fields = {"prompt": "", "completion": response} if prompt is None else {"instruction": prompt, "output": response}
+    pieces = split_row(fields, tokenizer, template, "")
+    assert pieces is not None  # only a `text` row can lack its response template
+    before, after = pieces
+    return tokenizer.encode([*before, *after])
+
+
+def responses_of(row: Mapping[str, Any]) -> list[str]:
+    """Return the responses of a pair or a ranking, best first."""
+    return row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
+
+
+def name_responses(count: int, *, best_only: bool = False) -> list[str]:
+    """Return names for the responses of a ranking, for messages and samples.
+
+    >>> name_responses(2), name_responses(3, best_only=True)
+    (['chosen', 'rejected'], ['chosen', 'rejected 1', 'rejected 2'])
+    """
+    if count == 2:
+        return ["chosen", "rejected"]
+    if best_only:
+        return ["chosen", *(f"rejected {number}" for number in range(1, count))]
+    return [f"response {number}" for number in range(1, count + 1)]
+
+
+def group_by_chosen(rankings: Sequence[Ranking]) -> list[Ranking]:
+    """Merge pairs with the same prompt, chosen response and margin into one ranking of that response over the others.
+
+    The pairs of a ranking share prefixes, so a batch of as many tokens compares more. Each prompt is used once per
+    epoch, which reduces overfitting (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+    """
+    groups: dict[tuple, Ranking] = {}
+    for number, ranking in enumerate(rankings):
+        chosen, *others = ranking.responses
+        is_pair = len(others) == 1
+        key = (tuple(chosen), ranking.margin) if is_pair else (number,)
+        group = groups.setdefault(key, Ranking([chosen], ranking.margin, best_only=is_pair))
+        # A rejected response that occurs twice would be two rows of the same text.
+        group.responses.extend(other for other in others if other not in group.responses)
+    return [*groups.values()]
+
+
+def swap_half(rankings: Sequence[Ranking], categories: Sequence[str | None], seed: int) -> list[Ranking]:
+    """Flip the labels of half the pairs, about half in each category (seeded), so that nothing is left to learn."""
+    generator = random.Random(seed)
+    order = generator.sample(range(len(rankings)), len(rankings))
+    order.sort(key=lambda number: str(categories[number]))
+    flipped = {generator.choice(two) for two in zip(order[::2], order[1::2], strict=False)}
+    return [
+        ranking._replace(responses=ranking.responses[::-1]) if number in flipped else ranking
+        for number, ranking in enumerate(rankings)
+    ]
+
+
+def _margin(row: Mapping[str, Any], name: str, where: str) -> float:
+    margin = row.get(name)
+    # The comparison is False for NaN, and works for integers of any size.
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= MAX_MARGIN:
+        problem = (
+            f"{margin!r:.40}, expected a number between -{MAX_MARGIN:,} and {MAX_MARGIN:,}"
+            if name in row
+            else "missing"
+        )
+        raise UserError(f"{where}: field '{name}', its --margin-field, is {problem}")
+    return float(margin)

@@ -1,0 +1,36 @@
+"""The device and dtypes of a run, from its options."""
+
+import torch
+
+from minift.config import Config
+from minift.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device so named; `auto` is the GPU if there is one. UserError for a GPU that does not exist."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if name != "cpu" and name not in gpus and not (name == "cuda" and gpus):
+        raise UserError(f"--device {name}: expected auto, cpu or one of the {len(gpus)} GPUs here, as in cuda:0")
+    return torch.device(name)
+
+
+def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Return the dtype of the forward pass.
+
+    It is that of the frozen weights, if they are in half precision. Otherwise `auto` is bfloat16 autocast on a GPU that
+    has it, and float32 on a CPU. Trained weights stay in float32 (float64 if asked for): an AdamW update is often below
+    bfloat16's resolution and would round to zero.
+    """
+    if config.base_dtype != "float32":
+        return getattr(torch, config.base_dtype)
+    if config.dtype == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def weights_dtype(config: Config) -> torch.dtype:
+    """Return the dtype to load the weights in: float64 if the forward pass is, else that of the frozen base."""
+    return torch.float64 if config.dtype == "float64" else getattr(torch, config.base_dtype)

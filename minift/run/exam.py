@@ -1,0 +1,105 @@
+"""The examination of a tuned model: held-out prompts, greedy answers, BLEU by category; and the samples of a run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from huggingface_hub.utils import tqdm
+
+from minift.bleu import corpus_bleu
+from minift.config import Config
+from minift.encode import encode_prompt, reference_of
+from minift.encoded import by_category, category_of
+from minift.generate import Options, generate
+from minift.model import OPT
+from minift.pairs import name_responses, responses_of
+from minift.prompts import Template, is_text_row
+from minift.scoring import examine
+from minift.tokenizer import Special, Tokenizer
+
+
+class Question(NamedTuple):
+    """A held-out prompt, as ids and as text, and the answer it should get."""
+
+    prompt_ids: list[int]
+    prompt: str
+    reference: str
+    reference_length: int  # in tokens, with BOS and EOS
+    category: str | None
+
+    def sample(self, before: str, after: str) -> dict[str, Any]:
+        """Return the line of samples.jsonl: the prompt, its reference, and the answers before and after training."""
+        texts = {"prompt": self.prompt, "reference": self.reference, "before": before, "after": after}
+        return {"kind": self.category, **texts}
+
+
+def held_out_prompts(
+    rows: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    template: Template,
+    config: Config,
+    max_positions: int,
+) -> list[Question]:
+    """Return questions for the first --bleu-samples rows whose prompt and reference fit into `max_positions`.
+
+    With `--supervise all`, `text` rows are learned as a whole, so they do not have a prompt.
+    """
+    questions: list[Question] = []
+    for row in rows:
+        if len(questions) == config.bleu_samples:
+            break
+        if config.supervise == "all" and is_text_row(row):
+            continue
+        prompt_ids = encode_prompt(row, tokenizer, template, config.response_template)
+        reference = reference_of(row, tokenizer, template, config.response_template)
+        length = len(tokenizer.encode([reference, Special(tokenizer.eos_token)]))
+        if prompt_ids and len(prompt_ids) + length <= max_positions:
+            prompt = tokenizer.decode(prompt_ids)
+            questions.append(Question(prompt_ids, prompt, reference, length, category_of(row)))
+    return questions
+
+
+def complete_greedily(model: OPT, tokenizer: Tokenizer, questions: Sequence[Question], description: str) -> list[str]:
+    """Return the model's greedy answers, at most as long as the longest reference and the model's positions allow."""
+    if not questions:
+        return []
+    room = model.config.max_position_embeddings - max(len(question.prompt_ids) for question in questions)
+    longest = max(question.reference_length for question in questions)
+    options = Options(max_new_tokens=min(room, longest), eos_token_id=tokenizer.eos_token_id)
+    with tqdm(total=len(questions), desc=description, unit="answer") as bar:
+        completions = generate(model, [question.prompt_ids for question in questions], options, bar.update)
+    return [tokenizer.decode(ids) for (ids,) in completions]
+
+
+def bleu_by_category(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """Return sacreBLEU's corpus BLEU (0 to 100) of all answers, under "all", and of each category's."""
+    pairs = [(answer, question.reference) for question, answer in zip(questions, answers, strict=True)]
+    groups = by_category(pairs, [question.category for question in questions])
+    return {
+        name: corpus_bleu([answer for answer, _ in group], [[reference for _, reference in group]]).score
+        for name, group in groups.items()
+    }
+
+
+def compare_bleu(questions: Sequence[Question], before: Sequence[str], after: Sequence[str]) -> dict[str, Any]:
+    """Return BLEU by category of the answers before and after training, as run.json has it; {} without questions."""
+    if not questions:
+        return {}
+    return {"bleu": {"before": bleu_by_category(questions, before), "after": bleu_by_category(questions, after)}}
+
+
+def compare_rewards(
+    before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], categories: Sequence[str | None]
+) -> dict[str, Any]:
+    """Return every measure of `scoring.examine` before and after training, as run.json has it; {} without rankings."""
+    if not before:
+        return {}
+    first, last = examine(before, categories), examine(after, categories)
+    return {measure: {"before": first[measure], "after": last[measure]} for measure in last}
+
+
+def ranking_sample(row: Mapping[str, Any], before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
+    """Return the line of samples.jsonl for a pair or ranking: its texts, and their rewards before and after."""
+    responses = responses_of(row)
+    texts = {name: row[name] for name in ("kind", "prompt") if name in row}
+    texts |= dict(zip(name_responses(len(responses)), responses, strict=True))
+    return texts | {"rewards_before": list(before), "rewards_after": list(after)}

@@ -1,0 +1,95 @@
+"""What both scripts do around the training loop: load and split rows, prepare the model, export it."""
+
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from minift.config import Config
+from minift.encode import check_max_length
+from minift.errors import UserError
+from minift.files.adapters import save_adapters
+from minift.files.datasets import Row, drop_rows_with_input, load_rows, split
+from minift.files.hub import commit_of
+from minift.files.pretrained import ModelFiles
+from minift.files.templates import save_template
+from minift.files.tokenizer import save_tokenizer
+from minift.files.weights import save_model
+from minift.lora import adapters_of, add_lora, merge, num_adapter_parameters, unmerge
+from minift.model import OPT, RewardModel, set_dropout
+from minift.prompts import Template
+from minift.run.folder import Run
+from minift.tokenizer import Tokenizer
+
+Model = TypeVar("Model", OPT, RewardModel)
+
+
+class Split(NamedTuple):
+    """Rows to train on, or held-out rows, and what messages call them."""
+
+    rows: list[Row]
+    source: str
+
+
+def load_splits(run: Run, schemas: dict[str, tuple[str, ...]]) -> tuple[Split, Split]:
+    """Return the rows to train on and the held-out rows: those of --eval-data, or --eval-fraction of --data.
+
+    Raises UserError like `load_rows` and `split`.
+    """
+    config = run.config
+
+    def read(name: str) -> list[Row]:
+        rows = load_rows(run.data[name], schemas)
+        return drop_rows_with_input(rows) if config.no_input_only else rows
+
+    rows = read("data")
+    train, held_out = split(len(rows), config.eval_fraction, config.seed)
+    train_split = Split([rows[index] for index in train], config.data)
+    if config.eval_data:
+        return train_split, Split(read("eval_data"), config.eval_data)
+    return train_split, Split([rows[index] for index in held_out], f"held out of {config.data}")
+
+
+def max_length_for(config: Config, model: OPT | RewardModel) -> int:
+    """Return --max-length, limited to the model's positions; UserError if a flag asks for more than these."""
+    max_positions = model.config.max_position_embeddings
+    if config.origins["max_length"] == "flag":
+        check_max_length(config.max_length, max_positions)
+    return min(config.max_length, max_positions)
+
+
+def prepare(model: Model, run: Run) -> Model:
+    """Move a loaded model to the run's device, set its dropout, and add adapters if the run trains these.
+
+    Raises UserError for --lora-targets or a --lora-rank that do not suit the model.
+    """
+    config = run.config
+    model = model.to(run.device)
+    if config.dropout is not None:
+        set_dropout(model, config.dropout)
+    if config.lora_rank:
+        torch.manual_seed(config.seed)
+        try:
+            add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+        except ValueError as error:
+            raise UserError(f"--lora-{error}") from None
+        head = ", and the head" if isinstance(model, RewardModel) else ""
+        note = " (--model is adapters: the run will have no adapter/)" if run.model_files.are_adapters else ""
+        print(f"LoRA: {num_adapter_parameters(model):,} parameters to train{head}{note}")
+    return model
+
+
+def export(model: OPT | RewardModel, tokenizer: Tokenizer, template: Template, base: ModelFiles, folder: Path) -> None:
+    """Write a model into a folder as transformers reads it, with its tokenizer and template.
+
+    Adapters are merged into the model. They are also written to `adapter/`, as peft reads them, with the name of
+    `base`. This is not possible if `base` is itself a folder of adapters: no single folder holds their sum.
+    """
+    if adapters_of(model) and not base.are_adapters:
+        save_adapters(model, folder / "adapter", base.name, commit_of(base.own))
+        save_template(template, folder / "adapter")
+    adapters = merge(model)
+    save_model(model, folder)
+    unmerge(model, adapters)
+    save_tokenizer(tokenizer, folder)
+    save_template(template, folder)

@@ -1,0 +1,116 @@
+"""Short runs of train_sft.py and train_rm.py, for the tests of both and of what they leave."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+
+import train_rm
+import train_sft
+from minift.errors import UserError
+from minift.files.text import sha256
+from minift.trainer import Task
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "data" / "model"
+SCRIPTS: dict[str, ModuleType] = {"sft": train_sft, "rm": train_rm}
+STEPS = 4
+SMALL = ["--max-steps", STEPS, "--batch-size", 4, "--device", "cpu"]
+TINY = [*SMALL, "--recipe", "tiny"]  # --data would otherwise end the recipe
+
+
+class Reached(Exception):
+    """Training would begin here."""
+
+
+def command(script: str, *flags: object) -> list[str]:
+    return [sys.executable, f"train_{script}.py", *map(str, flags)]
+
+
+def execute(script: str, *flags: object) -> str:
+    """Run a script in a new process, as users do; return what it printed."""
+    done = subprocess.run(command(script, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def run(script: str, *flags: object) -> str:
+    """Run a script in this process; return what it printed."""
+    arguments = [f"train_{script}.py", *map(str, flags)]
+    printed = io.StringIO()
+    with contextlib.chdir(ROOT), mock.patch.object(sys, "argv", arguments), contextlib.redirect_stdout(printed):
+        SCRIPTS[script].main()
+    return printed.getvalue()
+
+
+def refused(script: str, *flags: object) -> str:
+    """Return the message, of one line, with which a script refuses its flags."""
+    with pytest.raises(UserError) as caught:
+        run(script, *flags)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def task_of(script: str, folder: Path, *flags: object) -> Task:
+    """Return what a script would train; its run's folder gets a run.json and nothing else."""
+    with mock.patch.object(SCRIPTS[script], "train", side_effect=Reached) as train, pytest.raises(Reached):
+        run(script, *flags, "--out", folder)
+    return train.call_args.args[0]
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def few_rows(script: str, folder: Path) -> list:
+    """Return the flags that name a few shipped rows: 40 to train on, and three of each category to hold out."""
+    names = ("instructions", "heldout") if script == "sft" else ("pairs", "heldout_pairs")
+    train, held_out = (read_lines(ROOT / "data" / f"{name}.jsonl") for name in names)
+    categories = dict.fromkeys(row["kind"] for row in held_out)
+    few = [row for category in categories for row in [row for row in held_out if row["kind"] == category][:3]]
+    return [
+        "--data", write_lines(folder / f"{names[0]}.jsonl", train[:40]),
+        "--eval-data", write_lines(folder / f"{names[1]}.jsonl", few),
+    ]  # fmt: skip
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Return every path below a folder, links and empty folders included, and the SHA-256 of each file."""
+    return {str(path): sha256([path]) if path.is_file() else "" for path in folder.rglob("*")}
+
+
+def kill_and_resume(script: str, folder: Path, *flags: object) -> None:
+    """Kill a run between its first checkpoint and its end, then resume it."""
+    flags = (*flags, "--out", folder, "--save-every", 1)
+    progress = folder / "checkpoints" / "last" / "progress.json"
+    process = subprocess.Popen(command(script, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not progress.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()  # SIGKILL: no handler runs
+    process.wait()
+    assert 0 < json.loads(progress.read_text())["step"] < STEPS
+    run(script, *flags, "--resume")
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Assert that two runs left the same weights, adapters and samples, bit for bit, and the same metrics."""
+    names = ["model.safetensors", "samples.jsonl", "adapter/adapter_model.safetensors"]
+    for name in names if (expected / "adapter").exists() else names[:2]:
+        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
+    ours, theirs = (read_lines(folder / "metrics.jsonl") for folder in (found, expected))
+    assert [line | {"seconds": 0} for line in ours] == [line | {"seconds": 0} for line in theirs]
+    ours, theirs = (json.loads((folder / "run.json").read_text())["results"] for folder in (found, expected))
+    assert ours == theirs

@@ -1,0 +1,30 @@
+"""doctest runs every docstring example; in them, `tokenizer` is the shipped one. Long outputs may be wrapped."""
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+from minift.files.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in sorted(ROOT.joinpath("minift").rglob("*.py"))
+]
+# The fewest `>>>` lines of modules that must have examples, so that losing them does not pass silently.
+EXPECTED = {"minift.encode": 1, "minift.encoded": 1, "minift.batching": 10, "minift.pairs": 2, "minift.generate": 1}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples(module: str) -> None:
+    names = {"tokenizer": load_tokenizer(ROOT / "data" / "model")}
+    flags = doctest.NORMALIZE_WHITESPACE
+    failed, attempted = doctest.testmod(importlib.import_module(module), extraglobs=names, optionflags=flags)
+    assert not failed
+    assert attempted >= EXPECTED.get(module, 0)
+
+
+def test_every_expected_module_exists() -> None:
+    assert set(EXPECTED) <= set(MODULES)

@@ -1,0 +1,59 @@
+"""`minift COMMAND` and `python -m minift COMMAND`: the list of commands, unknown names, Ctrl-C during imports."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from minift import __main__ as command_line
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["minift", *arguments])
+    try:
+        command_line.main()
+    except SystemExit as exit:
+        return exit.code or 0
+    return 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",)])
+def test_lists_the_commands(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(monkeypatch, *arguments) == 0
+    listed = capsys.readouterr().out
+    for command, (_, description) in command_line.COMMANDS.items():
+        assert f"  {command} " in listed and description in listed
+
+
+@pytest.mark.parametrize("command", command_line.COMMANDS)
+def test_every_command_has_a_help_text(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    assert f"usage: minift {command}" in capsys.readouterr().out
+
+
+def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert run(monkeypatch, "genrate") == 2
+    assert capsys.readouterr().err == (
+        "error: genrate: not a command, did you mean generate? (`minift` lists the commands)\n"
+    )
+    assert run(monkeypatch, "xyz") == 2
+    assert "expected one of generate, preview" in capsys.readouterr().err
+
+
+def test_ctrl_c_during_an_import_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupt(module: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupt)
+    assert run(monkeypatch, "score") == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_runs_as_a_module() -> None:
+    result = subprocess.run([sys.executable, "-m", "minift", "bleu"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1

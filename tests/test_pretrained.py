@@ -1,0 +1,342 @@
+"""A folder of adapters wherever a model is accepted, and how often a model's files are looked up and read."""
+
+import builtins
+import io
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import OPTForCausalLM, OPTForSequenceClassification
+
+from minift.commands import generate, preview, score
+from minift.errors import UserError
+from minift.files import hub, pretrained, weights
+from minift.files.adapters import save_adapters
+from minift.files.pretrained import find_model, load_judge, load_language_model, new_reward_model
+from minift.files.templates import save_template
+from minift.files.text import sha256
+from minift.files.tokenizer import load_tokenizer, save_tokenizer
+from minift.lora import add_lora, merge
+from minift.model import OPT, RewardModel
+from minift.prompts import TEMPLATES, Template
+from tests.runs import SHIPPED, TINY, few_rows, read_lines, run, snapshot, task_of, write_lines
+
+# Not the default of either kind of model.
+TEMPLATE = TEMPLATES["alpaca"]
+TARGETS = ["q_proj", "fc1"]
+SEED = 5
+PROMPTS = [{"instruction": "Add two numbers."}, {"instruction": "Add them.", "input": "1, 2"}]
+
+
+class Tuned(NamedTuple):
+    """A folder of adapters, and one of the whole model that they and their base are together."""
+
+    adapters: Path
+    merged: Path
+
+
+def of_a_run(script: str, folder: Path) -> Tuned:
+    flags = [
+        *TINY,
+        "--model",
+        SHIPPED,
+        "--template",
+        TEMPLATE.name,
+        "--lora-rank",
+        4,
+        "--lr",
+        1e-2,
+        "--warmup-steps",
+        0,
+    ]
+    run(script, *flags, *few_rows(script, folder)[:2], "--eval-fraction", 0, "--out", folder / "run")
+    return Tuned(folder / "run" / "adapter", folder / "run")
+
+
+def of_save_adapters(script: str, folder: Path) -> Tuned:
+    model = weights.load_model(SHIPPED) if script == "sft" else weights.new_reward_model(SHIPPED, seed=1)
+    add_lora(model, 3, 7.0, 0.5, TARGETS)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.02)
+    save_adapters(model, folder / "adapters", str(SHIPPED))
+    merge(model)
+    return with_the_rest(folder, model)
+
+
+def of_peft(script: str, folder: Path) -> Tuned:
+    if script == "sft":
+        base, task_type = OPTForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32), "CAUSAL_LM"
+    else:
+        base = OPTForSequenceClassification.from_pretrained(SHIPPED, dtype=torch.float32, num_labels=1)
+        task_type = "SEQ_CLS"
+    settings = peft.LoraConfig(r=3, task_type=task_type, target_modules=TARGETS, init_lora_weights=False)
+    tuned = peft.get_peft_model(base, settings)
+    tuned.save_pretrained(folder / "adapters")
+    tuned.merge_and_unload().save_pretrained(folder / "merged")
+    return with_the_rest(folder)
+
+
+def with_the_rest(folder: Path, model: OPT | RewardModel | None = None) -> Tuned:
+    """Write the tokenizer and the templates of adapters and their merged model, and the latter if there is one."""
+    if model is not None:
+        weights.save_model(model, folder / "merged")
+    save_tokenizer(load_tokenizer(SHIPPED), folder / "merged")
+    for name in Tuned._fields:
+        save_template(TEMPLATE, folder / name)
+    return Tuned(folder / "adapters", folder / "merged")
+
+
+WRITERS = {"a run": of_a_run, "save_adapters": of_save_adapters, "peft": of_peft}
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def language(request, tmp_path_factory) -> Tuned:
+    torch.manual_seed(0)
+    return WRITERS[request.param]("sft", tmp_path_factory.mktemp("language"))
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def reward(request, tmp_path_factory) -> Tuned:
+    torch.manual_seed(0)
+    return WRITERS[request.param]("rm", tmp_path_factory.mktemp("reward"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Tuned:
+    """Adapters without template.json."""
+    tuned = of_save_adapters("sft", tmp_path_factory.mktemp("plain"))
+    (tuned.adapters / "template.json").unlink()
+    return tuned
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder with rows for every command."""
+    folder = tmp_path_factory.mktemp("files")
+    write_lines(folder / "prompts.jsonl", PROMPTS)
+    write_lines(folder / "rows.jsonl", [row | {"output": "a + b"} for row in PROMPTS])
+    write_lines(folder / "pairs.jsonl", [{"prompt": "Add.", "chosen": "a + b", "rejected": "a"}])
+    return folder
+
+
+def copied(tuned: Tuned, folder: Path, **changes: object) -> Path:
+    """Return a copy of the adapters with other settings."""
+    shutil.copytree(tuned.adapters, folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | changes))
+    return folder
+
+
+def assert_same_weights(found: nn.Module, expected: nn.Module, *, tuned: bool = True) -> None:
+    """Within 1e-6; if `tuned`, also that these are not the base's."""
+    ours, theirs = found.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) <= 1e-6
+    base = weights.load_model(SHIPPED).state_dict()
+    moved = max((ours[name] - base[name]).abs().max().item() for name in ours.keys() & base.keys())
+    assert (moved > 1e-3) == tuned
+    assert all(parameter.requires_grad for parameter in found.parameters())
+
+
+def forms(template: Template) -> tuple[str, str]:
+    return template.with_input, template.without_input
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def test_a_language_model(language):
+    found, expected = (load_language_model(folder) for folder in language)
+    assert_same_weights(found.model, expected.model)
+    assert forms(found.template) == forms(expected.template) == forms(TEMPLATE)
+    assert found.tokenizer.files == expected.tokenizer.files
+
+
+def test_a_judge(reward):
+    found, expected = (load_judge(folder) for folder in reward)
+    assert_same_weights(found.model, expected.model)
+    assert forms(found.template) == forms(expected.template) == forms(TEMPLATE)
+    scores = [judge.scores([("Add two numbers.", "a + b"), (None, "a")]) for judge in (found, expected)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def test_a_new_reward_model_on_a_tuned_language_model(language):
+    found, tokenizer = new_reward_model(find_model(language.adapters), seed=SEED)
+    assert_same_weights(found, weights.new_reward_model(language.merged, seed=SEED))
+    assert torch.equal(found.score.weight, weights.new_reward_model(SHIPPED, seed=SEED).score.weight)
+    assert tokenizer.files == load_tokenizer(SHIPPED).files
+
+
+def test_a_new_reward_model_that_continues_from_another(reward):
+    found, _ = new_reward_model(find_model(reward.adapters), seed=SEED)
+    assert_same_weights(found, weights.load_reward_model(reward.merged))
+
+
+def test_defaults_beside_what_the_folder_holds(plain, tmp_path):
+    assert load_language_model(plain.adapters).template == TEMPLATES["course"]
+    assert load_language_model(plain.adapters, template="none").template == TEMPLATES["none"]
+    assert load_language_model(plain.merged, template="none").template == TEMPLATES["none"]
+    files = find_model(copied(plain, tmp_path / "adapters"))
+    assert (files.name, files.folder, files.tokenizer_folder) == (str(files.own), SHIPPED, SHIPPED)
+    save_tokenizer(load_tokenizer(SHIPPED), files.own)
+    assert files.tokenizer_folder == files.own
+
+
+# ------------------------------------------------------------------------------------------------ commands and scripts
+
+
+def test_generate_and_preview(language, files, tmp_path, capsys):
+    printed = []
+    for name, folder in zip(Tuned._fields, language, strict=True):
+        generate.main(["--model", str(folder), "--prompts", str(files / "prompts.jsonl"), "--max-new-tokens", "8"])
+        preview.main(["--model", str(folder), "--data", str(files / "rows.jsonl"), "--out", str(tmp_path / name)])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "Below is an instruction" in printed[0]
+    assert read_lines(tmp_path / "adapters") == read_lines(tmp_path / "merged")
+
+
+def test_score(reward, tmp_path):
+    rows = write_lines(tmp_path / "rows.jsonl", [{"prompt": "Add.", "response": text} for text in ("a + b", "a", "")])
+    for name, folder in zip(Tuned._fields, reward, strict=True):
+        score.main(["--model", str(folder), "--data", str(rows), "--out", str(tmp_path / name)])
+    ours, theirs = ([row["score"] for row in read_lines(tmp_path / name)] for name in Tuned._fields)
+    assert ours == pytest.approx(theirs, abs=1e-5) and len(set(ours)) == 3
+
+
+def assert_trains_the_merged_model(script: str, tuned: Tuned, folder: Path, data: Path) -> None:
+    flags = ["--data", data, "--eval-fraction", 0, "--device", "cpu", "--model"]
+    ours, theirs = (task_of(script, folder / name, *flags, getattr(tuned, name)).model for name in Tuned._fields)
+    assert_same_weights(ours, theirs)
+    fingerprints = json.loads((folder / "adapters" / "run.json").read_text())["fingerprints"]
+    own, base = tuned.adapters / "adapter_model.safetensors", SHIPPED / "model.safetensors"
+    assert fingerprints["weights"] == sha256([base, own])
+
+
+def test_scripts_train_a_tuned_language_model(language, files, tmp_path):
+    for script, data in (("sft", files / "rows.jsonl"), ("rm", files / "pairs.jsonl")):
+        assert_trains_the_merged_model(script, language, tmp_path / script, data)
+
+
+def test_train_rm_continues_from_a_reward_model(reward, files, tmp_path):
+    assert_trains_the_merged_model("rm", reward, tmp_path, files / "pairs.jsonl")
+
+
+# ------------------------------------------------------------------------------------------- looked up and read once
+
+
+@pytest.fixture
+def counted(monkeypatch) -> tuple[Counter, Counter]:
+    """How often each model name is resolved, and how often each file is opened, from now on."""
+    resolved, opened = Counter(), Counter()
+
+    def open_and_count(file, *arguments, **options):
+        opened[str(file)] += 1
+        return builtin_open(file, *arguments, **options)
+
+    def resolve_and_count(name, *arguments, **options):
+        resolved[str(name)] += 1
+        return model_folder(name, *arguments, **options)
+
+    builtin_open, model_folder = builtins.open, hub.model_folder
+    for module in (builtins, io):  # pathlib opens files by the second
+        monkeypatch.setattr(module, "open", open_and_count)
+    for module in (hub, pretrained):
+        monkeypatch.setattr(module, "model_folder", resolve_and_count)
+    return resolved, opened
+
+
+def train(script: str, model: Path, data: Path) -> None:
+    flags = ["--model", model, "--data", data, "--eval-fraction", 0, "--max-steps", 1, "--lora-rank", 2]
+    run(script, *flags, "--device", "cpu", "--out", data.parent / "run")
+
+
+def command(module, *names: str):
+    return lambda model, files: module.main(
+        ["--model", str(model), *(str(files / name) if ".jsonl" in name else name for name in names)]
+    )
+
+
+OF_LANGUAGE_MODELS = {
+    "load_language_model": lambda model, files: load_language_model(model),
+    "new_reward_model": lambda model, files: new_reward_model(find_model(model), seed=SEED),
+    "generate": command(generate, "--prompts", "prompts.jsonl", "--max-new-tokens", "1"),
+    "preview": command(preview, "--data", "rows.jsonl"),
+    "train_sft.py": lambda model, files: train("sft", model, files / "rows.jsonl"),
+    "train_rm.py": lambda model, files: train("rm", model, files / "pairs.jsonl"),
+}
+OF_REWARD_MODELS = {
+    "load_judge": lambda model, files: load_judge(model),
+    "score": command(score, "--data", "pairs.jsonl"),
+    "train_rm.py": OF_LANGUAGE_MODELS["train_rm.py"],
+}
+
+
+def assert_each_is_read_once(calls: dict, tuned: Tuned, files: Path, counted: tuple[Counter, Counter]) -> None:
+    resolved, opened = counted
+    for call in calls.values():
+        for model, base in ((tuned.adapters, SHIPPED), (tuned.merged, tuned.merged)):
+            resolved.clear(), opened.clear()
+            call(model, files)
+            assert resolved == dict.fromkeys({str(model), str(base)}, 1)
+            assert {path: opened[path] for path in opened if path.endswith("/config.json")} == {
+                str(base / "config.json"): 1
+            }
+
+
+def test_a_language_model_is_looked_up_and_read_once(plain, files, counted):
+    assert_each_is_read_once(OF_LANGUAGE_MODELS, plain, files, counted)
+
+
+def test_a_reward_model_is_looked_up_and_read_once(tmp_path, files, counted):
+    assert_each_is_read_once(OF_REWARD_MODELS, of_save_adapters("rm", tmp_path), files, counted)
+
+
+# ----------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_a_base_that_is_missing_absent_or_adapters(plain, tmp_path, files):
+    """One line that names adapter_config.json, wherever the adapters are given; and nothing is written."""
+    loop = tmp_path / "loop"
+    mistakes = {
+        copied(plain, tmp_path / "nameless", base_model_name_or_path=None): "base_model_name_or_path is None",
+        copied(plain, tmp_path / "absent", base_model_name_or_path="/nowhere"): "/nowhere: no such folder",
+        copied(plain, tmp_path / "remote", base_model_name_or_path="some/model"): "some/model: ",
+        copied(plain, tmp_path / "branch", revision="main"): "--revision main: ",
+        copied(plain, tmp_path / "chain", base_model_name_or_path=str(plain.adapters)): "is not a model but adapters",
+        copied(plain, loop, base_model_name_or_path=str(loop)): "is not a model but adapters",
+    }
+    before, written = snapshot(tmp_path), snapshot(files)
+    for folder, message in mistakes.items():
+        for name, call in (OF_LANGUAGE_MODELS | OF_REWARD_MODELS).items():
+            with pytest.raises(UserError) as caught:
+                call(folder, files)
+            assert str(caught.value).startswith(f"{folder}/adapter_config.json: "), name
+            assert message in str(caught.value) and "\n" not in str(caught.value), name
+    assert (snapshot(tmp_path), snapshot(files)) == (before, written)
+
+
+def test_adapters_that_do_not_suit_the_command_or_their_base(plain, reward, tmp_path):
+    with pytest.raises(UserError, match="adapter_model.safetensors: .* 1 missing, first .*score.weight"):
+        load_judge(plain.adapters)
+    with pytest.raises(UserError, match="adapter_model.safetensors: .* 1 unexpected, first .*score.weight"):
+        load_language_model(reward.adapters)
+    folder = copied(plain, tmp_path / "adapters", target_modules=["query"])
+    with pytest.raises(UserError, match="adapter_config.json: .*no linear is named query"):
+        load_language_model(folder)
+    state = load_file(plain.adapters / "adapter_model.safetensors")
+    folder = copied(plain, tmp_path / "short")
+    save_file(dict([*state.items()][1:]), folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="1 missing"):
+        load_language_model(folder)
+    (folder / "adapter_model.safetensors").unlink()
+    for load in (load_language_model, load_judge, lambda model: new_reward_model(find_model(model), seed=SEED)):
+        with pytest.raises(UserError, match="adapter_model.safetensors: no such file"):
+            load(folder)
