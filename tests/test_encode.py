@@ -141,7 +141,7 @@ def test_joined_rows_are_reported(tokenizer):
     rows = [ROWS[0], ROWS[2]]
     for schema in (rows, [as_text_row(row) for row in rows]):
         encoded = encode_rows(schema, tokenizer, COURSE, max_length=None)
-        assert locations(encoded, "where one token joins") == ["row 2"]
+        assert locations(encoded, "where one token spans") == ["row 2"]
 
 
 def test_end_token_is_supervised_although_it_is_also_the_pad(gpt2_tokenizer_directory):
@@ -162,7 +162,7 @@ def test_end_token_is_there_once_and_never_inside(tokenizer, make_row):
         [example] = encoded.examples
         assert example.input_ids.count(2) == 2 and (example.input_ids[0], example.input_ids[-1]) == (2, 2)
         assert tokenizer.decode(supervised_ids(example)[:-1], skip_special_tokens=False) == reference
-        assert locations(encoded, "that spell a special") == (["row 1"] if "</s>" in reference else [])
+        assert locations(encoded, "whose text has the name of a special") == (["row 1"] if "</s>" in reference else [])
         assert locations(encoded, "with an empty") == (["row 1"] if not reference else [])
 
 
@@ -211,7 +211,7 @@ def test_a_label_on_the_first_token_alone_is_not_enough(gpt2_tokenizer_directory
     rows = [{"prompt": "", "completion": ""}, {"prompt": "", "completion": "x"}]
     encoded = encode_rows(rows, load_tokenizer(gpt2_tokenizer_directory), COURSE, max_length=None)
     assert encoded.numbers == [1]
-    assert "  1 row dropped: no supervised token after its first (row 1)" in encoded.summary.split("\n")
+    assert "  1 row dropped: no supervised token after the first one (row 1)" in encoded.summary.split("\n")
     assert encoded.examples[0].labels == encoded.examples[0].input_ids
 
 

@@ -57,8 +57,8 @@ def test_a_file_is_renamed_only_after_fsync(tmp_path, monkeypatch):
 
 
 def test_a_path_that_cannot_be_written(tmp_path):
-    for path in (tmp_path / "missing" / "a", tmp_path):
-        with pytest.raises(UserError, match=f"{path}: can't be written"):
+    for path, message in ((tmp_path / "missing" / "a", "can't be written"), (tmp_path, "a directory")):
+        with pytest.raises(UserError, match=f"{path}: {message}"):
             write_text(path, "text")
     assert list(tmp_path.iterdir()) == []
 
@@ -120,7 +120,7 @@ def test_an_out_that_would_overwrite_the_input_is_refused(tmp_path):
     check_out(str(tmp_path / "new"), "--data", str(source))
     for out, message in (
         (f"{tmp_path}/./rows.jsonl", "this is the file that --data names"),
-        (str(tmp_path), "expected a file name"),
+        (str(tmp_path), "a directory, expected a regular file or a new name"),
         (f"{tmp_path}/missing/new", "expected a file name"),
     ):
         with pytest.raises(UserError, match=f"--out {out}: {message}"):

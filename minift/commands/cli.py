@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minift.errors import UserError
+from minift.files.text import target_of
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -39,16 +40,20 @@ def add_device_flags(parser: argparse.ArgumentParser, *, half: bool = True) -> N
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="(default: %(default)s)")
 
 
-def check_out(path: str | None, flag: str, input_path: str) -> None:
-    """Raise UserError if --out cannot be created, or would overwrite `input_path`, the file that `flag` names.
+def check_out(path: str | None, flag: str, input_path: str, *, hint: str = "") -> None:
+    """Raise UserError if --out cannot be written, or would overwrite `input_path`, the file that `flag` names.
 
-    Commands call this before any work, so that a wrong --out does not cost the results.
+    Commands call this before any work, so that a wrong --out does not cost the results. `hint` ends the message.
     """
     if path is None:
         return
+    try:
+        target_of(path)
+    except UserError as error:
+        raise UserError(f"--out {error}{hint}") from None
     if Path(path).resolve() == Path(input_path).resolve():
         raise UserError(f"--out {path}: this is the file that {flag} names, expected another file")
-    if Path(path).is_dir() or not Path(path).parent.is_dir():
+    if not Path(path).parent.is_dir():
         raise UserError(f"--out {path}: expected a file name in an existing directory")
 
 

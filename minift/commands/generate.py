@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Complete the prompts of a file."""
     args = _parser().parse_args(arguments)
     options = _options(args)
-    check_out(args.out, "--prompts", args.prompts)
+    check_out(args.out, "--prompts", args.prompts, hint="; without --out the lines are printed")
     rows = load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)
     dtype, device = getattr(torch, args.dtype), pick_device(args.device)
     language_model = load_language_model(args.model, template=args.template, dtype=dtype, device=device)

@@ -3,12 +3,17 @@
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minift.errors import UserError
+
+STREAM = re.compile(r"/+dev/(stdin|stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
+FILE_TYPES = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 
 def read_text(path: str | Path, expected: str, encoding: str = "utf-8-sig") -> str:
@@ -62,21 +67,46 @@ def read_json_lines(path: str | Path, expected: str = "one JSON object a line") 
     return parse_json_lines(read_text(path, expected), path, expected)
 
 
+def target_of(path: str | Path) -> Path:
+    """Return the file that writing to `path` creates or replaces: `path`, or what it links to.
+
+    Raises UserError if that is not a regular file, because a rename would destroy it, or if it cannot be written.
+    """
+    if STREAM.fullmatch(os.path.abspath(path)):  # noqa: PTH100  (resolve() would follow the link)
+        raise UserError(f"{path}: an open stream, expected a file's name")
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError:
+        return Path(os.path.realpath(path))
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(
+            f"{path}: {FILE_TYPES.get(stat.S_IFMT(mode), 'a device')}, expected a regular file or a new name"
+        )
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path}: no permission to write it, expected another name")
+    return Path(os.path.realpath(path))
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; rename it to `path` on success, delete it otherwise.
 
-    A crash leaves the earlier file. Raises UserError if `path` cannot be written.
+    A crash leaves the earlier file. A link stays, and the file that it leads to is replaced; a file's mode stays too.
+    Of a hard link, only this name gets the new content. Raises UserError like `target_of`, and if nothing can be
+    written.
     """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    target = target_of(path)
+    unfinished = target.with_name(f".{target.name}.unfinished")
     try:
-        unfinished.touch()
-        mode = unfinished.stat().st_mode
+        unfinished.unlink(missing_ok=True)  # a killed process may have left it; it must not be a link
+        unfinished.touch(exist_ok=False)
+        mode = (target if target.exists() else unfinished).stat().st_mode
         yield unfinished
-        unfinished.chmod(mode)  # safetensors creates files that only their owner can read
+        unfinished.chmod(stat.S_IMODE(mode))  # safetensors creates files that only their owner can read
         fsync(unfinished)
-        unfinished.replace(path)
+        unfinished.replace(target)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: can't be written: {error.strerror}") from None
     finally:
