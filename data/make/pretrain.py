@@ -27,7 +27,7 @@ from minift.batching import Batch, Loader, collate
 from minift.commands.cli import CommandParser, run_command
 from minift.config import Config
 from minift.encode import Example
-from minift.files.text import read_json_lines, write_json_lines
+from minift.files.text import read_json_lines, write_json_lines, write_text
 from minift.files.tokenizer import load_tokenizer, save_tokenizer
 from minift.files.weights import save_model
 from minift.losses import completion_cross_entropy
@@ -135,7 +135,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
         bpe.save_model(folder)
         names = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
         config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "add_prefix_space": False, **names}
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_text(Path(folder, "tokenizer_config.json"), json.dumps(config, indent=1) + "\n")
         return load_tokenizer(folder)
 
 
