@@ -22,6 +22,7 @@ from minift.files.text import (
     read_json_lines,
     read_text,
     sha256,
+    to_json,
     write_json,
     write_json_lines,
     write_text,
@@ -90,6 +91,16 @@ def test_json_is_read_as_it_was_written(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match="a.json:.* expected a JSON object"):
             read_json(path, "a value")
+
+
+def test_no_writer_writes_nan(tmp_path):
+    row = {"a": math.nan, "b": [1, -math.inf], "c": {"d": math.inf}, "e": 0.1, "f": "NaN"}
+    expected = {"a": None, "b": [1, None], "c": {"d": None}, "e": 0.1, "f": "NaN"}
+    write_json_lines(tmp_path / "a.jsonl", [row, row])
+    assert list(read_json_lines(tmp_path / "a.jsonl")) == [(1, expected), (2, expected)]
+    write_json(tmp_path / "a.json", row)
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == expected
+    assert to_json(row) == json.dumps(expected)
 
 
 def test_json_lines_are_numbered_as_in_an_editor():

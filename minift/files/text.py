@@ -1,28 +1,39 @@
 """Text, JSON and JSON lines: read with errors that name the line, written atomically."""
 
+import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minift.errors import UserError
 
+GZIP = b"\x1f\x8b"  # the first bytes of every such file, and of no UTF-8 text
 STREAM = re.compile(r"/+dev/(stdin|stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 FILE_TYPES = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 
 def read_text(path: str | Path, expected: str, encoding: str = "utf-8-sig") -> str:
-    """Return a file's text; raise UserError with `expected` if it can't be read. By default drop a byte order mark."""
+    """Return a file's text, decompressed if it is gzip; by default without a byte order mark.
+
+    Raises UserError with `expected` if it can't be read.
+    """
     try:
         data = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         problems = {IsADirectoryError: "a directory", PermissionError: "no permission to read it"}
         raise UserError(f"{path}: {problems.get(type(error), 'no such file')}, expected {expected}") from None
+    try:
+        data = gzip.decompress(data) if data.startswith(GZIP) else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: truncated or damaged gzip ({error}), expected {expected}") from None
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -38,13 +49,23 @@ def read_json(path: str | Path, expected: str) -> dict[str, Any]:
     return value
 
 
-def parse_json(text: str, path: str | Path, expected: str, *, line: int | None = None, allow_nan: bool = False) -> Any:
-    """Parse the JSON value that is a whole file, or its line number `line`.
+def parse_json(
+    text: str,
+    path: str | Path,
+    expected: str,
+    *,
+    line: int | None = None,
+    allow_nan: bool = False,
+    object_hook: Callable[[dict[str, Any]], Any] | None = None,
+) -> Any:
+    """Parse the JSON value that is a whole file, or its line number `line`; `object_hook` is that of `json.loads`.
 
-    Raises UserError with file, line and column for malformed JSON, and without `allow_nan` for Python's NaN, Infinity.
+    Raises UserError with file, line and column for malformed JSON, and without `allow_nan` for numbers that are not
+    finite: Python's NaN and Infinity, and 1e999.
     """
+    number = None if allow_nan else _finite
     try:
-        return json.loads(text, parse_constant=None if allow_nan else _refuse_constant)
+        return json.loads(text, object_hook=object_hook, parse_constant=number, parse_float=number)
     except json.JSONDecodeError as error:
         where, problem = f"{path}:{line or error.lineno}:{error.colno}", error.msg
     except (ValueError, RecursionError) as error:
@@ -53,13 +74,13 @@ def parse_json(text: str, path: str | Path, expected: str, *, line: int | None =
 
 
 def parse_json_lines(
-    text: str, path: str | Path, expected: str = "one JSON object a line", *, allow_nan: bool = False
+    text: str, path: str | Path, expected: str = "one JSON object a line", **settings: Any
 ) -> Iterator[tuple[int, Any]]:
     """Yield each line's number and JSON value, skipping blank lines; raise UserError like `parse_json`."""
     # Not splitlines(): a JSON string may contain a raw U+2028 or U+0085.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield number, parse_json(line, path, expected, line=number, allow_nan=allow_nan)
+            yield number, parse_json(line, path, expected, line=number, **settings)
 
 
 def read_json_lines(path: str | Path, expected: str = "one JSON object a line") -> Iterator[tuple[int, Any]]:
@@ -122,7 +143,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     """Write a JSON object atomically, indented."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -133,7 +154,16 @@ def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Non
 def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Yield each row as one line of JSON."""
     for row in rows:
-        yield json.dumps(row) + "\n"
+        yield to_json(row) + "\n"
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """Return a value as JSON, which lacks NaN and Infinity: they become null."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        return json.dumps(finite, indent=indent, allow_nan=False)
 
 
 def fsync(path: Path) -> None:
@@ -154,5 +184,7 @@ def sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is not a JSON value" if number[-1].isalpha() else f"{number} is too large a number")
+    return value

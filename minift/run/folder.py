@@ -8,7 +8,6 @@ checkpoints/    see checkpoint.py
 """
 
 import itertools
-import json
 import platform
 import re
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from minift.config import Config, flag_of, to_dict
 from minift.errors import UserError
 from minift.files.hub import at_commit, commit_of, data_files
 from minift.files.pretrained import ModelFiles, find_model
-from minift.files.text import parse_json_lines, read_json, read_text, sha256, write_json, write_json_lines
+from minift.files.text import parse_json_lines, read_json, read_text, sha256, to_json, write_json, write_json_lines
 from minift.prompts import Template
 from minift.run import checkpoint
 from minift.run.device import pick_device, pick_dtype, weights_dtype
@@ -98,7 +97,7 @@ class Run:
         """Append one line to metrics.jsonl."""
         self.metrics.append(line)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
 
     def save(self, task: Task, optimizer: torch.optim.Optimizer, progress: Progress, *, is_best: bool) -> None:
         """Write a checkpoint."""
