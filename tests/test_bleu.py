@@ -294,6 +294,13 @@ def test_command_reads_jsonl(tmp_path):
 GOOD = '{"completion": "a", "output": "a"}\n'
 
 
+def test_the_reference_is_not_the_hypothesis(tmp_path, capsys):
+    """generate once replaced a row's "completion", and that field as the reference then gave 100."""
+    file = str(write(tmp_path / "rows.jsonl", GOOD))
+    assert_refused(capsys, ["--jsonl", file, "--reference-field", "completion"], "--reference-field completion: it is")
+    assert_refused(capsys, ["--jsonl", file, "--hypothesis-field", "output"], "--reference-field output: it is")
+
+
 @pytest.mark.parametrize(
     "content, names",
     [

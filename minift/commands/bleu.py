@@ -10,7 +10,7 @@ from typing import Any
 from minift.bleu import BLEU, SMOOTHING_DEFAULTS, TOKENIZERS, corpus_bleu, sentence_bleu
 from minift.commands.cli import CommandParser
 from minift.errors import UserError
-from minift.files.text import read_json_lines, read_text
+from minift.files.text import read_json_lines, read_text, to_json
 
 Corpus = tuple[list[str], Sequence[Sequence[str | None]]]  # hypotheses and streams of references
 
@@ -25,6 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.smooth_value is not None and not 0 <= args.smooth_value < math.inf:
         raise UserError(f"--smooth-value {args.smooth_value}: expected a number of 0 or more")
     if args.jsonl:
+        if args.hypothesis_field == args.reference_field:
+            raise UserError(f"--reference-field {args.reference_field}: it is --hypothesis-field too; name another one")
         hypotheses, references = _read_jsonl(args.jsonl, args.hypothesis_field, args.reference_field)
     else:
         hypotheses, references = _read_segments(args.files)
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         scores = [corpus_bleu(hypotheses, references, use_effective_order=args.effective_order, **settings)]
     for bleu in scores:
-        print(json.dumps(_fields(bleu)))
+        print(to_json(_fields(bleu)))
 
 
 def _parser() -> argparse.ArgumentParser:
