@@ -1,5 +1,6 @@
 """Models and data from a hub served on 127.0.0.1: layouts, failures, interrupted downloads, offline use."""
 
+import gzip
 import json
 import os
 import re
@@ -476,10 +477,23 @@ def test_a_data_set_is_pinned_to_its_commit(hub):
     assert commit_of(data_files(f"{DATA}@{old}")[0]) == old
 
 
+def test_compressed_files_of_a_hub_data_set(hub):
+    line = gzip.compress(b'{"text": "a"}')
+    hub.add(f"datasets/{DATA}", {"a/train.jsonl.gz": line, "a/test.jsonl.gz": line, "b/train.jsonl.gz": line})
+    assert f"name one of them, as in {DATA}:a/train" in refused(load_rows, DATA)
+    assert load_rows(f"{DATA}:a/train") == [{"text": "a"}]
+
+
 @pytest.mark.parametrize(
     "files, asked, words",
     [
         ({"data.csv": b"", "README.md": b""}, "", "no .json, .jsonl, .parquet file in it"),
+        ({"data.csv": b"", "README.md": b""}, "", f"try {DATA}@refs/convert/parquet, or convert one"),
+        (
+            {"train.json": b"", "train.json.gz": b""},
+            "",
+            f"several formats (train.json, train.json.gz): try {DATA}@refs/",
+        ),
         ({"test.json": b"", "dev.json": b""}, "", "no train split, expected test or validation"),
         ({"train.json": b""}, ":test", "no test split, expected train"),
         ({"rows.json": b""}, ":test", "no test split, as no path names one: leave :test out"),

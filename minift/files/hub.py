@@ -17,11 +17,12 @@ from minift.errors import UserError
 from minift.files.text import write_text
 
 TIMEOUT = 10  # seconds for the hub's first answer; huggingface_hub itself would wait forever
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet")
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
+CONVERTED = "refs/convert/parquet"  # the branch where the hub keeps most data sets as parquet
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_NAME = re.compile(rf"({NAME.pattern})(?:@([^:@]+))?(?::([\w./-]+))?")  # owner/name@revision:split
 # The part of a path in which the shards of one split differ: -00000-of-00001, a hash, the suffix.
-SHARD = re.compile(r"([-_.]?\d+)?([-_.]of[-_.]\d+)?(-[0-9a-f]{16})?\.\w+$")
+SHARD = re.compile(r"([-_.]?\d+)?([-_.]of[-_.]\d+)?(-[0-9a-f]{16})?\.\w+(\.gz)?$")
 SPLITS = {  # a word in a file's path → its split
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -71,7 +72,7 @@ def data_files(data: str | Path) -> list[Path]:
     minift reads, none of the split, or several candidates; and as `look_up` does.
     """
     path, parts = Path(data), DATA_NAME.fullmatch(str(data))
-    if parts is None or path.exists() or path.suffix in DATA_SUFFIXES or path.parent.is_dir():
+    if parts is None or path.exists() or path.name.endswith(DATA_SUFFIXES) or path.parent.is_dir():
         return [path]
     name, revision, split = parts.groups()
     repository = look_up(name, "dataset", revision)
@@ -137,14 +138,17 @@ def fetch(repository: Repository, files: Iterable[str]) -> list[Path]:
 
 
 def _files_of_split(repository: Repository, split: str | None) -> list[str]:
+    elsewhere = "" if repository.revision == CONVERTED else f"try {repository.name}@{CONVERTED}, or "
     names = [name for name in repository.files if name.endswith(DATA_SUFFIXES) and not WITHOUT_ROWS.search(name)]
     if not names:
-        raise UserError(f"{repository}: no {', '.join(DATA_SUFFIXES)} file in it: convert one, and name the file")
+        raise UserError(
+            f"{repository}: no {', '.join(DATA_SUFFIXES[:3])} file in it: {elsewhere}convert one, and name the file"
+        )
     stems = {name: SHARD.sub("", name) for name in names}
     words = {name: reversed(re.split("[^a-z]+", name.lower())) for name in names}
     splits = {name: next((SPLITS[word] for word in words[name] if word in SPLITS), "") for name in names}
     known = sorted(set(splits.values()) - {""})
-    files = [name for name in names if split in (stems[name], Path(name).with_suffix("").as_posix())]
+    files = [name for name in names if split in (stems[name], re.sub(r"\.\w+(\.gz)?$", "", name))]
     if not files and not known and split in (None, "train"):
         files = names
     elif not files:
@@ -155,10 +159,12 @@ def _files_of_split(repository: Repository, split: str | None) -> list[str]:
             raise UserError(f"{repository}: no {wanted} split, {hint}")
         candidates = sorted({stems[name] for name in files})
         if len(candidates) > 1:
-            hint = f"name one of them, as in {repository.name}:{candidates[0]}"
+            at = f"@{repository.revision}" if repository.revision else ""
+            hint = f"name one of them, as in {repository.name}{at}:{candidates[0]}"
             raise UserError(f"{repository}: several are a {wanted} split ({', '.join(candidates[:5])}): {hint}")
-    if len({Path(name).suffix for name in files}) > 1:
-        raise UserError(f"{repository}: files of several formats ({', '.join(files[:5])}): download and name one")
+    if len({suffix for suffix in DATA_SUFFIXES for name in files if name.endswith(suffix)}) > 1:
+        formats = f"files of several formats ({', '.join(files[:5])})"
+        raise UserError(f"{repository}: {formats}: {elsewhere}download and name one")
     return files
 
 
