@@ -4,15 +4,26 @@
 completion, and the EOS, get a label. encoded.py keeps the encoded rows and the remarks about them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from minift.encoded import NAMED_LOCATIONS, Encoded, location_of
 from minift.errors import UserError
-from minift.prompts import Template, is_text_row, likely_cause, render, render_prompt
+from minift.prompts import (
+    WRAPPED_AGAIN,
+    Template,
+    has_turns,
+    is_text_row,
+    likely_cause,
+    question_fields,
+    render,
+    render_prompt,
+)
 from minift.tokenizer import Special, Tokenizer
 
+# Parts of a question in other data sets. An "input" belongs to an instruction, not to a prompt.
+UNREAD = ("system", "system_prompt", "context", "question", "query", "history", "input")
 IGNORE_INDEX = -100  # the label of a token that does not count in the loss
 
 
@@ -119,6 +130,8 @@ def encode_rows(
             encoded.remark("with an empty completion: only the end token is supervised", location)
         if is_joined:
             encoded.remark("where one token spans prompt and completion: generation starts from other ids", location)
+        for remark in _about_question(row, template, marker):
+            encoded.remark(remark, location)
         if _contains_special(pieces, tokenizer):
             encoded.remark("whose text has the name of a special token: it stays text", location)
         encoded.keep(example, row, number - 1)
@@ -194,6 +207,18 @@ def _response_marker(row: Mapping[str, Any], template: Template, response_templa
     if is_text_row(row) and not marker:
         raise UserError(f"--response-template: `text` rows need one, and --template {template.name} does not have one")
     return marker
+
+
+def _about_question(row: Mapping[str, Any], template: Template, marker: str) -> Iterator[str]:
+    """Yield remarks about what is not supervised, not read, or wrapped twice."""
+    if is_text_row(row):
+        if marker and row["text"].count(marker) > 1:
+            yield "with several responses, of which only the last is supervised"
+        return
+    read = question_fields(row)
+    if "instruction" in read and has_turns(row, template):
+        yield WRAPPED_AGAIN
+    yield from (f"whose {name!r} is not read" for name in UNREAD if name not in read and row.get(name))
 
 
 def _count_supervised(labels: Sequence[int]) -> int:

@@ -43,11 +43,16 @@ class Encoded(Generic[Item]):
         if self.supervised_tokens is not None:
             percent = f" ({self.supervised_tokens / self.tokens:.0%})" if self.tokens else ""
             totals += f", {self.supervised_tokens:,} of them supervised{percent}"
-        lines = [totals]
+        return "\n".join([totals, *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """Return a line for each remark, then likely causes."""
+        lines = []
         for remark, locations in self.remarks.items():
             named = ", ".join(locations[:NAMED_LOCATIONS]) + (", …" if len(locations) > NAMED_LOCATIONS else "")
             lines.append(f"  {len(locations):,} {self.noun}{'s' if len(locations) > 1 else ''} {remark} ({named})")
-        return "\n".join([*lines, *(f"    {cause}" for cause in self.causes)])
+        return [*lines, *(f"    {cause}" for cause in self.causes)]
 
     def keep(self, item: Item, row: Mapping[str, Any], number: int) -> None:
         """Add a row's example or ranking, the row, and its index in the data set."""
@@ -62,7 +67,7 @@ class Encoded(Generic[Item]):
     def check_any_kept(self, wanted: str) -> None:
         """Raise UserError if every row was dropped; `wanted` completes the message."""
         if self.num_rows and not self.examples:
-            reasons = "; ".join(line.strip() for line in self.summary.split("\n")[1:])
+            reasons = "; ".join(line.strip() for line in self.notes)
             raise UserError(f"{self.source}: none of its {self.num_rows} {self.noun}s {wanted}: {reasons}")
 
 

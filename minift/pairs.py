@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 from minift.encode import encode_prompt, split_row
 from minift.encoded import Encoded, location_of
 from minift.errors import UserError
-from minift.prompts import Template
+from minift.prompts import WRAPPED_AGAIN, Template, has_turns, question_fields, question_of
 from minift.tokenizer import Tokenizer
 
 MAX_MARGIN = 1_000_000  # rewards differ by a few units, so larger margins cannot be reached
@@ -43,11 +44,10 @@ def encode_rankings(
     encoded: Encoded[Ranking] = Encoded(source, "pair", len(rows))
     for number, row in enumerate(rows, start=1):
         location = location_of(row, number)
-        responses = responses_of(row)
-        prompt = row.get("prompt")
+        responses, question = responses_of(row), question_of(row)
         try:
-            sides = [encode_response(prompt, response, tokenizer, template) for response in responses]
-            prompt_length = 0 if prompt is None else len(encode_prompt({"instruction": prompt}, tokenizer, template))
+            sides = [encode_response(question, response, tokenizer, template) for response in responses]
+            prompt_length = 0 if question is None else len(encode_prompt(question, tokenizer, template))
         except ValueError as error:
             raise UserError(f"{source}: {location}: {error}") from None
         margin = 0.0 if margin_field is None else _margin(row, margin_field, f"{source}: {location}")
@@ -61,22 +61,27 @@ def encode_rankings(
         else:
             if "" in responses:
                 encoded.remark("with an empty response: its reward is that of the end token alone", location)
+            remark_question(encoded, row, location, sides, tokenizer, template)
             encoded.keep(Ranking(sides, margin), row, number - 1)
             encoded.tokens += sum(lengths)
     encoded.check_any_kept("can be learned from")
     return encoded
 
 
-def encode_response(prompt: str | None, response: str, tokenizer: Tokenizer, template: Template) -> list[int]:
-    r"""Return the ids of a prompt (an instruction of the template), its response and the EOS.
+def encode_response(
+    question: str | Mapping[str, str] | None, response: str, tokenizer: Tokenizer, template: Template
+) -> list[int]:
+    r"""Return the ids of a question, its response and the EOS.
 
-    Without a prompt the response is a whole dialogue, used as it is.
+    The question goes through the template: an instruction, or one with its "input" (`prompts.question_of`). Without a
+    question the response is a whole dialogue, used as it is.
 
     >>> from minift.prompts import TEMPLATES
     >>> encode_response("Hi", "Yo", tokenizer, TEMPLATES["dialogue"])  # "\n\nHuman: Hi\n\nAssistant: Yo"
     [2, 202, 202, 43, 538, 293, 29, 1052, 76, 202, 202, 1754, 378, 271, 1348, 29, 2539, 82, 2]
     """
-    fields = {"prompt": "", "completion": response} if prompt is None else {"instruction": prompt, "output": response}
+    question = {"instruction": question} if isinstance(question, str) else question
+    fields = {"prompt": "", "completion": response} if question is None else {**question, "output": response}
     pieces = split_row(fields, tokenizer, template, "")
     assert pieces is not None  # only a `text` row can lack its response template
     before, after = pieces
@@ -84,8 +89,28 @@ def encode_response(prompt: str | None, response: str, tokenizer: Tokenizer, tem
 
 
 def responses_of(row: Mapping[str, Any]) -> list[str]:
-    """Return the responses of a pair or a ranking, best first."""
-    return row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
+    """Return the responses of a pair or a ranking, best first; those of the pair if a row has both."""
+    return [row["chosen"], row["rejected"]] if "chosen" in row and "rejected" in row else row["responses"]
+
+
+def remark_question(
+    encoded: Encoded,
+    row: Mapping[str, Any],
+    location: str,
+    sides: Sequence[list[int]],
+    tokenizer: Tokenizer,
+    template: Template,
+) -> None:
+    """Note texts of a row that a reward model does not see, sides without a question, a question in a prompt's form."""
+    read = {*question_fields(row), "chosen", "rejected", "response", "responses", "kind"}
+    for name, value in row.items():
+        if isinstance(value, str) and value and name not in read:
+            encoded.remark(f"whose {name!r} is not read", location)
+    question = question_of(row)
+    if question is not None and has_turns(question, template):
+        encoded.remark(WRAPPED_AGAIN, location)
+    if len(sides) > 1 and set(commonprefix(sides)) <= {tokenizer.bos_token_id}:
+        encoded.remark("whose sides share nothing but the BOS: no question is in them", location)
 
 
 def name_responses(count: int, *, best_only: bool = False) -> list[str]:

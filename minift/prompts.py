@@ -14,6 +14,7 @@ from typing import Any
 from minift.errors import UserError
 from minift.tokenizer import Special
 
+WRAPPED_AGAIN = "whose question is a prompt already (Human: … Assistant:): the template wraps it a second time"
 PLACEHOLDER = re.compile(r"(\{(?:instruction|input|response|bos|eos)\})")
 
 
@@ -86,6 +87,35 @@ def render(
     return prompt, [row["output"], *_fill(after, row, template, eos_token, bos_token)]
 
 
+def question_fields(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the fields that hold a row's question: the instruction and its input, the prompt, or none.
+
+    Some data sets keep rendered copies of their instructions under "prompt". Of a row that has both, the instruction is
+    used if its "output" is there too, otherwise the prompt. All commands follow this rule.
+    """
+    if "instruction" in row and ("output" in row or "prompt" not in row):
+        return ("instruction", "input")
+    return ("prompt",) if "prompt" in row else ()
+
+
+def question_of(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return a row's question as an instruction for a template, or None: the row is a whole dialogue.
+
+    >>> question_of({"prompt": "Add.", "chosen": "3", "rejected": "4"})
+    {'instruction': 'Add.'}
+    """
+    question = {name: row[name] for name in question_fields(row) if name in row}
+    return {"instruction": question["prompt"]} if "prompt" in question else question or None
+
+
+def has_turns(question: Mapping[str, str], template: Template) -> bool:
+    """Return whether a question already looks like a prompt, so that the template wraps it a second time."""
+    text, marker = question["instruction"], template.response_template.strip()
+    dialogue = r"Human:(?s:.*)Assistant:"
+    own = rf"(?m:^\s*{re.escape(marker)})" if re.search(r"\w", marker) else dialogue
+    return bool(marker and (re.search(own, text) or re.search(dialogue, text)))
+
+
 def is_text_row(row: Mapping[str, Any]) -> bool:
     """Return whether to use the row's "text": some data sets also keep rendered copies of their instructions there."""
     return "text" in row and not any(name in row for name in ("instruction", "prompt"))
@@ -117,8 +147,7 @@ def likely_cause(text: str, response_template: str) -> str:
 
 
 def _uses_template(row: Mapping[str, Any]) -> bool:
-    # Some data sets keep rendered copies of their instructions under "prompt".
-    return "instruction" in row and ("output" in row or "prompt" not in row)
+    return "instruction" in question_fields(row)
 
 
 def _form(row: Mapping[str, Any], template: Template) -> str:

@@ -1,7 +1,7 @@
 """Use a reward model: score, compare, win rate, best of n; measure how well it agrees with held-out preferences."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
 from typing import Any, NamedTuple
@@ -54,8 +54,11 @@ class Judge:
         """Return the rewards of (query, response)s. Raises ValueError like `encode`."""
         return score_rows(self.model, [self.encode(*answer) for answer in answers], self.batch_size)
 
-    def encode(self, query: str | None, response: str) -> list[int]:
-        """Return the ids to score. Raises ValueError if the model has too few positions or the text is not Unicode."""
+    def encode(self, query: str | Mapping[str, str] | None, response: str) -> list[int]:
+        """Return the ids to score; a query may also be an instruction with its input (`prompts.question_of`).
+
+        Raises ValueError if the model has too few positions or the text is not Unicode.
+        """
         ids = encode_response(query, response, self.tokenizer, self.template)
         max_positions = self.model.config.max_position_embeddings
         if len(ids) > max_positions:

@@ -1,14 +1,27 @@
 """Tests of files/datasets: the accepted formats, and the messages about wrong files and rows."""
 
 import datetime
+import gzip
 import json
+import math
 import random
 import sys
 
 import pytest
 
 from minift.errors import UserError
-from minift.files.datasets import PAIR_SCHEMAS, PROMPT_SCHEMAS, drop_rows_with_input, load_rows, split
+from minift.files.datasets import (
+    PAIR_SCHEMAS,
+    PROMPT_SCHEMAS,
+    SCORE_SCHEMAS,
+    TRAINING_SCHEMAS,
+    check_added,
+    drop_rows_with_input,
+    load_rows,
+    split,
+)
+from minift.pairs import responses_of
+from minift.prompts import question_of
 
 ROW = {"instruction": "Add.", "input": "", "output": "3"}
 
@@ -16,7 +29,7 @@ ROW = {"instruction": "Add.", "input": "", "output": "3"}
 def test_array_and_lines_give_the_same_rows(tmp_path):
     rows = [
         ROW,
-        {"instruction": "a\u2028b\n\u0085", "input": "x", "output": "😀 \0", "family": 7, "kind": None},
+        {"instruction": "a\u2028b\n\u0085", "input": "x", "output": "😀 \0", "family": 7, "meta": {"a": [None]}},
         {"instruction": "no input", "output": ""},
     ]
     for ensure_ascii in (True, False):
@@ -68,7 +81,7 @@ WRONG = [
         "d.jsonl:3: field 'output' is 3, expected a string",
         "",
     ),
-    ("d.jsonl", '{"instruction": "a", "input": null, "output": "b"}', "d.jsonl:1: field 'input' is null", ""),
+    ("d.jsonl", '{"instruction": "a", "output": null}', "d.jsonl:1: field 'output' is missing, or null", ""),
     ("d.jsonl", '{"prompt": ["a"], "completion": "b"}', "d.jsonl:1: field 'prompt' is [\"a\"], expected", ""),
     ("d.jsonl", '{"prompt": "a"}', "d.jsonl:1: field 'completion' is missing", ""),
     ("d.jsonl", '{"instruction": "a", "text": "b"}', "d.jsonl:1: field 'output' is missing", ""),
@@ -95,7 +108,39 @@ WRONG = [
     ("d.json", '[\n{"instruction": "a",\n "output" "b"}]', "d.json:3:11: malformed JSON", ""),
     ("d.json", f"[\n{GOOD},\n[1]]", "d.json: row 2: [1], expected", ""),
     ("d.json", "[\nInfinity]", "d.json: malformed JSON: Infinity", "expected an array"),
-    ("d.json", '{\n "data": []}', "d.json:1:2: malformed JSON", "array of objects, or one object a line"),
+    (
+        "d.json",
+        '{\n "data": [{}]\n}',
+        "d.json: row 1: no field of a row",
+        "the list in 'data' should be the whole file",
+    ),
+    ("d.json", '{"data": [{}]}', "d.json:1: no field of a row", "the list in 'data' should be the whole file"),
+    ("d.json", f"{{\n{GOOD}\n}}", "d.json:2:1: malformed JSON", "array of objects, or one object a line"),
+    ("d.jsonl", '{"text": "a", "score": 1e999}', "d.jsonl:1: malformed JSON: 1e999 is too large a number", ""),
+    ("d.jsonl", '{"text": "a", "kind": "b\\ud800"}', "d.jsonl:1: field 'kind' has a lone surrogate at character 2", ""),
+    ("d.jsonl", '{"text": "a", "kind": ["\\ud800"]}', "d.jsonl:1: field 'kind' has a lone surrogate", ""),
+    (
+        "d.jsonl",
+        '{"instruction": "a", "context": "b", "response": "c"}',
+        "d.jsonl:1: field 'output' is missing",
+        "the row has 'instruction', 'context', 'response': rename 'response' to 'output' and 'context' to 'input'",
+    ),
+    (
+        "d.jsonl",
+        '{"question": "a", "answer": "c"}',
+        "d.jsonl:1: no field of a row in it",
+        "the row has 'question', 'answer': rename 'question' to 'instruction' and 'answer' to 'output'",
+    ),
+    ("d.jsonl", '{"prompt": "a", "response": "c"}', "d.jsonl:1: field 'completion' is", "rename 'response' to 'comp"),
+    (
+        "d.jsonl",
+        '{"input": "a", "output": "c"}',
+        "d.jsonl:1: field 'instruction' is",
+        "rename 'input' to 'instruction'",
+    ),
+    ("d.jsonl", '{"a": null}', "d.jsonl:1: no field of a row in it", "the row has no field that is not null"),
+    ("d.jsonl.gz", gzip.compress(b"{}")[:-3], "d.jsonl.gz: truncated or damaged gzip", ""),
+    ("d.jsonl.gz", b"\x1f\x8b\x08 no", "d.jsonl.gz: truncated or damaged gzip", ""),
     ("d.csv", "a,b", "d.csv: expected a .json, .jsonl or .parquet file", ""),
 ]
 
@@ -108,6 +153,69 @@ def test_wrong_files_are_named_by_line_and_field(tmp_path, name, content, start,
         load_rows(path)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/{start}") and also in message and "\n" not in message
+
+
+def test_null_is_absent_everywhere(tmp_path):
+    row = {"instruction": None, "prompt": "a", "completion": "b", "text": None, "meta": {"x": None, "y": [{"z": None}]}}
+    expected = {"prompt": "a", "completion": "b", "meta": {"y": [{}]}}
+    for name, text in (
+        ("a.jsonl", json.dumps(row)),
+        ("a.json", json.dumps([row])),
+        ("b.json", json.dumps(row, indent=1)),
+    ):
+        (tmp_path / name).write_text(text)
+        assert load_rows(tmp_path / name) == [expected]
+    row = {"prompt": None, "chosen": "a", "rejected": "b", "responses": None, "instruction": "c", "input": None}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    assert load_rows(tmp_path / "pairs.jsonl", PAIR_SCHEMAS) == [{"chosen": "a", "rejected": "b", "instruction": "c"}]
+    with pytest.raises(UserError, match="no field of a row"):
+        (tmp_path / "a.jsonl").write_text('{"text": null}')
+        load_rows(tmp_path / "a.jsonl")
+
+
+def test_files_that_are_compressed_or_one_indented_object(tmp_path):
+    lines = f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n".encode()
+    for name, content in (
+        ("a.jsonl.gz", gzip.compress(lines)),
+        ("a.json.gz", gzip.compress(json.dumps([ROW, ROW]).encode())),
+        ("a.jsonl", gzip.compress(lines[:30]) + gzip.compress(lines[30:])),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert load_rows(tmp_path / name) == [ROW, ROW]
+    (tmp_path / "one.json").write_text(json.dumps(ROW, indent=4))
+    assert load_rows(tmp_path / "one.json") == [ROW]
+
+
+@pytest.mark.parametrize(
+    "row, schemas, wrong",
+    [
+        # The field that is used is the one that is checked; the others may hold anything.
+        ({"instruction": "a", "prompt": 3}, PROMPT_SCHEMAS, "prompt"),
+        ({"instruction": 3, "prompt": "a"}, PROMPT_SCHEMAS, None),
+        ({"instruction": "a", "output": "b", "prompt": 3}, PROMPT_SCHEMAS, None),
+        ({"instruction": 3, "output": "b", "prompt": "a"}, PROMPT_SCHEMAS, "instruction"),
+        ({"instruction": 3, "prompt": "a", "completion": "b", "input": 3}, TRAINING_SCHEMAS, None),
+        ({"instruction": "a", "output": "b", "prompt": 3, "completion": "b"}, TRAINING_SCHEMAS, None),
+        ({"instruction": "a", "prompt": 3, "chosen": "b", "rejected": "c"}, PAIR_SCHEMAS, "prompt"),
+        ({"instruction": "a", "input": 3, "chosen": "b", "rejected": "c"}, PAIR_SCHEMAS, "input"),
+        ({"chosen": "b", "rejected": "c", "responses": 3}, PAIR_SCHEMAS, None),
+        ({"chosen": 3, "responses": ["b", "c"]}, PAIR_SCHEMAS, None),
+        ({"instruction": 3, "prompt": "a", "response": "b"}, SCORE_SCHEMAS, None),
+        ({"instruction": "a", "output": "", "prompt": 3, "response": "b"}, SCORE_SCHEMAS, None),
+    ],
+)
+def test_rows_that_fit_two_schemas(tmp_path, row, schemas, wrong):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    if wrong is not None:
+        with pytest.raises(UserError, match=f":1: field '{wrong}' is 3, expected a string"):
+            load_rows(path, schemas)
+        return
+    (loaded,) = load_rows(path, schemas)
+    question = question_of(loaded)
+    assert all(isinstance(text, str) for text in question.values()) if question else "chosen" in row
+    if schemas is PAIR_SCHEMAS:
+        assert responses_of(loaded) == ["b", "c"]
 
 
 def test_missing_file_and_directory(tmp_path):
@@ -131,7 +239,7 @@ def parquet(tmp_path):
 
 
 def test_a_local_parquet_file(parquet):
-    rows = [{"prompt": f"a{n}", "chosen": "b\u2028", "rejected": "", "margin": n / 2, "kind": None} for n in range(5)]
+    rows = [{"prompt": f"a{n}", "chosen": "b\u2028", "rejected": "", "margin": n / 2} for n in range(5)]
     loaded = load_rows(parquet(rows), PAIR_SCHEMAS)
     assert loaded == rows and [row.location for row in loaded] == [f"row {n}" for n in range(1, 6)]
 
@@ -143,9 +251,22 @@ def test_values_that_json_cannot_represent_become_text(parquet):
         load_rows(parquet([{"text": b"\xff"}]))
 
 
+def test_nan_of_parquet_is_null(parquet):
+    """pandas fills absent numbers with NaN, which JSON does not have: it was written and could not be read again."""
+    rows = [{"text": "a", "margin": math.nan, "list": [1.0, math.inf], "in": {"x": math.nan}, "n": 0.1}]
+    assert load_rows(parquet(rows)) == [{"text": "a", "list": [1.0, None], "in": {}, "n": 0.1}]
+
+
+def test_what_parquet_fills_with_null_is_absent(parquet):
+    pair, ranking = {"chosen": "a", "rejected": "b", "prompt": "p"}, {"prompt": "p", "responses": ["a", "b"]}
+    columns = ("chosen", "rejected", "prompt", "responses")
+    path = parquet([{name: row.get(name) for name in columns} for row in (pair, ranking)])
+    assert load_rows(path, PAIR_SCHEMAS, mixed=True) == [pair, ranking]
+
+
 def test_wrong_parquet_files(parquet, tmp_path, monkeypatch):
     path = parquet([{"instruction": "a", "output": "b"}, {"instruction": "c", "output": None}])
-    with pytest.raises(UserError, match="rows.parquet: row 2: field 'output' is null, expected a string"):
+    with pytest.raises(UserError, match="rows.parquet: row 2: field 'output' is missing, or null"):
         load_rows(path)
     whole = path.read_bytes()
     for damaged in (b"", b"PAR1", whole[:-1], whole[: len(whole) // 2]):
@@ -167,6 +288,19 @@ def test_wrong_parquet_files(parquet, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pyarrow: pip install -e '.\[parquet\]'"):
         load_rows(path)
+
+
+def test_rows_that_cannot_be_written_with_another_field(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "id": "b\\ud800"}\n{"text": "a", "score": 1}\n')
+    rows = load_rows(path)  # nobody writes these fields
+    with pytest.raises(UserError, match="line 1: field 'id' has a lone surrogate at character 2"):
+        check_added(rows, ["score"], "rows.jsonl")
+    with pytest.raises(UserError, match="^rows.jsonl: line 2: the row has a field 'score'"):
+        check_added(rows[1:], ["score"], "rows.jsonl")
+    path.write_text('{"text": "a", "b\\udc00": 3}')
+    with pytest.raises(UserError, match=r"field 'b\\udc00' has a lone surrogate"):
+        check_added(load_rows(path), [], "rows.jsonl")
 
 
 def test_drop_rows_with_input(tmp_path):

@@ -262,3 +262,26 @@ def test_groups_by_category():
     assert by_category([], []) == {"all": []}
     assert list(by_category(names, names[::-1])) == ["all", *names]
     assert by_category([*names, "x"], [*names, "x"]) == {"all": [*names, "x"]}  # too many for categories
+
+
+def test_turns_and_fields_that_are_not_supervised_or_read_are_counted(tokenizer):
+    turns = "### Instruction:\nA\n\n### Response:\nB\n\n### Instruction:\nC\n\n### Response:\nD"
+    encoded = encode_rows([{"text": turns}, {"text": turns[:36], "context": "x"}], tokenizer, COURSE, max_length=None)
+    assert encoded.notes == ["  1 row with several responses, of which only the last is supervised (row 1)"]
+    rows = [
+        {"instruction": "Human: A\n\nAssistant:", "output": "B"},
+        {"instruction": turns, "output": "B"},
+        {"instruction": "A", "context": "x", "system": "", "query": 3, "output": "B"},
+        {"prompt": "Human: A\n\nAssistant:", "input": "x", "completion": "B"},
+        {"instruction": "A", "input": "x", "output": "### Response:\n"},
+    ]
+    notes = [note.strip() for note in encode_rows(rows, tokenizer, COURSE, max_length=None).notes]
+    assert [note.split(": the")[0] for note in notes] == [
+        "2 rows whose question is a prompt already (Human: … Assistant:)",
+        "1 row whose 'context' is not read (row 3)",
+        "1 row whose 'query' is not read (row 3)",
+        "1 row whose 'input' is not read (row 4)",
+    ]
+    assert "(row 1, row 2)" in notes[0]
+    everything = encode_rows([{"text": turns}], tokenizer, COURSE, max_length=None, supervise="all")
+    assert everything.notes == []

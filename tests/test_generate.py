@@ -408,7 +408,7 @@ def model_directory(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFacto
 PROMPTS = [
     {"prompt": "def add(first", "id": 7},
     {"instruction": "Write a list.", "input": "1, 2", "id": 8},
-    {"instruction": "Write a function.", "completion": "from the data set"},
+    {"instruction": "Write a function.", "output": "from the data set"},
 ]
 
 
@@ -537,6 +537,11 @@ def test_a_wrong_command_is_one_line(
         ('{"prompt": "a"', ":2:15: malformed JSON"),
         ('{"text": "a"}', ":2: no field of a row in it, expected 'instruction', or 'prompt'"),
         (json.dumps({"prompt": "word " * 80}), ": line 2: the prompt has"),
+        ('{"prompt": "a", "completion": "b"}', ": line 2: the row has a field 'completion', which is to be added"),
+        ('{"prompt": "a", "token_ids": []}', ": line 2: the row has a field 'token_ids'"),
+        ('{"prompt": "a", "id": "\\ud800"}', ": line 2: field 'id' has a lone surrogate"),
+        ('{"instruction": "a", "prompt": 3}', ":2: field 'prompt' is 3, expected a string"),
+        ('{"question": "a"}', ":2: no field of a row in it"),
     ],
     ids=str,
 )
@@ -547,6 +552,36 @@ def test_a_wrong_prompt_is_named_by_its_line(
     path.write_text('{"prompt": "fine"}\n' + line + "\n")
     given = ["--model", str(model_directory), "--prompts", str(path), "--max-new-tokens", "6"]
     assert f"{path}{message}" in fails_in_one_line(given, capsys)
+
+
+def test_a_sample_is_refused_where_samples_are_numbered(
+    model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", [{"prompt": "a", "sample": 3}])
+    run(model_directory, path)
+    assert json.loads(capsys.readouterr().out)["sample"] == 3
+    monkeypatch.setattr(command, "load_language_model", None)  # refused before any work
+    given = ["--model", str(model_directory), "--prompts", str(path), "--num-samples", "2"]
+    assert "line 1: the row has a field 'sample'" in fails_in_one_line(given, capsys)
+
+
+def test_null_is_absent_and_a_prompt_that_is_wrapped_twice_is_counted(
+    model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"instruction": "Add.", "prompt": None, "input": None, "completion": None},
+        {"instruction": "Human: Hi\n\nAssistant:"},
+        {"prompt": "Human: Hi\n\nAssistant:"},
+    ]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    run(model_directory, path)
+    printed = capsys.readouterr()
+    assert [json.loads(line).keys() - {"token_ids"} for line in printed.out.splitlines()] == [
+        {"instruction", "completion"}, {"instruction", "completion"}, {"prompt", "completion"}
+    ]  # fmt: skip
+    assert "1 row whose question is a prompt already" in printed.err and "(line 2)" in printed.err
+    run(model_directory, path, "--template", "none")
+    assert "already" not in capsys.readouterr().err
 
 
 def test_files_without_prompts(model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

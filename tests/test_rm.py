@@ -20,6 +20,7 @@ from minift.files.templates import load_template
 from minift.files.weights import new_reward_model
 from minift.pairs import Ranking, encode_rankings, encode_response, swap_half
 from minift.prompts import TEMPLATES
+from minift.run.exam import ranking_sample
 from tests.reference import reference_rewards
 from tests.runs import (
     ROOT,
@@ -373,6 +374,41 @@ def test_pairs_that_cannot_be_learned_from_are_dropped_and_named(tokenizer):
     ]
 
 
+@pytest.mark.parametrize("template", ["dialogue", "alpaca"])
+def test_an_instruction_and_its_input_are_the_question(tokenizer, template):
+    """Rows of instruction, input, chosen and rejected were learned without their question."""
+    question = {"instruction": "Add.", "input": "1, 2"}
+    before = TEMPLATES[template].with_input.replace("{instruction}", "Add.").replace("{input}", "1, 2")
+    (row, plain), sides = [question, question | {"input": ""}], {"chosen": "3", "rejected": "2"}
+    encoded = encode([row | sides, plain | sides, row | {"responses": ["3", "2"]}], tokenizer, template, max_length=256)
+    first, second, third = encoded.examples
+    assert first == third and first.responses[0] == [*tokenizer.encode(before.replace("{response}", "3")), 2]
+    assert second == encode([{"prompt": "Add."} | sides], tokenizer, template, max_length=256).examples[0]
+    assert encoded.notes == []
+    sample = ranking_sample(row | sides, [0, 0], [0, 0])
+    assert sample["prompt"] == "Add.\n\n1, 2"
+
+
+def test_what_a_reward_model_does_not_see_is_counted(tokenizer):
+    sides = {"chosen": "B", "rejected": "C", "kind": "k"}
+    rows = [
+        PAIR | {"context": "x", "instruction": "y", "input": "", "score": 3},
+        sides,
+        {"responses": ["B", "C"]},
+        sides | {"prompt": "Human: Hi\n\nAssistant:"},
+        sides | {"prompt": "Hi. Human: Hi Assistant: A Human: B"},
+        sides | {"prompt": "An Assistant: what is it? A Human: what?"},
+    ]
+    twice = "whose question is a prompt already (Human: … Assistant:): the template wraps it a second time"
+    assert [note.strip() for note in encode(rows, tokenizer).notes] == [
+        "1 pair whose 'context' is not read (row 1)",
+        "1 pair whose 'instruction' is not read (row 1)",
+        "2 pairs whose sides share nothing but the BOS: no question is in them (row 2, row 3)",
+        f"2 pairs {twice} (row 4, row 5)",
+    ]
+    assert "second time" not in str(encode(rows, tokenizer, "none").notes)
+
+
 def test_a_side_of_exactly_the_allowed_length_stays(tokenizer):
     length = max(len(ids) for ids in encode([PAIR], tokenizer).examples[0].responses)
     assert encode([PAIR], tokenizer, max_length=length).numbers == [0]
@@ -399,6 +435,9 @@ def test_margins_are_numbers(tokenizer):
         ({"prompt": "A"}, "expected 'chosen' and 'rejected', or 'responses'"),
         ({"prompt": "A", "chosen": 1, "rejected": "B"}, "field 'chosen' is 1, expected a string"),
         ({"prompt": 1, "chosen": "A", "rejected": "B"}, "field 'prompt' is 1, expected a string"),
+        ({"question": "A", "chosen": "B", "rejected": "C"}, "'question' is not read: rename it to 'prompt'"),
+        ({"input": "A", "responses": ["B", "C"]}, "'input' is not read: rename it to 'prompt'"),
+        ({"instruction": 1, "chosen": "B", "rejected": "C"}, "field 'instruction' is 1, expected a string"),
         ({"prompt": "A", "responses": ["B"]}, "expected a list of two or more strings, best first"),
         ({"prompt": "A", "responses": "BC"}, "expected a list of two or more strings, best first"),
         ({"prompt": "A", "responses": ["B", None]}, "field 'responses' is null, expected a string"),
@@ -425,6 +464,8 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(finished, tmp_path):
         return message
 
     assert "'rejected' is missing" in refused_rows([{"prompt": "A", "chosen": "B"}])
+    assert "'question' is not read" in refused_rows([{"question": "A", "chosen": "B", "rejected": "C"}])
+    assert "field 'kind' has a lone surrogate" in refused_rows([PAIR | {"kind": "\ud800"}])
     assert "sides are equal" in refused_rows([PAIR | {"rejected": PAIR["chosen"]}])
     assert "--margin-field" in refused_rows([PAIR | {"gap": "wide"}], "--margin-field", "gap")
     assert "the prompt alone fills" in refused_rows([PAIR | {"prompt": "word " * 600}])

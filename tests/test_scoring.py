@@ -196,6 +196,53 @@ def test_score_adds_scores_to_pairs_and_prints_the_win_rate(folder, judge, tmp_p
     assert f"{wins / len(rows):.1%} (" in capsys.readouterr().out
 
 
+def test_score_sends_an_instruction_and_its_input_through_the_template(folder, judge, tmp_path, capsys):
+    question = {"instruction": "Add.", "input": "1, 2"}
+    rows = [
+        [question | {"response": "3"}, {"instruction": "Add.", "response": "3"}],
+        [question | {"chosen": "3", "rejected": "4", "score": 1}, {"prompt": "Add.", "chosen": "3", "rejected": "4"}],
+    ]
+    for two, names in zip(rows, (["score"], ["score_chosen", "score_rejected"]), strict=True):
+        out = tmp_path / "out.jsonl"
+        score.main(
+            ["--model", str(folder), "--data", str(write_lines(tmp_path / "rows.jsonl", two)), "--out", str(out)]
+        )
+        for row, query in zip(read_lines(out), (question, "Add."), strict=True):
+            expected = [judge.scores([(query, answer)])[0] for answer in ("3", "4")][: len(names)]
+            assert [row[name] for name in names] == pytest.approx(expected, abs=1e-6)
+        assert "not read" not in capsys.readouterr().out
+
+
+def test_score_counts_what_the_model_does_not_see(folder, tmp_path, capsys):
+    rows = [{"chosen": "A", "rejected": "B", "source": "x"}, {"prompt": "\n\nHuman: A\n\nAssistant:", "response": "B"}]
+    for row, words in zip(rows, ("share nothing but the BOS", "a second time"), strict=True):
+        data = write_lines(tmp_path / "rows.jsonl", [row])
+        score.main(["--model", str(folder), "--data", str(data)])
+        printed = capsys.readouterr().out
+        assert words in printed and ("whose 'source' is not read (line 1)" in printed) == ("source" in row)
+
+
+@pytest.mark.parametrize("command", [score, winrate], ids=["score", "winrate"])
+def test_no_field_of_a_row_is_replaced(command, tmp_path):
+    """Refused before any work: the models do not exist."""
+    data = tmp_path / "rows.jsonl"
+    flags = ["--data", data, "--model", "no"] if command is score else ["--prompts", data, "--judge", "no"]
+    flags += [] if command is score else ["--model-a", "no", "--model-b", "no"]
+    added = ["score"] if command is score else ["answer_a", "answer_b", "score_a", "score_b"]
+    for name in added:
+        write_lines(data, [{"prompt": "A", "response": "B"}, {"prompt": "A", "response": "B", name: None, "c": 1}])
+        with pytest.raises(UserError, match="no: no such folder"):
+            command.main([*map(str, flags), "--out", str(tmp_path / "out.jsonl")])
+        write_lines(data, [{"prompt": "A", "response": "B"}, {"prompt": "A", "response": "B", name: 0}])
+        with pytest.raises(UserError, match=f"line 2: the row has a field '{name}', which is to be added"):
+            command.main([*map(str, flags), "--out", str(tmp_path / "out.jsonl")])
+        with pytest.raises(UserError, match="no: no such folder"):
+            command.main([*map(str, flags)])  # nothing is written
+    write_lines(data, [{"prompt": "A", "response": "B", "id": "\ud800"}])
+    with pytest.raises(UserError, match="line 1: field 'id' has a lone surrogate"):
+        command.main([*map(str, flags), "--out", str(tmp_path / "out.jsonl")])
+
+
 def test_score_refuses_in_one_line(folder, tmp_path, tokenizer):
     def refused(*flags: object, data: Path) -> str:
         with pytest.raises(UserError) as caught:
@@ -275,6 +322,11 @@ def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, mon
     winrate.main([*map(str, flags)])
     plain = "### Instruction:\nAdd.\n\n### Response:\n"
     assert asked == [[plain, "### Instruction:\nAdd.\n\n### Input:\n1\n\n### Response:\n"]] * 2
+    # Of a row that fits both schemas, the field that generate and train_sft.py use.
+    asked.clear()
+    write_lines(prompts, [{"instruction": "Add.", "prompt": None}, {"instruction": "A", "prompt": "Add."}])
+    winrate.main([*map(str, flags)])
+    assert asked == [[plain, plain]] * 2
     asked.clear()
     winrate.main([*map(str, flags), "--template", "none", "--limit", "1"])
     assert asked == [["Add."]] * 2

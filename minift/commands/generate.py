@@ -10,13 +10,16 @@ import torch
 from huggingface_hub.utils import tqdm
 
 from minift.beam import beam_search, check_beams
+from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, check_out
 from minift.encode import encode_prompt
+from minift.encoded import Encoded
 from minift.errors import UserError
-from minift.files.datasets import PROMPT_SCHEMAS, Row, load_rows
+from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
 from minift.files.pretrained import LanguageModel, load_language_model
 from minift.files.text import to_json_lines, write_json_lines
 from minift.generate import Completions, Options, check_prompt, generate
+from minift.prompts import WRAPPED_AGAIN, has_turns, question_fields
 from minift.run.device import pick_device
 
 # Fields of `Options` that are flags of the same type and default, and what --help says of each.
@@ -41,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = _options(args)
     check_out(args.out, "--prompts", args.prompts, hint="; without --out the lines are printed")
     rows = load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)
+    check_added(rows, ("completion", "token_ids", *(("sample",) if options.num_samples > 1 else ())), args.prompts)
     dtype, device = getattr(torch, args.dtype), pick_device(args.device)
     language_model = load_language_model(args.model, template=args.template, dtype=dtype, device=device)
     prompts = encode_prompts(language_model, rows, args.prompts, options.max_new_tokens)
@@ -61,18 +65,22 @@ def main(arguments: list[str] | None = None) -> None:
 def encode_prompts(
     language_model: LanguageModel, rows: Sequence[Row], source: str, max_new_tokens: int
 ) -> list[list[int]]:
-    """Return each row's prompt as ids; `source` is what messages call the rows.
+    """Return each row's prompt as ids, and print remarks on stderr; `source` is what messages call the rows.
 
     Raises UserError for a prompt that cannot be encoded or leaves no room for the new tokens.
     """
     model, tokenizer, template = language_model
-    prompts = []
+    prompts: list[list[int]] = []
+    seen: Encoded[list[int]] = Encoded(source, "row", len(rows))
     for row in rows:
         try:
+            if "instruction" in question_fields(row) and has_turns(row, template):
+                seen.remark(WRAPPED_AGAIN, row.location)
             prompts.append(encode_prompt(row, tokenizer, template))
             check_prompt(prompts[-1], "the prompt", max_new_tokens, model.config.max_position_embeddings)
         except (ValueError, UserError) as error:
             raise UserError(f"{source}: {row.location}: {error}") from None
+    terminal.print_notes(seen, sys.stderr)
     return prompts
 
 

@@ -1,14 +1,18 @@
 """`minift score`: the rewards of responses, or of both sides of preference pairs."""
 
+import sys
+
 import torch
 
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
-from minift.encoded import category_of
+from minift.encoded import Encoded, category_of
 from minift.errors import UserError
-from minift.files.datasets import SCORE_SCHEMAS, load_rows
+from minift.files.datasets import SCORE_SCHEMAS, check_added, load_rows
 from minift.files.pretrained import load_judge
 from minift.files.text import write_json_lines
+from minift.pairs import remark_question
+from minift.prompts import question_of
 from minift.run.device import pick_device
 from minift.scoring import examine, score_rows
 
@@ -19,18 +23,22 @@ def main(arguments: list[str] | None = None) -> None:
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     check_out(args.out, "--data", args.data)
     rows = load_rows(args.data, SCORE_SCHEMAS)
-    judge = load_judge(args.model, template=args.template, batch_size=args.batch_size, device=device, dtype=dtype)
-
     are_pairs = "chosen" in rows[0] and "rejected" in rows[0]
     fields = {"score_chosen": "chosen", "score_rejected": "rejected"} if are_pairs else {"score": "response"}
-    encoded = []
-    for row in rows:
+    if args.out is not None:
+        check_added(rows, [*fields], args.data)
+    judge = load_judge(args.model, template=args.template, batch_size=args.batch_size, device=device, dtype=dtype)
+
+    encoded: Encoded[list[int]] = Encoded(args.data, "pair" if are_pairs else "row", len(rows))
+    for number, row in enumerate(rows):
         for name in fields.values():
             try:
-                encoded.append(judge.encode(row.get("prompt"), row[name]))
+                encoded.keep(judge.encode(question_of(row), row[name]), row, number)
             except ValueError as error:
                 raise UserError(f"{args.data}: {row.location}: {name}: {error}") from None
-    rewards = iter(score_rows(judge.model, encoded, judge.batch_size))
+        remark_question(encoded, row, row.location, encoded.examples[-len(fields) :], judge.tokenizer, judge.template)
+    terminal.print_notes(encoded, sys.stdout)
+    rewards = iter(score_rows(judge.model, encoded.examples, judge.batch_size))
     scored = [{field: next(rewards) for field in fields} for _ in rows]
 
     if args.out is not None:
@@ -53,7 +61,8 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--model", required=True, help="a reward model's folder or hub id, such as runs/rm, or adapters of one")
     add("--data", required=True, help='file or hub data set of {"prompt": …, "response": …} or {"prompt": …, '
-        '"chosen": …, "rejected": …}; pairs of whole dialogues have no prompt')  # fmt: skip
+        '"chosen": …, "rejected": …}; "instruction", "input" can replace "prompt"; pairs of whole dialogues '
+        "have neither")  # fmt: skip
     add("--out", help="JSONL: the same rows with `score`, or `score_chosen` and `score_rejected`")
     add("--template", help="template the model was trained with (default: that of the training run, or dialogue)")
     add("--batch-size", type=whole_number(1), default=32, help="rows scored at a time (default: %(default)s)")

@@ -27,6 +27,12 @@ def print_summaries(*data_sets: Encoded) -> None:
     print()
 
 
+def print_notes(encoded: Encoded, stream: TextIO) -> None:
+    """Print the remarks about a data set's rows, if there are any."""
+    if encoded.notes:
+        print(safe("\n".join([f"{encoded.source}:", *encoded.notes]), stream), file=stream)
+
+
 def print_plan(batches: Loader, total_steps: int) -> None:
     """Print how many optimiser steps the run takes, and how many tokens a step has."""
     measured = min(total_steps, MEASURED_STEPS)

@@ -1,20 +1,21 @@
 """`minift winrate`: two language models answer the same prompts; a reward model says how often each one wins."""
 
-import json
 import sys
-from typing import Any
 
 import torch
 
 from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
 from minift.commands.generate import complete, encode_prompts
 from minift.errors import UserError
-from minift.files.datasets import PROMPT_SCHEMAS, Row, load_rows
+from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
 from minift.files.pretrained import load_judge, load_language_model
-from minift.files.text import write_json_lines
+from minift.files.text import to_json, write_json_lines
 from minift.generate import Options
+from minift.prompts import question_of
 from minift.run.device import pick_device
 from minift.scoring import score_rows, win_rate
+
+ADDED = ("answer_a", "answer_b", "score_a", "score_b")  # to the rows, with --out
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,14 +24,16 @@ def main(arguments: list[str] | None = None) -> None:
     placement = {"device": pick_device(args.device), "dtype": getattr(torch, args.dtype)}
     check_out(args.out, "--prompts", args.prompts)
     rows = load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)[: args.limit]
+    if args.out is not None:
+        check_added(rows, ADDED, args.prompts)
     judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **placement)
     # Every prompt goes through the models' templates, as an instruction.
-    instructions = [row if "instruction" in row else Row({"instruction": row["prompt"]}, row.location) for row in rows]
+    questions = [Row(question_of(row) or {}, row.location) for row in rows]
 
     def answer(name: str, flag: str) -> list[str]:
         """Return one model's greedy answers; its memory is free before the next model is loaded."""
         language_model = load_language_model(name, template=args.template, **placement)
-        prompts = encode_prompts(language_model, instructions, f"{args.prompts}: {flag}", args.max_new_tokens)
+        prompts = encode_prompts(language_model, questions, f"{args.prompts}: {flag}", args.max_new_tokens)
         tokenizer = language_model.tokenizer
         options = Options(
             max_new_tokens=args.max_new_tokens, eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size
@@ -39,10 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     answers_a, answers_b = answer(args.model_a, "--model-a"), answer(args.model_b, "--model-b")
     encoded = []
-    for row, *answers in zip(rows, answers_a, answers_b, strict=True):
+    for row, *answers in zip(questions, answers_a, answers_b, strict=True):
         for side, text in zip("ab", answers, strict=True):
             try:
-                encoded.append(judge.encode(_query(row), text))
+                encoded.append(judge.encode(row, text))
             except ValueError as error:
                 raise UserError(f"{args.prompts}: {row.location}: --model-{side}'s answer: {error}") from None
     scores = score_rows(judge.model, encoded, judge.batch_size)
@@ -51,9 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     rate = win_rate(a - b for a, b in zip(scores_a, scores_b, strict=True))
     wins_b = rate.pairs - rate.wins - rate.ties
     if args.out is not None:
-        names = ("answer_a", "answer_b", "score_a", "score_b")
         columns = zip(rows, answers_a, answers_b, scores_a, scores_b, strict=True)
-        write_json_lines(args.out, (row | dict(zip(names, added, strict=True)) for row, *added in columns))
+        write_json_lines(args.out, (row | dict(zip(ADDED, added, strict=True)) for row, *added in columns))
     found = {
         "model_a": args.model_a,
         "model_b": args.model_b,
@@ -67,19 +69,12 @@ def main(arguments: list[str] | None = None) -> None:
         "mean_score_a": sum(scores_a) / len(rows),
         "mean_score_b": sum(scores_b) / len(rows),
     }
-    print(json.dumps(found))
+    print(to_json(found))
     print(
         f"{args.model_a} wins {rate.rate:.1%} of {rate.pairs:,} prompts (95%: {rate.low:.1%} to {rate.high:.1%}), "
         f"{args.model_b} {wins_b / rate.pairs:.1%}, {rate.ties} ties",
         file=sys.stderr,
     )
-
-
-def _query(row: dict[str, Any]) -> str:
-    """Return what the judge is told was asked: the instruction, then a blank line and the input if there is one."""
-    if "instruction" not in row:
-        return row["prompt"]
-    return row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
 
 
 def _parser() -> CommandParser:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,28 @@ import numpy
 from minift.errors import UserError
 from minift.files.hub import DATA_SUFFIXES, data_files
 from minift.files.text import parse_json, parse_json_lines, read_text
+from minift.prompts import question_fields
 
-# A schema's required fields, each a string. An "instruction" row may also have an "input" (default "").
-# A row's schema is the first whose fields it all has: data sets keep rendered copies in "prompt" and "text".
+# A schema's required fields, each a string. A row's schema is the first whose fields it all has, except that of
+# "instruction" and "prompt" `prompts.question_fields` picks the one that is used. A null field counts as absent.
 TRAINING_SCHEMAS = {"instruction": ("instruction", "output"), "prompt": ("prompt", "completion"), "text": ("text",)}
 PROMPT_SCHEMAS = {"instruction": ("instruction",), "prompt": ("prompt",)}
-# A "prompt" is optional: in whole dialogues (hh-rlhf) it is the shared beginning. "responses": strings, best first.
+# A question is optional: in whole dialogues (hh-rlhf) it is the shared beginning. "responses": strings, best first.
 PAIR_SCHEMAS = {"pair": ("chosen", "rejected"), "ranking": ("responses",)}
-SCORE_SCHEMAS = {"pair": ("chosen", "rejected"), "response": ("prompt", "response")}
-OPTIONAL_FIELDS = {"instruction": ("input",), "pair": ("prompt",), "ranking": ("prompt",)}
+SCORE_SCHEMAS = {
+    "pair": ("chosen", "rejected"),
+    "response": ("prompt", "response"),
+    "instruction": ("instruction", "response"),
+}
+# Names of fields in other data sets, for messages.
+QUESTIONS = ("question", "query", "problem", "instruction", "prompt", "input", "inputs")
+ANSWERS = ("response", "answer", "completion", "output", "solution", "target", "targets")
+ALIASES = {
+    **dict.fromkeys(("instruction", "prompt"), QUESTIONS),
+    **dict.fromkeys(("output", "completion", "response"), ANSWERS),
+    "input": ("context",),
+    "text": ("content",),
+}
 LINES_OR_ARRAY = "an array of objects, or one object a line"
 
 
@@ -35,12 +49,16 @@ class Row(dict[str, Any]):
 
 
 def load_rows(
-    data: str | Path, schemas: Mapping[str, tuple[str, ...]] = TRAINING_SCHEMAS, *, mixed: bool = False
+    data: str | Path,
+    schemas: Mapping[str, tuple[str, ...]] = TRAINING_SCHEMAS,
+    *,
+    mixed: bool = False,
 ) -> list[Row]:
     """Return the rows of a JSON, JSONL or parquet file, or of a hub data set (`hub.data_files`), in order.
 
-    All rows follow one schema of `schemas`, unless `mixed`; their other fields are kept unchanged. Raises UserError
-    naming the file, the line or row, and the field if the data cannot be read or is wrong, and like `hub.look_up`.
+    All rows follow one schema of `schemas`, unless `mixed`. Null fields are dropped, nested ones too; the others are
+    kept unchanged. Raises UserError naming the file, the line or row, and the field if the data cannot be read or is
+    wrong, and like `hub.look_up`.
     """
     files = data_files(data)
     rows: list[Row] = []
@@ -50,6 +68,8 @@ def load_rows(
         for number, value in values:
             where = f"{path}:{number}" if unit == "line" else f"{path}: row {number}"
             schema = _check_row(value, schemas, where)
+            if "kind" in value:  # runs and tables show it
+                _check_unicode("kind", value["kind"], where)
             first_schema = first_schema or schema
             if schema != first_schema and not mixed:
                 earlier = _quoted(schemas[first_schema])
@@ -61,6 +81,18 @@ def load_rows(
     if not rows:
         raise UserError(f"{data}: no rows in it, expected {LINES_OR_ARRAY}")
     return rows
+
+
+def check_added(rows: Sequence[Row], names: Sequence[str], source: str) -> None:
+    """Raise UserError if rows cannot be written with fields added: one is there already, or a text is not valid."""
+    for row in rows:
+        where = f"{source}: {row.location}"
+        for name in names:
+            if name in row:
+                raise UserError(f"{where}: the row has a field '{name}', which is to be added: rename the row's own")
+        for name, value in row.items():
+            _check_unicode(name, value, where)
+            _check_unicode(name, name, where)
 
 
 def drop_rows_with_input(rows: Sequence[Row]) -> list[Row]:
@@ -92,15 +124,19 @@ def split(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
 
 def _read_values(path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
     """Return the unit in which a file is counted, "line" or "row", and its numbered values."""
-    expected = "a .json, .jsonl or .parquet file, or a hub data set (owner/name)"
-    if path.suffix not in DATA_SUFFIXES and not path.is_dir():
+    expected = "a .json, .jsonl or .parquet file, gzipped (.gz) or not, or a hub data set (owner/name)"
+    if not path.name.endswith(DATA_SUFFIXES) and not path.is_dir():
         raise UserError(f"{path}: expected {expected}")
     if path.suffix == ".parquet" and path.is_file():
         return "row", enumerate(_read_parquet(path), start=1)
     text = read_text(path, expected)
+    parse = partial(parse_json, text, path, LINES_OR_ARRAY, object_hook=_without_nulls)
     if text.lstrip()[:1] == "[":
-        return "row", enumerate(parse_json(text, path, LINES_OR_ARRAY), start=1)
-    return "line", parse_json_lines(text, path, LINES_OR_ARRAY)
+        return "row", enumerate(parse(), start=1)
+    first = text.lstrip().split("\n")[0].rstrip()
+    if first[:1] == "{" and first[-1] in "{[,":
+        return "row", [(1, parse())]  # one object over several lines
+    return "line", parse_json_lines(text, path, LINES_OR_ARRAY, object_hook=_without_nulls)
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
@@ -113,9 +149,15 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         with ParquetFile(path) as file:
             for batch in file.iter_batches():
                 for value in batch.to_pylist():
-                    yield json.loads(json.dumps(value, default=_as_text))
+                    text = json.dumps(value, default=_as_text)
+                    # Parquet has NaN and Infinity, JSON does not.
+                    yield json.loads(text, parse_constant=lambda _: None, object_hook=_without_nulls)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: unreadable, truncated or damaged parquet: download it again ({error})") from None
+
+
+def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _as_text(value: object) -> str:
@@ -127,26 +169,59 @@ def _check_row(row: object, schemas: Mapping[str, tuple[str, ...]], where: str) 
     """Return the name of the row's schema; raise UserError if it follows none or has a field of the wrong type."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: {json.dumps(row):.40}, expected an object with the fields of a row")
+    question = question_fields(row)
     begun = [name for name, fields in schemas.items() if any(field in row for field in fields)]
-    if not begun:
-        expected = ", or ".join(_quoted(fields) for fields in schemas.values())
-        raise UserError(f"{where}: no field of a row in it, expected {expected}")
     # A "text" beside an "instruction" is a rendered copy: it does not make up for a missing "output".
     complete = [name for name in begun if name != "text" and all(field in row for field in schemas[name])]
-    schema = (complete or begun)[0]
-    for field in (*schemas[schema], *OPTIONAL_FIELDS.get(schema, ())):
-        if field not in row and field in schemas[schema]:
-            raise UserError(f"{where}: field '{field}' is missing")
+    if not complete and begun != ["text"]:
+        raise UserError(f"{where}: {_missing(row, schemas, begun)}")
+    unused = {"instruction", "prompt"} - {*question}
+    schema = next((name for name in complete if not unused & {*schemas[name]}), "text")
+    texts: list[str] = []
+    for field in dict.fromkeys((*schemas[schema], *question)):
         value = row.get(field, "")
         if field == "responses" and not (isinstance(value, list) and len(value) >= 2):
             raise UserError(f"{where}: field 'responses', expected a list of two or more strings, best first")
         for text in value if field == "responses" else [value]:
             if not isinstance(text, str):
                 raise UserError(f"{where}: field '{field}' is {json.dumps(text):.40}, expected a string")
-            if bad := re.search("[\ud800-\udfff]", text):  # JSON allows "\ud800" in a string; Unicode does not
-                at = bad.start() + 1
-                raise UserError(f"{where}: field '{field}' has a lone surrogate at character {at}: not valid Unicode")
+            _check_unicode(field, text, where)
+            texts.append(text)
+    for field in ALIASES["prompt"] if schema in PAIR_SCHEMAS and not question else ():
+        text = row.get(field)
+        if isinstance(text, str) and not all(text.strip() in side for side in texts):
+            raise UserError(f"{where}: '{field}' is not read: rename it to 'prompt', or remove it")
     return schema
+
+
+def _missing(row: Mapping[str, Any], schemas: Mapping[str, tuple[str, ...]], begun: Sequence[str]) -> str:
+    """Return what a row lacks, what it has, and which of its fields to rename."""
+    renames = ""
+    for name in begun or schemas:
+        optional = ("input",) if name == "instruction" else ()
+        wanted = [field for field in (*schemas[name], *optional) if field not in row]
+        found = {field: alias for field in wanted for alias in reversed(ALIASES.get(field, ())) if alias in row}
+        if all(field in found for field in wanted if field not in optional):
+            renames = ": rename " + " and ".join(f"'{alias}' to '{field}'" for field, alias in found.items())
+            break
+    if begun:
+        problem = f"field '{next(field for field in schemas[begun[0]] if field not in row)}' is missing, or null"
+    else:
+        problem = "no field of a row in it, expected " + ", or ".join(_quoted(fields) for fields in schemas.values())
+    tables = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    renames = f": the list in {tables[0]!r:.40} should be the whole file" if tables and not begun else renames
+    names = ", ".join(f"{name!r:.40}" for name in [*row][:8]) or "no field that is not null"
+    return f"{problem}; the row has {names}{renames}"
+
+
+def _check_unicode(field: str, value: object, where: str) -> None:
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise UserError(f"{where}: field {field!r} is nested too deeply to be written: remove it") from None
+    if bad := re.search("[\ud800-\udfff]", text):  # JSON allows "\ud800" in a string; Unicode does not
+        at = bad.start() + 1
+        raise UserError(f"{where}: field {field!r} has a lone surrogate at character {at}: not valid Unicode")
 
 
 def _quoted(fields: tuple[str, ...]) -> str:

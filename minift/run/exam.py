@@ -12,7 +12,7 @@ from minift.encoded import by_category, category_of
 from minift.generate import Options, generate
 from minift.model import OPT
 from minift.pairs import name_responses, responses_of
-from minift.prompts import Template, is_text_row
+from minift.prompts import Template, is_text_row, question_of
 from minift.scoring import examine
 from minift.tokenizer import Special, Tokenizer
 
@@ -99,7 +99,9 @@ def compare_rewards(
 
 def ranking_sample(row: Mapping[str, Any], before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:
     """Return the line of samples.jsonl for a pair or ranking: its texts, and their rewards before and after."""
-    responses = responses_of(row)
-    texts = {name: row[name] for name in ("kind", "prompt") if name in row}
+    responses, question = responses_of(row), question_of(row)
+    texts = {"kind": row["kind"]} if "kind" in row else {}
+    if question is not None:
+        texts["prompt"] = "\n\n".join(filter(None, question.values()))
     texts |= dict(zip(name_responses(len(responses)), responses, strict=True))
     return texts | {"rewards_before": list(before), "rewards_after": list(after)}
