@@ -352,5 +352,16 @@ def test_winrate_refuses_in_one_line(folder, tokenizer, tmp_path):
 
     assert "this is a language model" in refused(model, model, model)
     assert "this is a reward model" in refused(folder, model, folder, "--limit", "1", "--max-new-tokens", "2")
-    assert "--model-a: line 2: the prompt has" in refused(model, model, folder, "--max-new-tokens", "2")
+    assert "line 2: the question alone: " in refused(model, model, folder, "--max-new-tokens", "2")
+    assert "--model-a: line 1: the prompt has" in refused(
+        model, model, folder, "--max-new-tokens", "60", "--limit", "1"
+    )
     assert "--judge-template" in refused(model, model, folder, "--judge-template", "nowhere")
+    # The judge's limits are known before anybody answers: the models do not exist.
+    missing, template = tmp_path / "missing", tmp_path / "no_input.txt"
+    template.write_text("{instruction}{response}")
+    write_lines(prompts, [{"prompt": "Add."}, {"instruction": "Add.", "input": "1"}])
+    message = refused(missing, missing, folder, "--judge-template", str(template))
+    assert "line 2: the question alone: " in message and "it has no {input}" in message
+    write_lines(prompts, [{"prompt": "Add. " * 60}])
+    assert "line 1: the question alone: " in refused(missing, missing, folder)

@@ -30,6 +30,16 @@ def main(arguments: list[str] | None = None) -> None:
     # Every prompt goes through the models' templates, as an instruction.
     questions = [Row(question_of(row) or {}, row.location) for row in rows]
 
+    def encode(row: Row, text: str, what: str) -> list[int]:
+        """Return the ids that the judge scores; raise UserError naming the row."""
+        try:
+            return judge.encode(row, text)
+        except (ValueError, UserError) as error:
+            raise UserError(f"{args.prompts}: {row.location}: {what}: {error}") from None
+
+    for row in questions:
+        encode(row, "", "the question alone")  # before any work
+
     def answer(name: str, flag: str) -> list[str]:
         """Return one model's greedy answers; its memory is free before the next model is loaded."""
         language_model = load_language_model(name, template=args.template, **placement)
@@ -41,13 +51,11 @@ def main(arguments: list[str] | None = None) -> None:
         return [tokenizer.decode(ids) for (ids,) in complete(language_model, prompts, options, flag)]
 
     answers_a, answers_b = answer(args.model_a, "--model-a"), answer(args.model_b, "--model-b")
-    encoded = []
-    for row, *answers in zip(questions, answers_a, answers_b, strict=True):
-        for side, text in zip("ab", answers, strict=True):
-            try:
-                encoded.append(judge.encode(row, text))
-            except ValueError as error:
-                raise UserError(f"{args.prompts}: {row.location}: --model-{side}'s answer: {error}") from None
+    encoded = [
+        encode(row, text, f"--model-{side}'s answer")
+        for row, *answers in zip(questions, answers_a, answers_b, strict=True)
+        for side, text in zip("ab", answers, strict=True)
+    ]
     scores = score_rows(judge.model, encoded, judge.batch_size)
     scores_a, scores_b = scores[::2], scores[1::2]
 
