@@ -479,9 +479,11 @@ def test_a_data_set_is_pinned_to_its_commit(hub):
 
 def test_compressed_files_of_a_hub_data_set(hub):
     line = gzip.compress(b'{"text": "a"}')
-    hub.add(f"datasets/{DATA}", {"a/train.jsonl.gz": line, "a/test.jsonl.gz": line, "b/train.jsonl.gz": line})
-    assert f"name one of them, as in {DATA}:a/train" in refused(load_rows, DATA)
+    shards = {f"b/train-0000{number}-of-00002.jsonl.gz": line for number in range(2)}
+    hub.add(f"datasets/{DATA}", {"a/train.jsonl.gz": line, "a/test.jsonl.gz": line} | shards)
+    assert f"(a/train, b/train): name one of them, as in {DATA}:a/train" in refused(load_rows, DATA)
     assert load_rows(f"{DATA}:a/train") == [{"text": "a"}]
+    assert load_rows(f"{DATA}:b/train") == [{"text": "a"}] * 2
 
 
 @pytest.mark.parametrize(
