@@ -1,12 +1,15 @@
 """Reward modelling, top to bottom: `python train_rm.py` trains on the pairs in data/; `--help` lists the flags."""
 
+from minift.commands.cli import leave_on_signals, run_command
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported ends in one line
+    leave_on_signals()
 from functools import partial
 
 from torch import Tensor
 
 from minift.batching import Loader, PairBatch, collate_rankings
 from minift.commands import terminal
-from minift.commands.cli import run_command
 from minift.commands.flags import describe, parse
 from minift.files.datasets import PAIR_SCHEMAS
 from minift.files.pretrained import new_reward_model
@@ -37,12 +40,9 @@ def main() -> None:
 
     # 3. Text becomes ids: the prompt with each of its responses, best first, and the end token.
     template = load_template(config.template)
+    length = max_length_for(config, model)
     encode = partial(
-        encode_rankings,
-        tokenizer=tokenizer,
-        template=template,
-        max_length=max_length_for(config, model),
-        margin_field=config.margin_field,
+        encode_rankings, tokenizer=tokenizer, template=template, max_length=length, margin_field=config.margin_field
     )
     train_set, eval_set = (encode(split.rows, source=split.source) for split in (train_split, eval_split))
     terminal.print_summaries(train_set, eval_set)
@@ -72,7 +72,7 @@ def main() -> None:
     # 5. The examination: which response of each held-out pair gets the higher reward.
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     terminal.print_plan(train_batches, num_steps(config, train_batches))
-    before = score_rankings(model, eval_set.examples, 2 * config.batch_size)
+    before = run.once(lambda: score_rankings(model, eval_set.examples, 2 * config.batch_size), len(eval_set.examples))
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, base)

@@ -1,12 +1,15 @@
 """Supervised fine-tuning, top to bottom: `python train_sft.py` tunes the model in data/; `--help` lists the flags."""
 
+from minift.commands.cli import leave_on_signals, run_command
+
+if __name__ == "__main__":  # Ctrl-C while torch is imported ends in one line
+    leave_on_signals()
 from functools import partial
 
 from torch import Tensor
 
 from minift.batching import Batch, Loader, collate
 from minift.commands import terminal
-from minift.commands.cli import run_command
 from minift.commands.flags import describe, parse
 from minift.encode import encode_rows
 from minift.files.datasets import TRAINING_SCHEMAS
@@ -62,7 +65,7 @@ def main() -> None:
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     questions = held_out_prompts(eval_set.rows, tokenizer, template, config, model.config.max_position_embeddings)
     terminal.print_plan(train_batches, num_steps(config, train_batches))
-    before = complete_greedily(model, tokenizer, questions, "before")
+    before = run.once(lambda: complete_greedily(model, tokenizer, questions, "before"), len(questions))
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, base)

@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -62,14 +63,21 @@ class Recorder(Protocol):
     def save(self, task: Task, optimizer: torch.optim.Optimizer, progress: Progress, *, is_best: bool) -> None:
         """Keep a checkpoint; `is_best` says that its evaluation loss is the lowest so far."""
 
+    def guard(self) -> AbstractContextManager[list[int]]:
+        """Return a context for the loop; it yields a list, empty until the run must stop after its step."""
+
+
+class DivergedError(UserError):
+    """A loss or gradient that is not finite."""
+
 
 def train(task: Task, config: Config, recorder: Recorder) -> None:
     """Train `task.model` in place for `config.max_steps` optimiser steps, or `config.epochs` passes over the data.
 
     The gradient of an optimiser step is that of sum / count over all its micro-batches: of the mean over every item of
     the step. So it does not depend on how the items are divided into micro-batches. Everything random in a step is
-    seeded by (seed, step), so neither evaluating more often nor resuming changes anything. Raises UserError if the loss
-    or gradient is not finite.
+    seeded by (seed, step), so neither evaluating more often nor resuming changes anything. Raises DivergedError if the
+    loss or gradient is not finite, and what `recorder.guard` raises after a signal.
     """
     model = task.model
     optimizer = adamw(model, config.weight_decay)
@@ -82,7 +90,10 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
     sums = Counter(progress.sums)
     clock = time.perf_counter() - progress.seconds
     tokens_before, started = progress.tokens, time.perf_counter()
-    with tqdm(total=total_steps, initial=progress.step, unit="step", mininterval=0.5) as bar:
+    with (
+        tqdm(total=total_steps, initial=progress.step, unit="step", mininterval=0.5) as bar,
+        recorder.guard() as signals,
+    ):
         for step in range(progress.step, total_steps):
             torch.manual_seed((config.seed << 32) + step)  # dropout
             step_sums = accumulate_gradient(task, step)
@@ -118,8 +129,11 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
                 _log(recorder, task, progress, "eval", means)
                 is_best = "loss" in means and (progress.best_loss is None or means["loss"] < progress.best_loss)
                 progress.best_loss = means["loss"] if is_best else progress.best_loss
-            if is_last or is_best or (config.save_every and progress.step % config.save_every == 0):
+            stop = bool(signals)  # read once: a signal during `save` stops after the next step
+            if stop or is_last or is_best or (config.save_every and progress.step % config.save_every == 0):
                 recorder.save(task, optimizer, progress, is_best=is_best)
+            if stop:
+                break
 
 
 def num_steps(config: Config, train_batches: Loader) -> int:
@@ -164,7 +178,9 @@ def _log(recorder: Recorder, task: Task, progress: Progress, split: str, values:
 def _check_finite(config: Config, step: int, value: float) -> None:
     # Checked before anything is written, so that the last checkpoint stays a good one.
     if not math.isfinite(value):
-        raise UserError(f"--lr {config.lr}: the loss or its gradient is {value} in step {step + 1}, try a lower one")
+        raise DivergedError(
+            f"--lr {config.lr}: the loss or its gradient is {value} in step {step + 1}, try a lower one"
+        )
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -94,14 +94,14 @@ def snapshot(folder: Path) -> dict[str, str]:
 def kill_and_resume(script: str, folder: Path, *flags: object) -> None:
     """Kill a run between its first checkpoint and its end, then resume it."""
     flags = (*flags, "--out", folder, "--save-every", 1)
-    progress = folder / "checkpoints" / "last" / "progress.json"
+    steps = folder / "checkpoints" / "steps.json"
     process = subprocess.Popen(command(script, *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not progress.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not steps.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
     process.kill()  # SIGKILL: no handler runs
     process.wait()
-    assert 0 < json.loads(progress.read_text())["step"] < STEPS
+    assert 0 < json.loads(steps.read_text())["last"] < STEPS
     run(script, *flags, "--resume")
 
 

@@ -1,9 +1,15 @@
 """`train_sft.py` as users run it, on the model and the data that ship."""
 
+import fcntl
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,11 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, OPTForCausalLM
 
+import train_sft
 from minift.encode import Example
 from minift.files.templates import load_template
+from minift.files.text import write_json
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model
 from minift.prompts import TEMPLATES
+from minift.run.folder import _make_folder
 from tests.reference import difference, logits_of, reference_logits
 from tests.runs import (
     ROOT,
@@ -142,7 +151,7 @@ def test_resume_refuses_another_run(tmp_path):
     run("sft", *flags)
     before = snapshot(folder)
     flags.append("--resume")
-    assert "--lr was 2e-05" in refused("sft", *flags, "--lr", "0.1")
+    assert "--weight-decay was 0.0" in refused("sft", *flags, "--weight-decay", "0.1")
     assert "--max-steps was 1" in refused("sft", *flags, "--max-steps", 2)
     for path, name in ((data, "data"), (held_out, "eval_data")):
         write_lines(path, [*rows[1:], {"instruction": "other", "output": "x"}])
@@ -153,21 +162,81 @@ def test_resume_refuses_another_run(tmp_path):
     save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, model / "model.safetensors")
     assert "--resume: the fingerprint of weights was " in refused("sft", *flags)
     (model / "model.safetensors").write_bytes(weights)
+    for file, name in (("config.json", "config"), ("merges.txt", "tokenizer"), ("tokenizer_config.json", "tokenizer")):
+        text = (model / file).read_text()
+        (model / file).write_text(text.replace("relu", "gelu") if file == "config.json" else text + "\n")
+        assert f"--resume: the fingerprint of {name} was " in refused("sft", *flags)
+        (model / file).write_text(text)
     template.write_text("Q: {instruction} {input} Answer:{response}")
     assert "--resume: the template's with_input was Q: " in refused("sft", *flags)
     template.write_text("Q: {instruction} {input} A:{response}")
     assert snapshot(folder) == before
 
-    (folder / "checkpoints" / "last").unlink()
-    assert "has no checkpoint to continue from" in refused("sft", *flags)
     for damaged in ("{", "[]", '{"values": 1}'):
         (folder / "run.json").write_text(damaged)
-        (folder / "checkpoints" / "last").mkdir(exist_ok=True)
         assert f"--resume: {folder}/run.json is damaged" in refused("sft", *flags)
 
 
+def test_fingerprints_decide_and_not_the_spelling_of_a_path(tmp_path, monkeypatch):
+    """The same files by other names, moved with the run; a run of an earlier version lacks some fingerprints."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    shutil.copytree(SHIPPED, old / "model")
+    write_lines(old / "rows.jsonl", [{"instruction": f"{n}", "output": "x"} for n in range(8)])
+    (old / "template.txt").write_text("Q: {instruction} {input} A:{response}")
+    flags = ["--max-steps", 1, "--bleu-samples", 0, "--device", "cpu"]
+
+    def names(folder: Path) -> list:
+        files = {"model": "model", "data": "rows.jsonl", "eval-data": "rows.jsonl", "template": "template.txt"}
+        return [word for flag, file in {**files, "out": "run"}.items() for word in (f"--{flag}", folder / file)]
+
+    run("sft", *flags, *names(old))
+    run("sft", *flags, *names(Path(os.path.relpath(old, ROOT))), "--resume")
+    old.rename(new)
+    record = json.loads((new / "run" / "run.json").read_text())
+    record["fingerprints"] = {name: record["fingerprints"][name] for name in ("data", "eval_data", "weights")}
+    (new / "run" / "run.json").write_text(json.dumps(record))
+    run("sft", *flags, *names(new), "--resume")
+    without_eval = [word for word in names(new) if word not in ("--eval-data",)]
+    del without_eval[without_eval.index(new / "rows.jsonl") + 1]
+    assert "--resume: the fingerprint of eval_data was" in refused("sft", *flags, *without_eval, "--eval-fraction", 0,
+                                                                   "--resume")  # fmt: skip
+
+
+def test_a_run_that_diverged_continues_at_a_lower_rate(tmp_path, data):
+    """The message has the whole command, and the command works."""
+    flags = [*TINY, *data, "--bleu-samples", 0, "--schedule", "constant", "--out", tmp_path / "run", "--save-every", 1]
+    run("sft", *flags, "--max-steps", 4)  # a checkpoint after step 4 ...
+    steps = json.loads((tmp_path / "run" / "run.json").read_text())
+    steps["values"] |= {"max_steps": 8, "lr": 1e20}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(steps))
+    done = subprocess.run(
+        command("sft", *flags, "--max-steps", 8, "--lr", 1e20, "--resume"), cwd=ROOT, capture_output=True, text=True
+    )  # ... from which the rate is far too high
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --lr 1e+20: the loss or")
+    before, _, hint = done.stderr.splitlines()[-1].partition(", try a lower one, from the last checkpoint on: ")
+    assert hint.endswith("--resume --lr 1e+19")
+    hint = hint.replace("--lr 1e+19", "--lr 1e-4")
+    done = subprocess.run(shlex.split(hint), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--lr was 1e+20; from the last checkpoint on it is 0.0001" in done.stdout
+    lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["split"] == "train"]
+    assert [line["step"] for line in lines] == [*range(1, 9)] and lines[-1]["lr"] == 1e-4
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["values"]["lr"] == 1e-4
+    assert "--lr was 0.0001" in refused("sft", *flags, "--max-steps", 8, "--resume")  # only its flag may change it
+
+
 def test_folders_that_are_not_a_run(tmp_path):
-    assert "run.json does not exist" in refused("sft", *SMALL, "--out", tmp_path, "--resume")
+    message = refused("sft", *SMALL, "--out", tmp_path / "a run", "--resume")
+    assert "run.json does not exist" in message
+    test = message.partition("or write ")[2].removesuffix(" to resume where possible")
+    for is_there in (False, True):
+        printed = subprocess.run(["sh", "-c", f"echo {test}"], capture_output=True, text=True).stdout.strip()
+        assert printed == ("--resume" if is_there else "")
+        (tmp_path / "a run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a run" / "checkpoints" / "steps.json").write_text("{}")
+    shutil.rmtree(tmp_path / "a run")
+    assert not [*tmp_path.iterdir()]
     (tmp_path / "holiday.jpg").write_text("not ours")
     assert "not empty and not an earlier run" in refused("sft", *SMALL, "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
@@ -179,6 +248,149 @@ def test_a_second_run_keeps_the_first(tmp_path, data):
         run("sft", *SMALL, "--max-steps", 1, "--bleu-samples", 0, *data, "--out", out)
     first, second = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "run-1", out))
     assert first == second  # the same seed
+
+
+def test_a_run_holds_its_folder(tmp_path, data):
+    """A second run, a second --resume and a --resume beside a run are refused; the first one does not notice."""
+    out = tmp_path / "run"
+    flags = [*SMALL, *data, "--bleu-samples", 0, "--out", out]
+    run("sft", *flags, "--save-every", 1)
+    assert not (out / ".lock").exists()
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process does
+        before = snapshot(tmp_path)
+        for more in ([], ["--resume"]):
+            message = refused("sft", *flags, "--save-every", 1, *more)
+            assert message.startswith(f"--out {out}: another process is training in it")
+        assert snapshot(tmp_path) == before
+    run("sft", *flags, "--resume")  # a killed process leaves the file, not the lock
+    run("sft", *flags)
+    assert {path.name for path in tmp_path.iterdir()} >= {"run", "run-1"}
+
+
+def test_two_runs_started_at_once(tmp_path, data):
+    flags = [*TINY, *data, "--bleu-samples", 0, "--out", tmp_path / "run"]
+    started = [
+        subprocess.Popen(command("sft", *flags), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ends = [(process.communicate()[1].splitlines()[-1], process.returncode) for process in started]
+    finished = [line for line, status in ends if status == 0]
+    assert finished and all("another process is training in it" in line for line, status in ends if status)
+    runs = [tmp_path / "run", tmp_path / "run-1"][: len(finished)]
+    for folder in runs:  # if one came late, the other had ended
+        assert [line["step"] for line in read_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3, 4, 4]
+
+
+def test_a_file_system_without_locks(tmp_path, data, monkeypatch):
+    def fail(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    flags = [*SMALL, *data, "--bleu-samples", 0, "--max-steps", 1, "--out", tmp_path / "run"]
+    assert "can't be locked (Operation not supported): do not start another run in it" in run("sft", *flags)
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".run.json.unfinished"], [".lock", ".run.json.unfinished"]])
+def test_a_start_that_was_killed_does_not_block_the_next(tmp_path, left):
+    for name in left:
+        (tmp_path / name).write_text("{")
+    _make_folder(tmp_path)
+    write_json(tmp_path / "run.json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "run.json"}
+
+
+def test_resume_does_not_ask_the_base_model_again(tmp_path, data, monkeypatch):
+    out = tmp_path / "run"
+    flags = [*SMALL, *data, "--out", out]
+    asked = []
+    ask = train_sft.complete_greedily
+    monkeypatch.setattr(train_sft, "complete_greedily", lambda *given: asked.append(given[3]) or ask(*given))
+    run("sft", *flags, "--bleu-samples", 2)
+    samples = (out / "samples.jsonl").read_bytes()
+    run("sft", *flags, "--bleu-samples", 2, "--resume")
+    assert asked == ["before", "after", "after"] and (out / "samples.jsonl").read_bytes() == samples
+    kept = (out / "before.json").read_text()
+    for damaged in ("{", "[]", '{"before": 1, "sha256": ""}', kept.replace('"before": ["', '"before": ["x', 1)):
+        (out / "before.json").write_text(damaged)
+        run("sft", *flags, "--bleu-samples", 2, "--resume")
+        assert asked.pop(-2) == "before" and (out / "before.json").read_text() == kept
+    run("sft", *flags, "--bleu-samples", 3, "--resume")
+    assert asked[-2:] == ["before", "after"] and len(read_lines(out / "samples.jsonl")) == 3
+
+
+# -------------------------------------------------------------------------------------------------- Ctrl-C and SIGTERM
+
+
+def signalled(process: subprocess.Popen, number: int, ready: Callable[[], bool]) -> str:
+    """Send a signal when `ready`, wait for the end, and return what the process printed to stderr."""
+    deadline = time.monotonic() + 120
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.communicate(timeout=120)[1]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_step_and_prints_the_command_that_resumes(whole, data, tmp_path, number, status):
+    name = "all weights"
+    out = tmp_path / "a run"
+    start = command("sft", *TINY, *data, *VARIANTS[name], "--out", out)  # saves only at the end
+    process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = out / "metrics.jsonl"
+    printed = signalled(process, number, lambda: metrics.exists() and '"step": 1' in metrics.read_text())
+    assert process.returncode == status and "Traceback" not in printed
+    assert "a second signal ends the run at once" in printed
+    line, _, hint = printed.splitlines()[-1].partition("; all steps are saved, continue with: ")
+    assert line == {130: "interrupted", 143: "terminated"}[status]
+    assert 0 < json.loads((out / "checkpoints" / "steps.json").read_text())["last"] < STEPS
+    done = subprocess.run(["sh", "-c", hint], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(out, whole[name][0])
+
+
+SLOW = """
+import sys, time
+import train_sft
+from minift.commands.cli import run_command
+from minift.trainer import accumulate_gradient
+from minift import trainer
+def slow(task, step):
+    open({flag!r}, "w").close()
+    time.sleep({seconds})
+    return accumulate_gradient(task, step)
+trainer.accumulate_gradient = slow
+sys.argv = {argv!r}
+run_command(train_sft.main)
+"""
+
+
+def test_a_second_signal_ends_the_run_at_once(data, tmp_path):
+    flag = tmp_path / "stepping"
+    argv = [*map(str, ["train_sft.py", *TINY, *data, "--bleu-samples", 0, "--out", tmp_path / "run"])]
+    code = SLOW.format(flag=str(flag), seconds=60, argv=argv)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while not flag.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    sent = time.monotonic()
+    printed = signalled(process, signal.SIGINT, lambda: True)
+    assert time.monotonic() - sent < 10 and process.returncode == 130
+    assert printed.endswith("\ninterrupted\n") and "Traceback" not in printed
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("script", ["sft", "rm"])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_imports_is_one_line(script, number, status):
+    process = subprocess.Popen(command(script, "--help"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True)  # fmt: skip
+    maps = Path(f"/proc/{process.pid}/maps")
+    printed = signalled(process, number, lambda: "libtorch" in maps.read_text())
+    assert (printed, process.returncode) == ({130: "interrupted\n", 143: "terminated\n"}[status], status)
 
 
 # -------------------------------------------------------------------------------------------------- kinds of training

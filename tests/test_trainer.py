@@ -2,12 +2,15 @@
 
 import json
 import math
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import OPTForCausalLM, get_linear_schedule_with_warmup
 
 from minift.batching import Loader, collate
@@ -211,10 +214,10 @@ def test_last_and_best_are_whole_checkpoints(tmp_path):
     best = min(log, key=lambda line: line["loss"])
     checkpoints = tmp_path / "run" / "checkpoints"
     assert best["step"] < 40, "this run should overfit, or the test shows nothing"
-    assert (checkpoints / "best").resolve().name == f"step-{best['step']:06d}"
-    assert (checkpoints / "last").resolve().name == "step-000040"
-    assert sorted(path.name for path in checkpoints.glob("step-*")) == [f"step-{best['step']:06d}", "step-000040"]
-    loaded = OPTForCausalLM.from_pretrained(checkpoints / "best")
+    assert json.loads((checkpoints / "steps.json").read_text()) == {"last": 40, "best": best["step"]}
+    folders = [f"step-{best['step']:06d}", "step-000040"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == [*folders, "steps.json"]
+    loaded = OPTForCausalLM.from_pretrained(checkpoints / folders[0])
     assert reference_loss(loaded, HELD_OUT).item() == pytest.approx(best["loss"], rel=1e-5)
 
 
@@ -231,7 +234,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at,
         run(tmp_path / "run", steps=4, resume=True)
     monkeypatch.undo()
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert (checkpoints / "last").resolve().name == "step-000002"
+    assert checkpoint.find(checkpoints) == checkpoints / "step-000002"
     assert not [path for path in checkpoints.iterdir() if "unfinished" in path.name]
     whole, _ = run(steps=4, schedule="constant")
     run(tmp_path / "cut", steps=2, schedule="constant")
@@ -251,13 +254,147 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
 
 
 def test_resume_says_what_is_wrong_with_a_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="has no checkpoint"):
         run(tmp_path / "none", resume=True)
     run(tmp_path / "run", steps=1)
-    file = tmp_path / "run" / "checkpoints" / "last" / "training.safetensors"
+    file = tmp_path / "run" / "checkpoints" / "step-000001" / "training.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=f"{file} is damaged .*; start afresh without --resume"):
         run(tmp_path / "run", steps=2, resume=True)
+
+
+def without(name: str, tensors: dict) -> dict:
+    return {other: tensor for other, tensor in tensors.items() if other != name}
+
+
+MOMENT = "exp_avg.decoder.embed_tokens.weight"
+DAMAGES = {
+    "progress.json": [b"[]", b"{}", b"null", b"", b"\xff", b"\0" * 40, b"[" * 100_000]
+    + [lambda values, step=step: values | {"step": step} for step in ("a", True, 0, -1, 2.5, None)]
+    + [lambda values: values | {"sums": [1]}, lambda values: values | {"sums": {"loss": "x"}}]
+    + [lambda values: values | {"best_loss": []}, lambda values: values | {"seconds": "x"}]
+    + [lambda values: values | {"extra": 1}, lambda values: without("items", values)],
+    "training.safetensors": [b"", b"{}", b"\0" * 40]
+    + [lambda tensors: without(MOMENT, tensors)]
+    + [lambda tensors: without(MOMENT.replace("exp_avg", "step"), tensors)]
+    + [lambda tensors: tensors | {MOMENT: tensors[MOMENT].long()}]
+    + [lambda tensors: tensors | {MOMENT: tensors[MOMENT].half()}]
+    + [lambda tensors: tensors | {MOMENT: tensors[MOMENT][:2].clone()}]
+    + [lambda tensors: {name: tensor.long() for name, tensor in tensors.items()}],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory) -> Path:
+    """A run of four steps; its last checkpoint is not its best, so there are two."""
+    folder = tmp_path_factory.mktemp("steps") / "run"
+    run(folder, lr=0.5, steps=4, eval_every=1, save_every=1)
+    assert checkpoint.find(folder / "checkpoints").name == "step-000004"
+    return folder
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, n) for name in DAMAGES for n in range(len(DAMAGES[name]))])
+def test_a_damaged_checkpoint_is_named_with_the_one_before_it(four_steps, tmp_path, name, number):
+    damage = DAMAGES[name][number]
+    shutil.copytree(four_steps, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step-000004"
+    if isinstance(damage, bytes):
+        (folder / name).write_bytes(damage)
+    elif name == "progress.json":
+        (folder / name).write_text(json.dumps(damage(json.loads((folder / name).read_text()))))
+    else:
+        save_file(damage(load_file(folder / name)), folder / name)
+    values = {"lr": 0.5, "steps": 4, "resume": True}
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "run", **values)
+    way = f"delete {folder} to continue from step-00000"
+    assert f"--resume: {folder / name} is damaged" in str(caught.value) and way in str(caught.value)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(folder)
+    _, lines = run(tmp_path / "run", **values)
+    assert without_seconds(lines)[-1] == without_seconds(read_metrics(four_steps))[-1]
+
+
+@pytest.mark.parametrize("line", ["garbage", "3", "\0\0", "[]", '{"step": 1}', '{"step": "a", "split": "eval"}',
+                                  '{"step": 1, "split": "eval", "loss": "x"}', "[" * 100_000, "\udcff"])  # fmt: skip
+def test_a_damaged_line_of_metrics_is_named(four_steps, tmp_path, line):
+    shutil.copytree(four_steps, tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_bytes("\n".join([lines[0], line, *lines[1:], ""]).encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=rf"{file}:2:.*(correct|remove|convert|expected)"):
+        run(tmp_path / "run", lr=0.5, steps=4, resume=True)
+
+
+# ------------------------------------------------------------------------------------------ folders instead of links
+
+
+def link_names(checkpoints: Path) -> None:
+    """Name the last and the best checkpoint as earlier versions did."""
+    steps = json.loads((checkpoints / "steps.json").read_text())
+    (checkpoints / "steps.json").unlink()
+    for name, step in steps.items():
+        (checkpoints / name).symlink_to(f"step-{step:06d}")
+
+
+@pytest.mark.parametrize("layout", ["links", "links resolved", "last alone", "links as text", "neither", "damaged"])
+def test_every_layout_of_checkpoints_resumes(tmp_path, layout):
+    values = {"dropout": 0.1, "eval_every": 1, "save_every": 2, "schedule": "constant"}
+    whole, whole_log = run(tmp_path / "whole", steps=6, **values)
+    run(tmp_path / "cut", steps=4, **values)
+    link_names(tmp_path / "cut" / "checkpoints")
+    shutil.copytree(tmp_path / "cut", tmp_path / "run", symlinks=layout != "links resolved")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    names = [checkpoints / name for name in ("last", "best") if (checkpoints / name).is_symlink()]
+    if layout == "last alone":
+        shutil.copytree(checkpoints / "last", tmp_path / "copy")
+        shutil.rmtree(checkpoints)
+        shutil.copytree(tmp_path / "copy", checkpoints / "last")
+    elif layout in ("links as text", "neither", "damaged"):
+        for name in names:
+            name.unlink()
+            if layout == "links as text":
+                name.write_text("step-000004")
+        if layout == "damaged":
+            (checkpoints / "steps.json").write_text("[")
+
+    resumed, log = run(tmp_path / "run", steps=6, resume=True, **values)
+    assert largest_difference(whole, resumed) == 0.0
+    assert without_seconds(log) == without_seconds(whole_log)
+    expected = tmp_path / "whole" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {path.name for path in expected.iterdir()}
+    assert (checkpoints / "steps.json").read_text() == (expected / "steps.json").read_text()
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "symlink_to", lambda *_, **__: pytest.fail("no links here"))
+    monkeypatch.setattr(os, "symlink", lambda *_, **__: pytest.fail("no links here"))
+    run(tmp_path / "run", steps=2)
+    run(tmp_path / "run", steps=4, resume=True)
+
+
+@pytest.mark.parametrize("left", ["half removed", "removed", "unfinished"])
+def test_what_a_killed_process_left_is_cleaned_up(four_steps, tmp_path, left):
+    shutil.copytree(four_steps, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    before = sorted(path.name for path in checkpoints.iterdir())
+    name = {"half removed": "step-000000", "removed": ".step-000000.removed", "unfinished": ".step-000005.unfinished"}
+    (checkpoints / name[left]).mkdir()
+    (checkpoints / name[left] / "config.json").write_text("{}")
+    run(tmp_path / "run", lr=0.5, steps=4, resume=True)
+    assert sorted(path.name for path in checkpoints.iterdir()) == before
+
+
+def test_an_error_while_an_old_checkpoint_is_removed_costs_nothing(tmp_path, monkeypatch):
+    def fail(path, ignore_errors=False, **_):
+        if not ignore_errors:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    run(tmp_path / "run", steps=3, save_every=1)
+    monkeypatch.undo()
+    run(tmp_path / "run", steps=3, resume=True)
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-000003", "steps.json"}
 
 
 def test_a_gpu_that_is_not_there_is_refused():

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any, NoReturn
 
 from minift.errors import UserError
 from minift.files.text import target_of
+from minift.run.interrupts import interrupt_with, leave, on_signals
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -57,18 +60,25 @@ def check_out(path: str | None, flag: str, input_path: str, *, hint: str = "") -
         raise UserError(f"--out {path}: expected a file name in an existing directory")
 
 
+def leave_on_signals() -> None:
+    """Let Ctrl-C or SIGTERM end the process at once with one line: a script's first act, before it imports torch."""
+    on_signals(leave)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run `main` and translate its errors into one line on stderr and an exit status.
 
-    Status 2 is a `UserError`; 1 is a full disk, a lost file or exhausted memory; 130 is Ctrl-C. Any other exception is
-    a bug in minift and keeps its traceback.
+    Status 2 is a `UserError`; 1 is a full disk, a lost file or exhausted memory; 130 is Ctrl-C and 143 SIGTERM. Any
+    other exception is a bug in minift and keeps its traceback.
     """
+    on_signals(interrupt_with())
     try:
         main()
     except UserError as error:
         _exit(2, f"error: {error}")
-    except KeyboardInterrupt:
-        _exit(130, "interrupted")
+    except KeyboardInterrupt as error:
+        number, line = error.args or (signal.SIGINT, "interrupted")
+        _exit(128 + number, line)
     except BrokenPipeError:
         # The reader of stdout (`| head`) has closed it. Without this, Python's flush at exit would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -86,5 +96,5 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _exit(status: int, line: str) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr)
+    print(re.sub(r"\s*[\n\r]\s*", " ", line.strip()), file=sys.stderr)
     sys.exit(status)

@@ -13,6 +13,7 @@ from minift.files.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapters
 from minift.files.hub import model_folder
 from minift.files.templates import template_of
 from minift.files.text import sha256
+from minift.files.tokenizer import FILES as TOKENIZER_FILES
 from minift.files.tokenizer import check_fits, load_tokenizer
 from minift.lora import merge
 from minift.model import OPT, RewardModel
@@ -41,10 +42,13 @@ class ModelFiles(NamedTuple):
         has_tokenizer = any((self.own / name).is_file() for name in ("tokenizer.json", "vocab.json"))
         return self.own if has_tokenizer else self.folder
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the weights, those of adapters included."""
-        adapters = [self.own / ADAPTER_WEIGHTS] if self.are_adapters else []
-        return sha256([*weights.weight_files(self.folder), *adapters])
+    def fingerprints(self) -> dict[str, str]:
+        """Return the SHA-256 of the weights, of the config and of the tokenizer's files, those of adapters included."""
+        configs, tensors = [self.folder / "config.json"], weights.weight_files(self.folder)
+        if self.are_adapters:
+            configs, tensors = [*configs, self.own / ADAPTER_CONFIG], [*tensors, self.own / ADAPTER_WEIGHTS]
+        texts = [path for name in TOKENIZER_FILES if (path := self.tokenizer_folder / name).is_file()]
+        return {"weights": sha256(tensors), "config": sha256(configs), "tokenizer": sha256(texts)}
 
 
 class LanguageModel(NamedTuple):

@@ -1,14 +1,18 @@
 """Save and restore everything a run needs to resume exactly. Writes are atomic.
 
-A run's `checkpoints/` holds folders `step-000120/` and two links to them, `last` and `best`. A folder is a model that
-anyone can load, `training.safetensors` (the trained parameters and AdamW's moments, as they are in memory) and
-`progress.json`. Order, dropout and learning rate follow from the seed and the step, so no generator state is saved.
+A run's `checkpoints/` holds folders `step-000120/`, and `steps.json` with the steps of the `last` and the `best` one.
+A folder is a model that anyone can load, `training.safetensors` (the trained parameters and AdamW's moments, as they
+are in memory) and `progress.json`. Order, dropout and learning rate follow from the seed and the step, so no generator
+state is saved. There are no symbolic links: network drives and copies lack them.
 """
 
+import re
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +24,8 @@ from minift.files.text import fsync, read_json, write_json
 from minift.trainer import Progress
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+STEPS = "steps.json"
+NAMES = ("last", "best")
 
 
 def save(
@@ -31,13 +37,13 @@ def save(
     *,
     is_best: bool,
 ) -> None:
-    """Write a checkpoint, point `last` (and `best`) to it, and delete the checkpoints that no link points to.
+    """Write a checkpoint, name it in steps.json, and delete those that are no longer named there.
 
-    The folder is renamed only after everything is on disk, and so is a link. A crash at any moment leaves the previous
-    checkpoint as it was.
+    The folder is renamed only after everything is on disk. A crash at any moment leaves the previous checkpoint as it
+    was.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
-    folder = checkpoints / f"step-{progress.step:06d}"
+    folder = _folder(checkpoints, progress.step)
     unfinished = checkpoints / f".{folder.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -47,51 +53,136 @@ def save(
         write_json(unfinished / "progress.json", asdict(progress))
         for path in unfinished.rglob("*"):
             fsync(path)
-        shutil.rmtree(folder, ignore_errors=True)
+        best = _named(checkpoints).get("best")
+        _remove(folder)
         unfinished.rename(folder)
         fsync(checkpoints)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    _name(checkpoints, {"last": folder, "best": folder if is_best else best})
 
-    # `best` first: a resumed run continues from `last`.
-    for name in ("best", "last") if is_best else ("last",):
-        link = checkpoints / f".{name}.new"
-        link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
-        link.replace(checkpoints / name)
-    wanted = {(checkpoints / name).resolve() for name in ("last", "best")}
-    for old in checkpoints.glob("step-*"):
-        if old.resolve() not in wanted:
-            shutil.rmtree(old)
+
+def find(checkpoints: Path) -> Path | None:
+    """Return the folder of the last checkpoint; the newest one if steps.json names none that exists."""
+    return _named(checkpoints).get("last")
 
 
 def load(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Put the last checkpoint's parameters and moments into model and optimiser; return its progress.
 
-    Raises UserError if there is no checkpoint, or if it is damaged or of another model.
+    Delete what a killed process left. Raises UserError if there is no checkpoint, or if it is damaged or of another
+    model.
     """
-    folder = checkpoints / "last"
-    if not folder.exists():
-        raise UserError(f"--resume: {folder} does not exist, expected a checkpoint; leave --resume out to start afresh")
+    named = _named(checkpoints)
+    folder = named.get("last")
+    if folder is None:
+        raise UserError(f"--resume: {checkpoints} has no checkpoint; leave --resume out to start afresh")
+    file = folder / "progress.json"
     try:
-        progress = Progress(**read_json(folder / "progress.json", "how far a run is"))
-        tensors = load_file(folder / "training.safetensors")
-    except (UserError, OSError, TypeError, SafetensorError) as error:
-        raise UserError(f"--resume: {folder} is damaged ({error}); start afresh without --resume") from None
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        progress = _read_progress(file)
+        file = folder / "training.safetensors"
+        tensors = load_file(file)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        _check_model(folder, trained, tensors)
+        states = {name: _read_moments(name, parameter, tensors) for name, parameter in trained.items()}
+    except (ValueError, OSError, SafetensorError) as error:
+        earlier = [path for path in _folders(checkpoints) if path != folder]
+        way = f"delete {folder} to continue from {earlier[-1].name}" if earlier else "start afresh without --resume"
+        raise UserError(f"--resume: {file} is damaged ({error}); {way}") from None
+    for name, parameter in trained.items():
+        parameter.data.copy_(tensors[f"parameter.{name}"])
+        optimizer.state[parameter] = states[name]
+    _name(checkpoints, named)
+    return progress
+
+
+def _read_progress(path: Path) -> Progress:
+    """Read progress.json; raise ValueError if it is not what `save` wrote."""
+    try:
+        values = read_json(path, "how far a run is")
+    except UserError as error:
+        raise ValueError(str(error).removeprefix(f"{path}: ")) from None
+    if values.keys() != {field.name for field in fields(Progress)}:
+        raise ValueError(f"its names are {', '.join(values) or 'missing'}")
+    progress = Progress(**values)
+    loss: Any = 0.0 if progress.best_loss is None else progress.best_loss
+    sums: Any = progress.sums
+    for name in ("step", "tokens", "items"):
+        if type(values[name]) is not int or values[name] < 1:
+            raise ValueError(f"{name} is {values[name]!r}")
+    numbers = [progress.seconds, loss, *(sums.values() if isinstance(sums, dict) else [sums])]
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("seconds, best_loss and sums are not all numbers")
+    return progress
+
+
+def _check_model(folder: Path, trained: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
     expected = {f"parameter.{name}": parameter.shape for name, parameter in trained.items()}
     found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter.")}
     if expected != found:
         odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise UserError(f"--resume: {folder} is of another model: {len(odd)} parameters differ, first {odd[0]}")
-    for name, parameter in trained.items():
-        parameter.data.copy_(tensors[f"parameter.{name}"])
-        optimizer.state[parameter] = {
-            moment: tensors[f"{moment}.{name}"].to(parameter.device)
-            for moment in MOMENTS
-            if f"{moment}.{name}" in tensors
-        }
-    return progress
+
+
+def _read_moments(name: str, parameter: nn.Parameter, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a parameter's moments, {} if it never had a gradient; raise ValueError for any but AdamW's own."""
+    state = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS if f"{moment}.{name}" in tensors}
+    if state and len(state) < len(MOMENTS):
+        raise ValueError(f"{name} has only the moments {', '.join(state)}")
+    for moment, tensor in {"parameter": tensors[f"parameter.{name}"], **state}.items():
+        shape, dtype = (torch.Size(), tensor.dtype) if moment == "step" else (parameter.shape, parameter.dtype)
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_floating_point():
+            raise ValueError(f"{moment}.{name} is {tensor.dtype} {[*tensor.shape]}, expected {dtype} {[*shape]}")
+    return {moment: tensor.to(parameter.device) for moment, tensor in state.items()}
+
+
+def _folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step-{step:06d}"
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    """Return the folders of all checkpoints, oldest first."""
+    found = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[len("step-") :]))
+
+
+def _named(checkpoints: Path) -> dict[str, Path]:
+    """Return the folders of the last and the best checkpoint, of those that exist."""
+    steps: dict[str, Any] = {}
+    try:
+        steps = read_json(checkpoints / STEPS, "the steps of the checkpoints")
+    except UserError:
+        for name in NAMES:  # links in earlier versions, and folders in a copy that resolved them
+            with suppress(UserError, KeyError):
+                steps[name] = read_json(checkpoints / name / "progress.json", "how far a run is")["step"]
+    folders = {name: _folder(checkpoints, steps[name]) for name in NAMES if type(steps.get(name)) is int}
+    named = {name: folder for name, folder in folders.items() if folder.is_dir()}
+    found = _folders(checkpoints) or [checkpoints / "last"]
+    return named if "last" in named or not found[-1].is_dir() else named | {"last": found[-1]}
+
+
+def _name(checkpoints: Path, named: Mapping[str, Path | None]) -> None:
+    """Write steps.json; delete the checkpoints that are not in `named`, and what earlier deletions or versions left."""
+    wanted = {name: folder for name, folder in named.items() if folder}
+    if checkpoints / "last" in wanted.values():
+        return  # a copy that has only this folder; the next checkpoint replaces it
+    write_json(checkpoints / STEPS, {name: int(folder.name[len("step-") :]) for name, folder in wanted.items()})
+    for folder in set(_folders(checkpoints)) - set(wanted.values()):
+        _remove(folder)
+    for path in [*checkpoints.glob(".step-*"), *checkpoints.glob(".*.new"), *(checkpoints / name for name in NAMES)]:
+        if path.is_symlink() or path.is_file():  # a file: how some programs copy a link
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint, if it exists. It is renamed first: half of one must not look like a whole one."""
+    if folder.is_dir():
+        removed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

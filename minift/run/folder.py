@@ -3,18 +3,26 @@
 run.json        resolved values, template, versions, fingerprints, commits; after training, the results
 metrics.jsonl   one object per logged step or evaluation
 samples.jsonl   held-out rows with the model's answers or rewards before and after
+before.json     the answers or rewards before training, for --resume
 report.html     all of this as one page
 checkpoints/    see checkpoint.py
+.lock           locked by the process that trains; a killed one leaves it behind, unlocked
 """
 
+import fcntl
+import hashlib
 import itertools
+import json
+import os
 import platform
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
@@ -25,15 +33,20 @@ from minift.files.hub import at_commit, commit_of, data_files
 from minift.files.pretrained import ModelFiles, find_model
 from minift.files.text import parse_json_lines, read_json, read_text, sha256, to_json, write_json, write_json_lines
 from minift.prompts import Template
-from minift.run import checkpoint
+from minift.run import checkpoint, interrupts
 from minift.run.device import pick_device, pick_dtype, weights_dtype
 from minift.run.report import write_report
-from minift.trainer import Progress, Task
+from minift.trainer import DivergedError, Progress, Task
 
 PACKAGES = ("minift", "torch", "tokenizers", "safetensors", "numpy", "huggingface_hub")
-# Options that may differ on --resume: what is learned does not depend on them.
-MAY_DIFFER = {"recipe", "out", "resume", "device", "log_every", "eval_every", "save_every", "bleu_samples"}
+# Options that may differ on --resume: what is learned does not depend on them, or fingerprints decide.
+MAY_DIFFER = {"recipe", "out", "resume", "device", "log_every", "eval_every", "save_every", "bleu_samples"} | {
+    "model", "revision", "data", "eval_data", "template"}  # fmt: skip
+NEWER = {"config", "tokenizer"}  # fingerprints that runs of earlier versions lack
 A_RUN = "the folder of a run, such as runs/sft"
+LOCK = ".lock"
+LEFT_BY_A_START = {LOCK, ".run.json.unfinished"}  # one that was killed before run.json was complete
+_held: dict[Path, TextIO] = {}  # the lock files that this process holds, by folder
 
 
 class Run:
@@ -63,7 +76,8 @@ class Run:
         """Make the run's folder and write run.json; with --resume, check that it is the same run instead.
 
         An earlier run in the folder is kept as `<folder>-1`, or with the first free number. Raises UserError if the
-        folder holds something else or cannot be made; with --resume, if values, data, weights or template differ.
+        folder holds something else or cannot be made, or if another process trains in it; with --resume, if there is no
+        checkpoint, or if values, data, model or template differ.
         """
         fingerprints = {name: sha256(data_files(file)) for name, file in self.data.items()}
         commits = {name: commit_of(data_files(file)[0]) for name, file in self.data.items()}
@@ -72,14 +86,29 @@ class Run:
             "values": to_dict(self.config, self.script),
             "template": asdict(template),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "fingerprints": fingerprints | {"weights": self.model_files.fingerprint()},
+            "fingerprints": fingerprints | self.model_files.fingerprints(),
             "commits": commits | {"weights": commit_of(self.model_files.own)},
         }
         if self.config.resume:
-            _check_same_run(self.folder, self.record)
+            earlier = _check_same_run(self.folder, self.record, may_differ={"lr"} if self._has_own_lr() else set())
+            if earlier.get("lr") == self.config.lr:
+                return
+            print(f"--lr was {earlier.get('lr')}; from the last checkpoint on it is {self.config.lr}")
         else:
             _make_folder(self.folder)
-            write_json(self.folder / "run.json", self.record)
+        write_json(self.folder / "run.json", self.record)
+
+    def once(self, exam: Callable[[], list[Any]], count: int) -> list[Any]:
+        """Return what `exam` returns for `count` rows before training; a resumed run reads it from before.json."""
+        path = self.folder / "before.json"
+        if self.config.resume:
+            with suppress(UserError, KeyError, TypeError):  # of another --bleu-samples, or damaged: asked again
+                kept = read_json(path, A_RUN)
+                if len(kept["before"]) == count and kept["sha256"] == _digest(kept["before"]):
+                    return kept["before"]
+        before = exam()
+        write_json(path, {"before": before, "sha256": _digest(before)})
+        return before
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
         """Return the progress so far; with --resume, restore the last checkpoint and drop the metrics after it."""
@@ -104,12 +133,31 @@ class Run:
         checkpoints = self.folder / "checkpoints"
         checkpoint.save(checkpoints, task.model, optimizer, progress, task.write_model, is_best=is_best)
 
+    @contextmanager
+    def guard(self) -> Iterator[list[int]]:
+        """Yield the signals received while the loop runs; say how to continue after one, and after divergence.
+
+        Raises KeyboardInterrupt if the block ends after a signal. From then on, until `finish`, a signal does so too.
+        """
+        with interrupts.deferred() as received:
+            try:
+                yield received
+            except DivergedError as error:
+                if checkpoint.find(self.folder / "checkpoints") is None:
+                    raise
+                lower = interrupts.command("--resume", "--lr", f"{self.config.lr / 10:g}")
+                raise UserError(f"{error}, from the last checkpoint on: {lower}") from None
+        handler = interrupts.interrupt_with(f"; all steps are saved, continue with: {interrupts.command('--resume')}")
+        for number in received[:1]:
+            handler(number, None)
+        interrupts.on_signals(handler)
+
     def finish(self, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Write the results to run.json, the samples, and report.html; return the results with the evaluation losses.
 
         `results` maps a measure to its values "before" and "after" training.
         """
-        losses = [line["loss"] for line in self.metrics if line["split"] == "eval"]
+        losses = [line["loss"] for line in self.metrics if line["split"] == "eval" and "loss" in line]
         if losses:
             results = {"eval_loss": {"before": losses[0], "after": losses[-1]}} | results
         if samples:
@@ -117,7 +165,12 @@ class Run:
         self.record["results"] = results
         write_json(self.folder / "run.json", self.record)
         write_report(self.folder, self.record, self.metrics, samples)
+        interrupts.on_signals(interrupts.interrupt_with())
+        _release(self.folder)
         return results
+
+    def _has_own_lr(self) -> bool:
+        return self.config.origins.get("lr") == "flag"
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -139,6 +192,8 @@ def _parse_metrics(text: str, path: Path) -> list[dict[str, Any]]:
         if not isinstance(step, int | float) or isinstance(step, bool) or line.get("split") not in ("train", "eval"):
             expected = "expected a number as `step` and train or eval as `split`"
             raise UserError(f"{path}:{number}: {expected}; correct or remove it")
+        if type(line.get("loss", 0.0)) not in (int, float):
+            raise UserError(f"{path}:{number}: expected a number as `loss`; correct or remove it")
     return [line for _, line in lines]
 
 
@@ -152,36 +207,83 @@ def _parse_objects(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _make_folder(folder: Path) -> None:
+    """Make a run's folder and lock it; rename the folder of an earlier run."""
     try:
-        if folder.exists() and any(folder.iterdir()):
-            if not (folder / "run.json").exists():
-                raise UserError(f"--out {folder}: not empty and not an earlier run, expected a new folder or a run's")
+        is_run = (folder / "run.json").exists()
+        if not is_run and folder.exists() and {path.name for path in folder.iterdir()} - LEFT_BY_A_START:
+            raise UserError(f"--out {folder}: not empty and not an earlier run, expected a new folder or a run's")
+        folder.mkdir(parents=True, exist_ok=True)
+        _hold(folder)
+        if is_run:
             names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
             previous = next(name for name in names if not name.exists())
             folder.rename(previous)
             print(f"the earlier run is kept in {previous}")
-        folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            _hold(folder)
+            (previous / LOCK).unlink()
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror}, expected a folder that can be made") from None
 
 
-def _check_same_run(folder: Path, record: dict[str, Any]) -> None:
+def _hold(folder: Path) -> None:
+    """Lock a folder until `_release` or the end of this process; raise UserError if another process holds it."""
+    if earlier := _held.pop(folder.resolve(), None):  # of an earlier run of this process
+        earlier.close()
+    path = folder / LOCK
+    file = path.open("a", encoding="utf-8")
+    is_free = True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        is_free = False
+    except OSError as error:  # a file system without locks
+        print(f"{folder} can't be locked ({error.strerror}): do not start another run in it")
+    # Between opening and locking the file, the other run can have ended, or renamed the folder.
+    if not is_free or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+        file.close()
+        raise UserError(f"--out {folder}: another process is training in it: give another --out, or wait for its end")
+    _held[folder.resolve()] = file
+
+
+def _release(folder: Path) -> None:
+    """Delete the lock file, while it is still locked, and unlock the folder."""
+    if file := _held.pop(folder.resolve(), None):
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()
+
+
+def _check_same_run(folder: Path, record: dict[str, Any], may_differ: set[str]) -> dict[str, Any]:
+    """Return the values of the run in a folder, and lock it; raise UserError if it cannot be resumed as `record`."""
     path = folder / "run.json"
-    if not path.exists():
-        raise UserError(f"--resume: {path} does not exist, expected a run to continue; leave --resume out")
-    if not (folder / "checkpoints" / "last").exists():
-        raise UserError(f"--resume: {folder} has no checkpoint to continue from; leave --resume out to start afresh")
+    start = "leave --resume out to start afresh"
+    if not path.exists() or checkpoint.find(folder / "checkpoints") is None:
+        missing = f"{folder} has no checkpoint to continue from" if path.exists() else f"{path} does not exist"
+        test = f"$(test -e {shlex.quote(str(folder / 'checkpoints' / checkpoint.STEPS))} && echo --resume)"
+        raise UserError(f"--resume: {missing}; {start}, or write {test} to resume where possible")
     try:
         earlier = read_json(path, A_RUN)
         parts = {part: dict(earlier[part]) for part in ("values", "fingerprints", "template")}
     except (UserError, ValueError, KeyError, TypeError):
-        raise UserError(f"--resume: {path} is damaged; leave --resume out to start afresh") from None
+        raise UserError(f"--resume: {path} is damaged; {start}") from None
+    files = parts["fingerprints"]
+    record = record | {"fingerprints": dict.fromkeys(files) | record["fingerprints"]}
+    skipped = {"values": MAY_DIFFER | may_differ, "fingerprints": NEWER - files.keys(), "template": {"name"}}
     for part, recorded in parts.items():
         for name, value in record[part].items():
-            if name not in MAY_DIFFER and recorded.get(name) != value:
+            if name not in skipped[part] and recorded.get(name) != value:
                 owner = {"fingerprints": "the fingerprint of ", "template": "the template's "}
                 subject = flag_of(name) if part == "values" else owner[part] + name
                 raise UserError(f"--resume: {subject} was {recorded.get(name)} in {folder}, and is now {value}")
+    try:
+        _hold(folder)
+    except OSError as error:
+        raise UserError(f"--resume: {folder}: {error.strerror}, expected a folder that can be written") from None
+    return parts["values"]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _recorded_commits(folder: Path, values: dict[str, Any]) -> dict[str, str]:
