@@ -164,7 +164,10 @@ def test_resume_refuses_another_run(tmp_path):
     (model / "model.safetensors").write_bytes(weights)
     for file, name in (("config.json", "config"), ("merges.txt", "tokenizer"), ("tokenizer_config.json", "tokenizer")):
         text = (model / file).read_text()
-        (model / file).write_text(text.replace("relu", "gelu") if file == "config.json" else text + "\n")
+        lines = text.splitlines(keepends=True)
+        swapped = "".join([*lines[:-2], lines[-1].rstrip("\n") + "\n", lines[-2]])  # two merges
+        changed = {"config.json": text.replace("relu", "gelu"), "merges.txt": swapped}
+        (model / file).write_text(changed.get(file, text + "\n"))
         assert f"--resume: the fingerprint of {name} was " in refused("sft", *flags)
         (model / file).write_text(text)
     template.write_text("Q: {instruction} {input} Answer:{response}")
@@ -197,7 +200,7 @@ def test_fingerprints_decide_and_not_the_spelling_of_a_path(tmp_path, monkeypatc
     record["fingerprints"] = {name: record["fingerprints"][name] for name in ("data", "eval_data", "weights")}
     (new / "run" / "run.json").write_text(json.dumps(record))
     run("sft", *flags, *names(new), "--resume")
-    without_eval = [word for word in names(new) if word not in ("--eval-data",)]
+    without_eval = [word for word in names(new) if word != "--eval-data"]
     del without_eval[without_eval.index(new / "rows.jsonl") + 1]
     assert "--resume: the fingerprint of eval_data was" in refused("sft", *flags, *without_eval, "--eval-fraction", 0,
                                                                    "--resume")  # fmt: skip
@@ -205,7 +208,7 @@ def test_fingerprints_decide_and_not_the_spelling_of_a_path(tmp_path, monkeypatc
 
 def test_a_run_that_diverged_continues_at_a_lower_rate(tmp_path, data):
     """The message has the whole command, and the command works."""
-    flags = [*TINY, *data, "--bleu-samples", 0, "--schedule", "constant", "--out", tmp_path / "run", "--save-every", 1]
+    flags = [*TINY, *data, "--bleu-samples", 0, "--schedule", "constant", "--out", tmp_path / "run", "--save-every", 4]
     run("sft", *flags, "--max-steps", 4)  # a checkpoint after step 4 ...
     steps = json.loads((tmp_path / "run" / "run.json").read_text())
     steps["values"] |= {"max_steps": 8, "lr": 1e20}
@@ -221,7 +224,7 @@ def test_a_run_that_diverged_continues_at_a_lower_rate(tmp_path, data):
     assert done.returncode == 0, done.stderr
     assert "--lr was 1e+20; from the last checkpoint on it is 0.0001" in done.stdout
     lines = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["split"] == "train"]
-    assert [line["step"] for line in lines] == [*range(1, 9)] and lines[-1]["lr"] == 1e-4
+    assert [line["step"] for line in lines] == [*range(1, 9)] and all(0 < line["lr"] <= 1e-4 for line in lines[4:])
     assert json.loads((tmp_path / "run" / "run.json").read_text())["values"]["lr"] == 1e-4
     assert "--lr was 0.0001" in refused("sft", *flags, "--max-steps", 8, "--resume")  # only its flag may change it
 
@@ -311,7 +314,13 @@ def test_resume_does_not_ask_the_base_model_again(tmp_path, data, monkeypatch):
     run("sft", *flags, "--bleu-samples", 2, "--resume")
     assert asked == ["before", "after", "after"] and (out / "samples.jsonl").read_bytes() == samples
     kept = (out / "before.json").read_text()
-    for damaged in ("{", "[]", '{"before": 1, "sha256": ""}', kept.replace('"before": ["', '"before": ["x', 1)):
+    for damaged in (
+        "{",
+        "[]",
+        '{"before": 1, "sha256": ""}',
+        kept.replace("[", '["",', 1),
+        kept.replace('": "', '": "0'),
+    ):
         (out / "before.json").write_text(damaged)
         run("sft", *flags, "--bleu-samples", 2, "--resume")
         assert asked.pop(-2) == "before" and (out / "before.json").read_text() == kept
@@ -347,6 +356,19 @@ def test_a_signal_saves_the_step_and_prints_the_command_that_resumes(whole, data
     done = subprocess.run(["sh", "-c", hint], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_run(out, whole[name][0])
+
+
+def test_a_signal_after_training_says_how_to_continue_too(data, tmp_path, monkeypatch):
+    def answer(model, tokenizer, questions, when):
+        if when == "after":
+            os.kill(os.getpid(), signal.SIGINT)
+        return [""] * len(questions)
+
+    monkeypatch.setattr(train_sft, "complete_greedily", answer)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run("sft", *TINY, *data, "--out", tmp_path / "run")
+    number, message = caught.value.args
+    assert number == signal.SIGINT and message.startswith("interrupted; all steps are saved, continue with: ")
 
 
 SLOW = """
