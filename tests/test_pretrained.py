@@ -281,13 +281,14 @@ OF_REWARD_MODELS = {
 
 def assert_each_is_read_once(calls: dict, tuned: Tuned, files: Path, counted: tuple[Counter, Counter]) -> None:
     resolved, opened = counted
-    for call in calls.values():
+    for name, call in calls.items():
+        times = 2 if name.startswith("train") else 1  # a run takes its fingerprint, too
         for model, base in ((tuned.adapters, SHIPPED), (tuned.merged, tuned.merged)):
             resolved.clear(), opened.clear()
             call(model, files)
             assert resolved == dict.fromkeys({str(model), str(base)}, 1)
             assert {path: opened[path] for path in opened if path.endswith("/config.json")} == {
-                str(base / "config.json"): 1
+                str(base / "config.json"): times
             }
 
 
