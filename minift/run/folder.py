@@ -157,7 +157,7 @@ class Run:
 
         `results` maps a measure to its values "before" and "after" training.
         """
-        losses = [line["loss"] for line in self.metrics if line["split"] == "eval" and "loss" in line]
+        losses = [line["loss"] for line in self.metrics if line["split"] == "eval" and line.get("loss") is not None]
         if losses:
             results = {"eval_loss": {"before": losses[0], "after": losses[-1]}} | results
         if samples:
@@ -192,7 +192,7 @@ def _parse_metrics(text: str, path: Path) -> list[dict[str, Any]]:
         if not isinstance(step, int | float) or isinstance(step, bool) or line.get("split") not in ("train", "eval"):
             expected = "expected a number as `step` and train or eval as `split`"
             raise UserError(f"{path}:{number}: {expected}; correct or remove it")
-        if type(line.get("loss", 0.0)) not in (int, float):
+        if not isinstance(line.get("loss"), int | float | None):  # null: it was not finite
             raise UserError(f"{path}:{number}: expected a number as `loss`; correct or remove it")
     return [line for _, line in lines]
 
