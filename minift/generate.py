@@ -74,6 +74,7 @@ class Completion:
 
     ids: list[int]  # of the prompt and the new tokens
     random: np.random.Generator
+    max_new: int
     num_new: int = 0
 
 
@@ -83,20 +84,22 @@ def generate(
     prompts: Sequence[Sequence[int]],
     options: Options,
     on_progress: Callable[[int], Any] = lambda finished: None,
+    limits: Sequence[int] | None = None,
 ) -> Completions:
     """Complete each prompt `num_samples` times; return the new ids, the EOS included where it was produced.
 
-    `on_progress` is called with the number of completions that have just finished. Tokens are those of transformers'
-    `generate` (5.23) with float32 logits and the options of the same names, `do_sample=False` at temperature 0. Samples
-    have the same distribution; each has a generator of its own, seeded by (seed, prompt, sample).
+    `limits` replace `max_new_tokens`, one for each prompt. `on_progress` gets the number of completions that have just
+    finished. Tokens are those of transformers' `generate` (5.23) with float32 logits and the options of the same names,
+    `do_sample=False` at temperature 0. Samples have the same distribution; each has its own generator (seeded).
     Raises ValueError for `num_beams` above 1, and for a prompt that is empty or too long, with its number from 0.
     """
     if options.num_beams > 1:
         raise ValueError(f"num_beams is {options.num_beams}, expected 1: for more, call minift.beam.beam_search")
-    for number, prompt in enumerate(prompts):
-        check_prompt(prompt, f"prompt {number}", options.max_new_tokens, model.config.max_position_embeddings)
+    limits = limits or [options.max_new_tokens] * len(prompts)
+    for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
+        check_prompt(ids, f"prompt {number}", limit, model.config.max_position_embeddings)
     completions = [
-        Completion(list(ids), np.random.default_rng((options.seed, number, sample)))
+        Completion(list(ids), np.random.default_rng((options.seed, number, sample)), limits[number])
         for number, ids in enumerate(prompts)
         for sample in range(options.num_samples)
     ]
@@ -116,7 +119,7 @@ def generate(
             for row, token in zip(active, tokens.tolist(), strict=True):
                 row.ids.append(token)
                 row.num_new += 1
-            stays = [row.num_new < options.max_new_tokens and row.ids[-1] != options.eos_token_id for row in active]
+            stays = [row.num_new < row.max_new and row.ids[-1] != options.eos_token_id for row in active]
             on_progress(stays.count(False))
             kept = compact(stays)
             cache.copy_slots(kept)

@@ -297,6 +297,18 @@ def test_the_cache_is_used_and_the_batch_stays_full(monkeypatch: pytest.MonkeyPa
     assert len(decoding) < 0.8 * static_steps
 
 
+def test_each_prompt_has_its_own_limit() -> None:
+    """One prompt with little room used to shorten the answers to all others."""
+    _, model = model_pair(PRE_LN)
+    prompts = [[3 + token % 37 for token in range(length)] for length in (4, 9, 60)]
+    alone = generate(model, prompts[:2], Options(max_new_tokens=MAX_NEW, batch_size=2))
+    for size in (1, 3):
+        completions = generate(model, prompts, Options(batch_size=size), limits=[MAX_NEW, MAX_NEW, 4])
+        assert completions[:2] == alone and len(completions[2][0]) == 4
+    with pytest.raises(ValueError, match="prompt 2 has 60 tokens and 5 new ones may follow"):
+        generate(model, prompts, Options(), limits=[MAX_NEW, MAX_NEW, 5])
+
+
 def test_compacting_moves_only_into_free_slots() -> None:
     assert compact([]) == compact([False, False]) == []
     assert compact([True, True, False]) == [0, 1]

@@ -418,6 +418,17 @@ def test_a_signal_during_the_imports_is_one_line(script, number, status):
 # -------------------------------------------------------------------------------------------------- kinds of training
 
 
+def test_a_long_question_does_not_shorten_the_other_answers(tmp_path):
+    """The exam's limit of new tokens was the room that the longest of all prompts leaves."""
+    rows = read_lines(ROOT / "data" / "heldout.jsonl")[:3]
+    long = {"instruction": "Add the numbers. " + "1 " * 470, "output": "3"}
+    flags = [*TINY, "--data", ROOT / "data" / "instructions.jsonl", "--max-steps", 1, "--max-length", 512]
+    for name, held_out in (("short", rows), ("long", [*rows, long])):
+        run("sft", *flags, "--eval-data", write_lines(tmp_path / f"{name}.jsonl", held_out), "--out", tmp_path / name)
+    short, longer = (read_lines(tmp_path / name / "samples.jsonl") for name in ("short", "long"))
+    assert longer[-1]["reference"] == "3" and longer[:-1] == short
+
+
 def test_epochs_replace_the_recipes_steps(tmp_path):
     rows = [{"prompt": f"{n}", "completion": "x", "kind": kind} for n, kind in enumerate(["a", "all", 3, ["b"], "b"])]
     data = write_lines(tmp_path / "rows.jsonl", rows)

@@ -59,14 +59,16 @@ def held_out_prompts(
 
 
 def complete_greedily(model: OPT, tokenizer: Tokenizer, questions: Sequence[Question], description: str) -> list[str]:
-    """Return the model's greedy answers, at most as long as the longest reference and the model's positions allow."""
+    """Return the model's greedy answers, each at most as long as the longest reference and its prompt leave room."""
     if not questions:
         return []
-    room = model.config.max_position_embeddings - max(len(question.prompt_ids) for question in questions)
+    prompts, max_positions = [question.prompt_ids for question in questions], model.config.max_position_embeddings
     longest = max(question.reference_length for question in questions)
-    options = Options(max_new_tokens=min(room, longest), eos_token_id=tokenizer.eos_token_id)
+    # A limit for each question: one long prompt must not shorten the answers to all others.
+    limits = [min(longest, max_positions - len(prompt)) for prompt in prompts]
+    options = Options(max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id)
     with tqdm(total=len(questions), desc=description, unit="answer") as bar:
-        completions = generate(model, [question.prompt_ids for question in questions], options, bar.update)
+        completions = generate(model, prompts, options, bar.update, limits)
     return [tokenizer.decode(ids) for (ids,) in completions]
 
 
