@@ -38,6 +38,7 @@ class Tokenizer:
         self.eos_token = named["eos_token"]
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.eos_token_id = vocabulary[self.eos_token]
+        self._names_pad = "pad_token" in named
         self.pad_token_id = vocabulary[named.get("pad_token", self.eos_token)]
         self.vocab_size = max(vocabulary.values()) + 1
 
@@ -74,6 +75,17 @@ class Tokenizer:
         if self.bos_token_id is None:
             return encoding.ids, encoding.offsets
         return [self.bos_token_id, *encoding.ids], [(0, 0), *encoding.offsets]
+
+    def config_ids(self, pad_token_id: int) -> dict[str, int]:
+        """Return the special ids for the config.json of a model; `pad_token_id` is the one in it so far.
+
+        That one stays if the tokenizer names no padding token and has a special token of this id (Galactica).
+        """
+        added = self._backend.get_added_tokens_decoder().get(pad_token_id)
+        is_kept = not self._names_pad and added is not None and added.special
+        ids = {"eos_token_id": self.eos_token_id, "pad_token_id": pad_token_id if is_kept else self.pad_token_id}
+        bos_token_id = self.bos_token_id if self.bos_token is None else self._backend.token_to_id(self.bos_token)
+        return ids if bos_token_id is None else ids | {"bos_token_id": bos_token_id}
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of some ids, every space kept; ids without a token (OPT's 50265 to 50271) add nothing."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import OPTForCausalLM, OPTForSequenceClassification
+from transformers import AutoTokenizer, OPTForCausalLM, OPTForSequenceClassification
 
 from minift.commands import generate, preview, score
 from minift.errors import UserError
@@ -26,7 +26,8 @@ from minift.files.tokenizer import load_tokenizer, save_tokenizer
 from minift.lora import add_lora, merge
 from minift.model import OPT, RewardModel
 from minift.prompts import TEMPLATES, Template
-from tests.runs import SHIPPED, TINY, few_rows, read_lines, run, snapshot, task_of, write_lines
+from minift.scoring import score_rows
+from tests.runs import SHIPPED, TINY, few_rows, read_lines, refused, run, snapshot, task_of, write_lines
 
 # Not the default of either kind of model.
 TEMPLATE = TEMPLATES["alpaca"]
@@ -166,6 +167,78 @@ def test_a_judge(reward):
     assert forms(found.template) == forms(expected.template) == forms(TEMPLATE)
     scores = [judge.scores([("Add two numbers.", "a + b"), (None, "a")]) for judge in (found, expected)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+def with_other_ids(folder: Path, *, pad: str | None = "<other pad>") -> Path:
+    """Copy the shipped model, with an EOS and a pad that its config.json does not know."""
+    shutil.copytree(SHIPPED, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    state, values = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    name = next(name for name in state if name.endswith("embed_tokens.weight"))
+    state[name] = torch.cat([state[name], state[name][3:5]])
+    vocab_size = values["vocab_size"]
+    names = dict.fromkeys(token for token in ("<other end>", pad) if token)
+    added = {vocab_size + number: {"content": token, "special": True} for number, token in enumerate(names)}
+    settings |= {"eos_token": "<other end>", "pad_token": pad, "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps(values | {"vocab_size": vocab_size + 2}))
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("script", ["sft", "rm"])
+def test_what_a_run_saves_has_the_tokenizers_special_ids(tmp_path, script):
+    """transformers' `generate` never stopped at an EOS that config.json did not name, and read rewards at pads."""
+    model = with_other_ids(tmp_path / "model")
+    run(script, *TINY, "--model", model, *few_rows(script, tmp_path), "--max-steps", 1, "--out", tmp_path / "run")
+    tokenizer = load_tokenizer(model)
+    values = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (values["eos_token_id"], values["pad_token_id"], values["bos_token_id"]) == (4096, 4097, 2)
+    if script == "sft":
+        reference = OPTForCausalLM.from_pretrained(tmp_path / "run")
+        generation = reference.generation_config
+        assert (generation.eos_token_id, generation.pad_token_id, generation.bos_token_id) == (4096, 4097, 2)
+        return
+    judge, their_tokenizer = load_judge(tmp_path / "run"), AutoTokenizer.from_pretrained(tmp_path / "run")
+    reference = OPTForSequenceClassification.from_pretrained(tmp_path / "run").eval()
+    rows = [judge.encode("Add.", "a + b"), judge.encode("Add the numbers.", "def add(a, b):\n    return a + b")]
+    batch = their_tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    assert batch["input_ids"][0, -1] == 4097 == tokenizer.pad_token_id
+    with torch.no_grad():
+        scores = reference(**batch).logits.squeeze(1).tolist()
+    assert scores == pytest.approx([judge.score("Add.", "a + b"), score_rows(judge.model, rows, 1)[1]], abs=1e-5)
+
+
+def test_a_reward_model_whose_pad_is_its_eos_is_saved_without_a_pad(tmp_path):
+    """transformers would score each row at the token before its EOS."""
+    model, _ = new_reward_model(find_model(with_other_ids(tmp_path / "model", pad="<other end>")), seed=0)
+    weights.save_model(model, tmp_path / "saved")
+    reference = OPTForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    row = [2, 5, 6, 4096]
+    with torch.no_grad():
+        found = reference(input_ids=torch.tensor([row])).logits.item()
+        with pytest.raises(ValueError, match="no padding token"):
+            reference(input_ids=torch.tensor([row, row]))
+    assert found == pytest.approx(score_rows(model, [row], 1)[0], abs=1e-5)
+    assert weights.load_reward_model(tmp_path / "saved").config.eos_token_id == 4096
+
+
+def test_a_pad_that_the_tokenizer_does_not_name_stays(tmp_path):
+    folder = with_other_ids(tmp_path / "model", pad=None)
+    model, tokenizer = load_language_model(folder)[:2]
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 4096  # of a plain token: the EOS instead
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"]["1"] = {"content": tokenizer.decode([1], False), "special": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_language_model(folder).model.config.pad_token_id == 1
+
+
+def test_an_eos_beyond_the_embedding_is_refused(tmp_path):
+    folder = with_other_ids(tmp_path / "model")
+    shutil.copy(SHIPPED / "config.json", folder)
+    shutil.copy(SHIPPED / "model.safetensors", folder)
+    for script in ("sft", "rm"):
+        assert "its tokenizer doesn't fit: ids go up to 4097" in refused(script, *TINY, "--model", folder)
 
 
 def test_a_new_reward_model_on_a_tuned_language_model(language):

@@ -1,6 +1,7 @@
 """Load a model, its tokenizer and template from a folder, hub id or peft adapters. Each name is resolved once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -136,13 +137,17 @@ def new_reward_model(
 def _load(
     files: ModelFiles, load: Callable[..., Model], dtype: torch.dtype, *, keep_reward_head: bool = False
 ) -> tuple[Model, Tokenizer]:
-    """Return the model that `load` makes of a folder, with adapters merged into it, and its tokenizer."""
+    """Return the model that `load` makes of a folder, with adapters merged into it, and its tokenizer.
+
+    The model's config gets the tokenizer's special ids: programs that read the saved model stop and pad by these.
+    """
     tokenizer = load_tokenizer(files.tokenizer_folder)
     model = load(files.folder, dtype=dtype)
     if files.are_adapters:
         load_adapters(model, files.own, keep_reward_head=keep_reward_head)
         merge(model)
     check_fits(tokenizer, model.config.vocab_size, files.name)
+    model.config = replace(model.config, **tokenizer.config_ids(model.config.pad_token_id))
     return model.requires_grad_(True).to(dtype=dtype), tokenizer
 
 

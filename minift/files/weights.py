@@ -149,6 +149,10 @@ def save_model(model: OPT | RewardModel, folder: str | Path, dtype: torch.dtype 
     if isinstance(model, RewardModel):
         # transformers counts labels by their names: without them it would expect a head of two.
         config |= {"architectures": [REWARD_ARCHITECTURE], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        if model.config.pad_token_id == model.config.eos_token_id:
+            # transformers reads a reward at the last token that is not a pad. Without a pad that is the last one, the
+            # EOS, and batches are refused instead of scored at the token before it.
+            config["pad_token_id"] = None
     write_json(folder / "config.json", config)
 
 
