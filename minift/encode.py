@@ -15,6 +15,7 @@ from minift.prompts import (
     Template,
     has_turns,
     is_text_row,
+    leading_blanks,
     likely_cause,
     question_fields,
     render,
@@ -25,6 +26,10 @@ from minift.tokenizer import Special, Tokenizer
 # Parts of a question in other data sets. An "input" belongs to an instruction, not to a prompt.
 UNREAD = ("system", "system_prompt", "context", "question", "query", "history", "input")
 IGNORE_INDEX = -100  # the label of a token that does not count in the loss
+JOINED = (
+    "where one token spans prompt and completion: answers get worse, as generation starts from ids that were not "
+    "trained on; move the blanks between the two to the completion's start"
+)
 
 
 class Example(NamedTuple):
@@ -42,7 +47,7 @@ def encode_completion(prompt: Sequence[str], completion: Sequence[str], tokenize
 
     They are tokenised together so that the ids are those of the whole text, as trl 1.16 does it
     (`SFTTrainer._prepare_dataset`). The second value is True if one token spans the end of the prompt and the start of
-    the completion. Generation then starts from other ids than those that were trained on: the prompt's own.
+    the completion. Generation then starts from ids that were not trained on: the prompt's own.
 
     >>> encode_completion(["### Response:\n"], ["Hi", Special("</s>")], tokenizer)
     (Example(input_ids=[2, 452, 6, 884, 442, 1666, 29, 202, 43, 76, 2],
@@ -129,7 +134,7 @@ def encode_rows(
         if _count_supervised(whole.labels) == 1:
             encoded.remark("with an empty completion: only the end token is supervised", location)
         if is_joined:
-            encoded.remark("where one token spans prompt and completion: generation starts from other ids", location)
+            encoded.remark(JOINED, location)
         for remark in _about_question(row, template, marker):
             encoded.remark(remark, location)
         if _contains_special(pieces, tokenizer):
@@ -153,7 +158,7 @@ def split_row(
     """Return the pieces of a row's prompt and of its completion, which ends with the EOS.
 
     If the completion's text ends with the name of the EOS, it becomes the EOS; anywhere else it stays text. A `text`
-    row is cut after the last `response_template` in it; return None if it has none.
+    row is cut after the last `response_template` in it, before blanks that end it; return None if it has none.
     """
     if not is_text_row(row):
         prompt, completion = render(row, template, tokenizer.eos_token, tokenizer.bos_token)
@@ -165,7 +170,7 @@ def split_row(
     found = text.rfind(response_template)
     if found < 0:
         return None
-    start = found + len(response_template)
+    start = found + len(response_template) - len(leading_blanks(row, template, response_template))
     return [text[:start]], [text[start:], Special(tokenizer.eos_token)]
 
 
@@ -187,7 +192,16 @@ def reference_of(
 ) -> str:
     """Return the text that a model should answer a training row with. Raises UserError like `encode_prompt`."""
     _, completion = _split_or_raise(row, tokenizer, template, response_template)
-    return "".join(piece for piece in completion if not isinstance(piece, Special))
+    text = "".join(piece for piece in completion if not isinstance(piece, Special))
+    return text.removeprefix(blanks_of(row, template, response_template))
+
+
+def blanks_of(row: Mapping[str, Any], template: Template, response_template: str | None = None) -> str:
+    """Return the template's blanks before the response, with which a completion begins and an answer's text does not.
+
+    Raises UserError for a `text` row without a response template.
+    """
+    return leading_blanks(row, template, _response_marker(row, template, response_template))
 
 
 def _split_or_raise(

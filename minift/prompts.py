@@ -1,8 +1,9 @@
 """A row → its prompt and completion, as pieces of text. Ids are made in encode.py.
 
 A template is plain text with the placeholders {instruction} {input} {response} {bos} {eos}. The text before {response}
-is the prompt; the text after it belongs to the completion. Every other brace, in the template or in a row, is ordinary
-text, because rows are code and code is full of braces.
+is the prompt; the text after it belongs to the completion, and so do blanks right before it: " Hi" is one token, so a
+prompt that ends in the blank would be ids that no training row begins with. Every other brace, in the template or in a
+row, is ordinary text, because rows are code and code is full of braces.
 """
 
 import difflib
@@ -30,6 +31,12 @@ class Template:
     def response_template(self) -> str:
         r"""The text between the last placeholder and {response}: "### Response:\n" in `course`; "" if there is none."""
         return PLACEHOLDER.split(self.without_input.split("{response}")[0])[-1].lstrip()
+
+
+def trailing_blanks(text: str) -> str:
+    """Return the blanks at a text's end, which BPE may join to what follows; a single line end is none of them."""
+    blanks = text[len(text.rstrip()) :]
+    return "" if blanks == "\n" else blanks
 
 
 TEMPLATES = {
@@ -69,7 +76,7 @@ def render_prompt(row: Mapping[str, Any], template: Template, eos_token: str, bo
     if not _uses_template(row):
         return [row["prompt"]]
     before, _ = _form(row, template).split("{response}")
-    return _fill(before, row, template, eos_token, bos_token)
+    return _fill(before.removesuffix(trailing_blanks(before)), row, template, eos_token, bos_token)
 
 
 def render(
@@ -77,14 +84,21 @@ def render(
 ) -> tuple[list[str], list[str]]:
     """Return the pieces of a row's prompt and of its completion.
 
-    The completion is the "output" of an instruction, else the row's "completion" or "response". The EOS is added later,
-    by encode.py. Raises UserError like `render_prompt`.
+    The completion is the "output" of an instruction, after the template's blanks, else the row's "completion" or
+    "response". The EOS is added later, by encode.py. Raises UserError like `render_prompt`.
     """
     prompt = render_prompt(row, template, eos_token, bos_token)
     if not _uses_template(row):
         return prompt, [row["completion"] if "completion" in row else row["response"]]
-    _, after = _form(row, template).split("{response}")
-    return prompt, [row["output"], *_fill(after, row, template, eos_token, bos_token)]
+    before, after = _form(row, template).split("{response}")
+    return prompt, [trailing_blanks(before) + row["output"], *_fill(after, row, template, eos_token, bos_token)]
+
+
+def leading_blanks(row: Mapping[str, Any], template: Template, response_template: str) -> str:
+    """Return the blanks that a row's completion begins with because they end the template."""
+    if is_text_row(row):
+        return trailing_blanks(response_template)
+    return trailing_blanks(_form(row, template).split("{response}")[0]) if _uses_template(row) else ""
 
 
 def question_fields(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ ends a response. The caller asks for that token with a `Special` piece.
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import tokenizers
 
@@ -76,7 +77,7 @@ class Tokenizer:
             return encoding.ids, encoding.offsets
         return [self.bos_token_id, *encoding.ids], [(0, 0), *encoding.offsets]
 
-    def config_ids(self, pad_token_id: int) -> dict[str, int]:
+    def config_ids(self, pad_token_id: int) -> dict[str, Any]:
         """Return the special ids for the config.json of a model; `pad_token_id` is the one in it so far.
 
         That one stays if the tokenizer names no padding token and has a special token of this id (Galactica).

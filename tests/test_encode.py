@@ -142,6 +142,10 @@ def test_joined_rows_are_reported(tokenizer):
     for schema in (rows, [as_text_row(row) for row in rows]):
         encoded = encode_rows(schema, tokenizer, COURSE, max_length=None)
         assert locations(encoded, "where one token spans") == ["row 2"]
+    blank = {"prompt": "Assistant: ", "completion": "A list"}
+    assert "answers get worse" in encode_rows([blank], tokenizer, COURSE, max_length=None).summary
+    moved = {"prompt": "Assistant:", "completion": " A list"}  # what the remark asks for
+    assert not encode_rows([moved], tokenizer, COURSE, max_length=None).remarks
 
 
 def test_end_token_is_supervised_although_it_is_also_the_pad(gpt2_tokenizer_directory):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from minift.encode import IGNORE_INDEX, blanks_of, encode_prompt, encode_rows, reference_of
 from minift.errors import UserError
 from minift.files.templates import load_template, save_template, template_of
 from minift.files.tokenizer import load_tokenizer
@@ -37,14 +38,46 @@ def test_alpaca_is_stanford_s_text():
 
 
 def test_dialogue_and_none():
-    assert joined(BARE, "dialogue") == ("\n\nHuman: Say hi.\n\nAssistant: ", "hi")
-    assert joined(ROW, "dialogue") == ("\n\nHuman: Add them.\n\n1, 2\n\nAssistant: ", "3")
+    assert joined(BARE, "dialogue") == ("\n\nHuman: Say hi.\n\nAssistant:", " hi")
+    assert joined(ROW, "dialogue") == ("\n\nHuman: Add them.\n\n1, 2\n\nAssistant:", " 3")
     assert joined(BARE, "none") == ("Say hi.", "hi")
 
 
 def test_response_templates():
     found = {name: template.response_template for name, template in TEMPLATES.items()}
     assert found == {"course": "### Response:\n", "alpaca": "### Response:", "dialogue": "Assistant: ", "none": ""}
+
+
+@pytest.mark.parametrize(
+    ("end", "blanks"),
+    [("A: ", " "), ("A:\t", "\t"), ("A:  ", "  "), ("A:\n\n", "\n\n"), ("A: \n", " \n"), ("A:\n ", "\n "),
+     ("A:\n", ""), ("A:", ""), ("{eos} ", " ")],
+)  # fmt: skip
+def test_blanks_that_end_a_template_begin_the_completion(tokenizer, tmp_path, end, blanks):
+    """`dialogue` ends in a blank: generation started from ids that no training row begins with."""
+    path = tmp_path / "template.txt"
+    path.write_text("Q: {instruction}\n" + end + "{response}{eos}")
+    row, template = {"instruction": "Add.", "output": "def name(text):"}, load_template(str(path))
+    text_row = {"text": f"Q: Add.\n{end}def name(text):"}
+    rows = [(row, None), *([] if "{" in end else [(text_row, end)])]
+    for given, marker in rows:
+        start = encode_prompt(given, tokenizer, template, marker)
+        encoded = encode_rows([given], tokenizer, template, max_length=None, response_template=marker)
+        (example,) = encoded.examples
+        assert example.input_ids[: len(start)] == start and not encoded.remarks
+        supervised = [label for label in example.labels if label != IGNORE_INDEX]
+        assert start + supervised == example.input_ids
+        assert tokenizer.decode(supervised) == blanks + "def name(text):"
+        assert reference_of(given, tokenizer, template, marker) == "def name(text):"
+        assert blanks_of(given, template, marker) == blanks
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_built_in_template_starts_generation_from_trained_ids(tokenizer, name):
+    for row in (ROW, BARE):
+        start = encode_prompt(row, tokenizer, TEMPLATES[name])
+        (example,) = encode_rows([row], tokenizer, TEMPLATES[name], max_length=None).examples
+        assert example.input_ids[: len(start)] == start
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -65,8 +98,8 @@ def test_braces_are_text_in_rows_and_in_templates(tmp_path):
     path.write_text("{{x}} {0} {instruction} {output} {}: {response} }\n")
     row = {"instruction": "f'{response} {input}' % {instruction}", "input": "", "output": "{bos} {'a': 1}"}
     prompt, completion = render(row, load_template(str(path)), "</s>", "<s>")
-    assert "".join(prompt) == "{{x}} {0} f'{response} {input}' % {instruction} {output} {}: "
-    assert "".join(completion) == "{bos} {'a': 1} }"
+    assert "".join(prompt) == "{{x}} {0} f'{response} {input}' % {instruction} {output} {}:"
+    assert "".join(completion) == " {bos} {'a': 1} }"
     assert not any(isinstance(piece, Special) for piece in prompt + completion)
 
 

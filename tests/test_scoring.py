@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -35,8 +36,8 @@ ANSWERS = [
 ]
 
 
-def saved(model_class: type, folder: Path, seed: int, tokenizer) -> Path:
-    model = model_class(CONFIG)
+def saved(model_class: type, folder: Path, seed: int, tokenizer, **changes: int) -> Path:
+    model = model_class(replace(CONFIG, **changes))
     initialise(model, seed)
     save_model(model, folder)
     save_tokenizer(tokenizer, folder)
@@ -365,3 +366,58 @@ def test_winrate_refuses_in_one_line(folder, tokenizer, tmp_path):
     assert "line 2: the question alone: " in message and "it has no {input}" in message
     write_lines(prompts, [{"prompt": "Add. " * 60}])
     assert "line 1: the question alone: " in refused(missing, missing, folder)
+
+
+def winrate_of_answers(folder: Path, tokenizer, tmp_path: Path, monkeypatch, answers: list[str]) -> Path:
+    """Let two models give the same answers, the judge of 64 positions decide; return the file of --out."""
+    monkeypatch.setattr(generate, "generate", lambda *_: [[tokenizer.encode(answer)[1:]] for answer in answers])
+    model, out = saved(OPT, tmp_path / "a", 1, tokenizer), tmp_path / "out.jsonl"
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Add."} for _ in answers])
+    paths = ["--model-a", model, "--model-b", model, "--judge", folder, "--prompts", prompts, "--out", out]
+    winrate.main([*map(str, paths), "--max-new-tokens", "2"])
+    return out
+
+
+def test_winrate_leaves_out_answers_that_are_too_long_for_the_judge(folder, tokenizer, tmp_path, monkeypatch, capsys):
+    """One of them used to throw all answers away, after all were made."""
+    answers = ["B", "so " * 60, "C"]
+    out = winrate_of_answers(folder, tokenizer, tmp_path, monkeypatch, answers)
+    printed = capsys.readouterr()
+    found, rows = json.loads(printed.out), read_lines(out)
+    assert (found["prompts"], found["ties"], found["left_out"]) == (2, 2, 1)
+    assert "1 of 3 prompts left out, an answer is too long: line 2 (" in printed.err
+    assert [row["answer_a"] for row in rows] == answers == [row["answer_b"] for row in rows]
+    assert [row["score_a"] is None for row in rows] == [False, True, False] == [row["score_b"] is None for row in rows]
+    mean = (rows[0]["score_a"] + rows[2]["score_a"]) / 2
+    assert found["mean_score_a"] == pytest.approx(mean, abs=1e-6)
+
+
+def test_winrate_keeps_the_answers_if_none_can_be_judged(folder, tokenizer, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--judge .*ask for fewer --max-new-tokens"):
+        winrate_of_answers(folder, tokenizer, tmp_path, monkeypatch, ["so " * 60])
+    assert [[*row] for row in read_lines(tmp_path / "out.jsonl")] == [["prompt", "answer_a", "answer_b"]]
+
+
+def test_winrate_checks_both_models_and_the_judge_before_any_answer(folder, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "generate", lambda *_: pytest.fail("an answer was made"))
+    roomy, narrow = (
+        saved(OPT, tmp_path / str(positions), 1, tokenizer, max_position_embeddings=positions) for positions in (256, 8)
+    )
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Add."}, {"prompt": "Add. " * 30}])
+    for model_b, expected in ((narrow, "--model-b: line 1: the prompt has"), (roomy, "line 2: the question alone: ")):
+        paths = ["--model-a", roomy, "--model-b", model_b, "--judge", folder, "--prompts", prompts]
+        with pytest.raises(UserError, match=expected):
+            winrate.main([*map(str, paths), "--max-new-tokens", "2"])
+
+
+def test_the_blanks_of_the_template_do_not_belong_to_an_answer(folder, tokenizer, tmp_path, monkeypatch):
+    """`dialogue` ends in a blank, which the model writes: the judge's own template has one already."""
+    monkeypatch.setattr(generate, "generate", lambda *_: [[tokenizer.encode(" A list")[1:]]])
+    model, out = saved(OPT, tmp_path / "a", 1, tokenizer), tmp_path / "out.jsonl"
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"instruction": "What?"}])
+    flags = ["--prompts", prompts, "--max-new-tokens", 2, "--template", "dialogue", "--out", out]
+    winrate.main([*map(str, ["--model-a", model, "--model-b", model, "--judge", folder, *flags])])
+    assert read_lines(out)[0]["answer_a"] == "A list"
+    generate.main([*map(str, ["--model", model, *flags])])
+    (line,) = read_lines(out)
+    assert line["completion"] == "A list" and line["token_ids"] == tokenizer.encode(" A list")[1:]

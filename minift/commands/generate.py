@@ -12,7 +12,7 @@ from huggingface_hub.utils import tqdm
 from minift.beam import beam_search, check_beams
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, check_out
-from minift.encode import encode_prompt
+from minift.encode import blanks_of, encode_prompt
 from minift.encoded import Encoded
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
@@ -96,7 +96,8 @@ def complete(
 def _lines(rows: Sequence[Row], completions: Completions, language_model: LanguageModel) -> Iterator[dict[str, Any]]:
     for row, samples in zip(rows, completions, strict=True):
         for number, token_ids in enumerate(samples):
-            added = {"completion": language_model.tokenizer.decode(token_ids), "token_ids": token_ids}
+            text = language_model.tokenizer.decode(token_ids)
+            added = {"completion": text.removeprefix(blanks_of(row, language_model.template)), "token_ids": token_ids}
             yield row | added | ({"sample": number} if len(samples) > 1 else {})
 
 

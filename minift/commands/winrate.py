@@ -1,19 +1,23 @@
 """`minift winrate`: two language models answer the same prompts; a reward model says how often each one wins."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
 from minift.commands.generate import complete, encode_prompts
+from minift.encode import blanks_of
+from minift.encoded import NAMED_LOCATIONS
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
-from minift.files.pretrained import load_judge, load_language_model
+from minift.files.pretrained import LanguageModel, find_model, load_judge, load_language_model
 from minift.files.text import to_json, write_json_lines
 from minift.generate import Options
 from minift.prompts import question_of
 from minift.run.device import pick_device
-from minift.scoring import score_rows, win_rate
+from minift.scoring import Judge, score_rows, win_rate
 
 ADDED = ("answer_a", "answer_b", "score_a", "score_b")  # to the rows, with --out
 
@@ -30,52 +34,62 @@ def main(arguments: list[str] | None = None) -> None:
     # Every prompt goes through the models' templates, as an instruction.
     questions = [Row(question_of(row) or {}, row.location) for row in rows]
 
-    def encode(row: Row, text: str, what: str) -> list[int]:
-        """Return the ids that the judge scores; raise UserError naming the row."""
+    for row in questions:  # before any work
         try:
-            return judge.encode(row, text)
+            judge.encode(row, "")
         except (ValueError, UserError) as error:
-            raise UserError(f"{args.prompts}: {row.location}: {what}: {error}") from None
+            raise UserError(f"{args.prompts}: {row.location}: the question alone: {error}") from None
 
-    for row in questions:
-        encode(row, "", "the question alone")  # before any work
+    models = {"a": find_model(args.model_a), "b": find_model(args.model_b)}
+    columns: dict[str, list[Any]] = {}
 
-    def answer(name: str, flag: str) -> list[str]:
-        """Return one model's greedy answers; its memory is free before the next model is loaded."""
-        language_model = load_language_model(name, template=args.template, **placement)
-        prompts = encode_prompts(language_model, questions, f"{args.prompts}: {flag}", args.max_new_tokens)
-        tokenizer = language_model.tokenizer
-        options = Options(
-            max_new_tokens=args.max_new_tokens, eos_token_id=tokenizer.eos_token_id, batch_size=args.batch_size
-        )
-        return [tokenizer.decode(ids) for (ids,) in complete(language_model, prompts, options, flag)]
+    def load(side: str) -> tuple[LanguageModel, list[list[int]]]:
+        """Return one model and its prompts; its memory is free before the next one is loaded."""
+        model = load_language_model(models[side], template=args.template, **placement)
+        return model, encode_prompts(model, questions, f"{args.prompts}: --model-{side}", args.max_new_tokens)
 
-    answers_a, answers_b = answer(args.model_a, "--model-a"), answer(args.model_b, "--model-b")
-    encoded = [
-        encode(row, text, f"--model-{side}'s answer")
-        for row, *answers in zip(questions, answers_a, answers_b, strict=True)
-        for side, text in zip("ab", answers, strict=True)
-    ]
-    scores = score_rows(judge.model, encoded, judge.batch_size)
+    def add(name: str, values: list[Any]) -> None:
+        """Add a column and write all so far: whatever stops the command later, the answers are kept."""
+        columns[name] = values
+        if args.out is not None:
+            added = (dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True))
+            write_json_lines(args.out, (row | its for row, its in zip(rows, added, strict=True)))
+
+    prompts = {side: load(side)[1] for side in models}  # both are checked before either answers
+    for side in models:
+        model, _ = load(side)
+        options = Options(args.max_new_tokens, eos_token_id=model.tokenizer.eos_token_id, batch_size=args.batch_size)
+        completions = complete(model, prompts[side], options, f"--model-{side}")
+        blanks = [blanks_of(row, model.template) for row in questions]
+        answers = [model.tokenizer.decode(ids) for (ids,) in completions]
+        add(f"answer_{side}", [text.removeprefix(blank) for text, blank in zip(answers, blanks, strict=True)])
+        del model
+
+    encoded = _encode_pairs(judge, questions, columns)
+    judged = [*encoded]
+    if not judged:
+        raise UserError(f"--judge {args.judge}: it can read no pair of answers; ask for fewer --max-new-tokens")
+    scores = score_rows(judge.model, [ids for both in encoded.values() for ids in both], judge.batch_size)
     scores_a, scores_b = scores[::2], scores[1::2]
+    for side, found_scores in zip(models, (scores_a, scores_b), strict=True):
+        score_of = dict(zip(judged, found_scores, strict=True))
+        add(f"score_{side}", [score_of.get(number) for number in range(len(rows))])  # None: left out
 
     rate = win_rate(a - b for a, b in zip(scores_a, scores_b, strict=True))
     wins_b = rate.pairs - rate.wins - rate.ties
-    if args.out is not None:
-        columns = zip(rows, answers_a, answers_b, scores_a, scores_b, strict=True)
-        write_json_lines(args.out, (row | dict(zip(ADDED, added, strict=True)) for row, *added in columns))
     found = {
         "model_a": args.model_a,
         "model_b": args.model_b,
         "judge": args.judge,
         "prompts": rate.pairs,
+        "left_out": len(rows) - rate.pairs,
         "wins_a": rate.wins,
         "wins_b": wins_b,
         "ties": rate.ties,
         "win_rate_a": rate.rate,
         "interval_95": [rate.low, rate.high],
-        "mean_score_a": sum(scores_a) / len(rows),
-        "mean_score_b": sum(scores_b) / len(rows),
+        "mean_score_a": sum(scores_a) / rate.pairs,
+        "mean_score_b": sum(scores_b) / rate.pairs,
     }
     print(to_json(found))
     print(
@@ -83,6 +97,20 @@ def main(arguments: list[str] | None = None) -> None:
         f"{args.model_b} {wins_b / rate.pairs:.1%}, {rate.ties} ties",
         file=sys.stderr,
     )
+
+
+def _encode_pairs(judge: Judge, rows: Sequence[Row], columns: dict[str, list[Any]]) -> dict[int, list[list[int]]]:
+    """Return the ids of both answers by the row's number; leave out and name rows with one too long for the judge."""
+    encoded, left_out = dict[int, list[list[int]]](), list[str]()
+    for number, (row, *both) in enumerate(zip(rows, columns["answer_a"], columns["answer_b"], strict=True)):
+        try:
+            encoded[number] = [judge.encode(row, text) for text in both]
+        except ValueError as error:
+            left_out.append(f"{row.location} ({error})")
+    if left_out:
+        named = ", ".join(left_out[:NAMED_LOCATIONS]) + (", …" if len(left_out) > NAMED_LOCATIONS else "")
+        print(f"{len(left_out):,} of {len(rows):,} prompts left out, an answer is too long: {named}", file=sys.stderr)
+    return encoded
 
 
 def _parser() -> CommandParser:

@@ -7,7 +7,7 @@ from huggingface_hub.utils import tqdm
 
 from minift.bleu import corpus_bleu
 from minift.config import Config
-from minift.encode import encode_prompt, reference_of
+from minift.encode import blanks_of, encode_prompt, reference_of
 from minift.encoded import by_category, category_of
 from minift.generate import Options, generate
 from minift.model import OPT
@@ -25,6 +25,7 @@ class Question(NamedTuple):
     reference: str
     reference_length: int  # in tokens, with BOS and EOS
     category: str | None
+    blanks: str  # the template's, before the answer
 
     def sample(self, before: str, after: str) -> dict[str, Any]:
         """Return the line of samples.jsonl: the prompt, its reference, and the answers before and after training."""
@@ -51,10 +52,11 @@ def held_out_prompts(
             continue
         prompt_ids = encode_prompt(row, tokenizer, template, config.response_template)
         reference = reference_of(row, tokenizer, template, config.response_template)
-        length = len(tokenizer.encode([reference, Special(tokenizer.eos_token)]))
+        blanks = blanks_of(row, template, config.response_template)
+        length = len(tokenizer.encode([blanks + reference, Special(tokenizer.eos_token)]))
         if prompt_ids and len(prompt_ids) + length <= max_positions:
             prompt = tokenizer.decode(prompt_ids)
-            questions.append(Question(prompt_ids, prompt, reference, length, category_of(row)))
+            questions.append(Question(prompt_ids, prompt, reference, length, category_of(row), blanks))
     return questions
 
 
@@ -69,7 +71,8 @@ def complete_greedily(model: OPT, tokenizer: Tokenizer, questions: Sequence[Ques
     options = Options(max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id)
     with tqdm(total=len(questions), desc=description, unit="answer") as bar:
         completions = generate(model, prompts, options, bar.update, limits)
-    return [tokenizer.decode(ids) for (ids,) in completions]
+    answers = [tokenizer.decode(ids) for (ids,) in completions]
+    return [answer.removeprefix(question.blanks) for answer, question in zip(answers, questions, strict=True)]
 
 
 def bleu_by_category(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:

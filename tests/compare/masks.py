@@ -17,7 +17,7 @@ from minift.errors import UserError
 from minift.files.datasets import Row, load_rows
 from minift.files.text import sha256
 from minift.files.tokenizer import load_tokenizer
-from minift.prompts import TEMPLATES, Template, is_text_row, render
+from minift.prompts import TEMPLATES, Template, is_text_row, render, trailing_blanks
 from minift.tokenizer import Tokenizer
 from tests.compare import Check, Setting
 from tests.compare.training import length_limit, make_trainer, quiet
@@ -100,7 +100,8 @@ def prompt_and_completion(row: Row, template: Template, ours: Tokenizer) -> tupl
     if not is_text_row(row):
         prompt, completion = render(row, template, ours.eos_token, ours.bos_token)
         return "".join(prompt), "".join(completion)
-    start = row["text"].rfind(template.response_template) + len(template.response_template)
+    marker = template.response_template
+    start = row["text"].rfind(marker) + len(marker) - len(trailing_blanks(marker))
     return (row["text"][:start], row["text"][start:]) if template.response_template in row["text"] else None
 
 

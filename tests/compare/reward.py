@@ -18,7 +18,7 @@ from minift.files.datasets import PAIR_SCHEMAS, Row
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import new_reward_model
 from minift.pairs import Ranking, encode_rankings, responses_of
-from minift.prompts import TEMPLATES, render_prompt
+from minift.prompts import TEMPLATES, render
 from minift.scoring import score_rows
 from minift.tokenizer import Tokenizer
 from tests.compare import Check, Setting
@@ -126,8 +126,9 @@ def texts_of(row: Row, tokenizer: Tokenizer) -> list[str]:
     prompt = row.get("prompt")
     if prompt is None:
         return ["", *responses_of(row)]
-    before = render_prompt({"instruction": prompt}, TEMPLATE, tokenizer.eos_token, tokenizer.bos_token)
-    return ["".join(before), *responses_of(row)]
+    fields = [{"instruction": prompt, "output": response} for response in responses_of(row)]
+    sides = [render(field, TEMPLATE, tokenizer.eos_token, tokenizer.bos_token) for field in fields]
+    return ["".join(sides[0][0]), *("".join(completion) for _, completion in sides)]
 
 
 def train_trl(folder: Path, texts: Texts, plan: Plan, limit: int) -> tuple[Outcome, list[Ranking]]:
