@@ -7,6 +7,19 @@ ONLY =
 ARGS =
 PYTHON ?= python3
 
+# A misspelt variable, or one that the goal does not read (make sft LR=1e-4), must not be ignored.
+READ_sft = RECIPE MODEL DATA ARGS
+READ_rm = $(READ_sft)
+READ_compare = $(READ_sft) ONLY
+READ_bench = ARGS
+READ = PYTHON SHELL MAKEFLAGS $(foreach goal,$(MAKECMDGOALS),$(READ_$(goal)))
+GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+UNREAD = $(filter-out $(READ),$(GIVEN))
+ifneq ($(strip $(UNREAD)),)
+$(error $(strip $(UNREAD)): not read by make $(or $(MAKECMDGOALS),help), which reads $(filter-out SHELL MAKEFLAGS,$(READ)); \
+	flags of a script go in ARGS: make sft ARGS="--lr 1e-4")
+endif
+
 # Sets the shell's "$@" to the script's command line.
 FLAGS = set --; \
 	if [ -n '$(RECIPE)' ]; then set -- "$$@" --recipe '$(RECIPE)'; fi; \

@@ -5,13 +5,14 @@ metrics and checkpoints.
 """
 
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TextIO
 
 import torch
 from huggingface_hub.utils import tqdm
@@ -22,6 +23,8 @@ from minift.config import Config
 from minift.errors import UserError
 from minift.model import eval_mode
 from minift.optim import adamw, learning_rate
+
+PLAIN_SECONDS = 10  # between two lines of progress that no terminal shows
 
 # From a batch to the sum of its losses, the number of items (tokens, pairs) in the sum, and the sums of its metrics.
 LossFunction = Callable[[Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -90,10 +93,7 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
     sums = Counter(progress.sums)
     clock = time.perf_counter() - progress.seconds
     tokens_before, started = progress.tokens, time.perf_counter()
-    with (
-        tqdm(total=total_steps, initial=progress.step, unit="step", mininterval=0.5) as bar,
-        recorder.guard() as signals,
-    ):
+    with progress_bar(total_steps, "training", "step", progress.step) as bar, recorder.guard() as signals:
         for step in range(progress.step, total_steps):
             torch.manual_seed((config.seed << 32) + step)  # dropout
             step_sums = accumulate_gradient(task, step)
@@ -127,6 +127,10 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
                 means = evaluate(task)
                 _check_finite(config, step, means.get("loss", 0.0))
                 _log(recorder, task, progress, "eval", means)
+                if means:
+                    shown = ", ".join(f"{name} {means[name]:.3f}" for name in ("loss", "accuracy") if name in means)
+                    with bar.external_write_mode():  # above the bar
+                        print(f"step {progress.step:,}: held-out {shown}", flush=True)
                 is_best = "loss" in means and (progress.best_loss is None or means["loss"] < progress.best_loss)
                 progress.best_loss = means["loss"] if is_best else progress.best_loss
             stop = bool(signals)  # read once: a signal during `save` stops after the next step
@@ -134,6 +138,27 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
                 recorder.save(task, optimizer, progress, is_best=is_best)
             if stop:
                 break
+
+
+class PlainLines:
+    """A stream for a progress bar that is not shown on a terminal: plain lines instead of one that is rewritten."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        """Write the text of one update as a line."""
+        if text.strip():
+            print(text.strip(), file=self.stream, flush=True)
+
+
+def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
+    """Return a progress bar on stderr; where that is a file or a pipe, a line every ten seconds and at the end."""
+    options: dict[str, Any] = {"total": total, "desc": description, "unit": unit, "initial": initial}
+    if sys.stderr.isatty():
+        return tqdm(**options, mininterval=0.5)
+    form = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    return tqdm(**options, file=PlainLines(sys.stderr), bar_format=form, mininterval=PLAIN_SECONDS, miniters=1)
 
 
 def num_steps(config: Config, train_batches: Loader) -> int:

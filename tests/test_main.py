@@ -1,12 +1,14 @@
 """`minift COMMAND` and `python -m minift COMMAND`: the list of commands, unknown names, Ctrl-C during imports."""
 
 import importlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from minift import __main__ as command_line
+from tests.runs import ROOT
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -57,3 +59,26 @@ def test_ctrl_c_during_an_import_is_one_line(monkeypatch: pytest.MonkeyPatch, ca
 def test_runs_as_a_module() -> None:
     result = subprocess.run([sys.executable, "-m", "minift", "bleu"], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("arguments", "unread"),
+    [
+        (["sft", "LR=1e-4"], "LR"),
+        (["rm", "data=x.jsonl"], "data"),
+        (["sft", "ONLY=bleu"], "ONLY"),
+        (["bench", "MODEL=x"], "MODEL"),
+        (["LR=1e-4"], "LR"),
+        (["sft", "RECIPE=course", "MODEL=x", "DATA=y", "ARGS=--lr 1e-4 --a=b", "PYTHON=python3"], None),
+        (["compare", "ONLY=bleu", "ARGS=--faults"], None),
+        (["test"], None),
+    ],
+)
+def test_make_refuses_a_variable_that_it_would_ignore(arguments, unread):
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
+    if unread is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode == 2 and not done.stdout
+        assert f" {unread}: not read by make " in done.stderr and done.stderr.count("\n") == 1

@@ -22,7 +22,7 @@ from minift.model import OPT, set_dropout
 from minift.run import checkpoint
 from minift.run.device import pick_device, pick_dtype, weights_dtype
 from minift.run.folder import Run
-from minift.trainer import Task, train
+from minift.trainer import Task, progress_bar, train
 from tests.reference import POST_LN, MemoryRecorder, mean_loss, random_examples, reference_loss, sft_loss, twins
 
 # Rows of 2 to 60 tokens: the mean of micro-batch means would be far off. No batch size below divides 19.
@@ -422,3 +422,23 @@ def test_a_gpu_trains_as_the_cpu_does(dtype, tolerance):
     assert next(model.parameters()).dtype == torch.float32
     for ours, theirs in zip(log, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
+
+
+def test_progress_that_no_terminal_shows_is_plain_lines(capsys, monkeypatch):
+    """Piped output was one long line of carriage returns, and held-out losses were never printed."""
+    monkeypatch.setattr("minift.trainer.PLAIN_SECONDS", 0)
+    _, lines = run(steps=4, eval_every=2, log_every=1)
+    printed = capsys.readouterr()
+    assert "\r" not in printed.err and not any(line.strip() == "" for line in printed.err.splitlines())
+    found = [line.split(" ")[:2] for line in printed.err.splitlines()]
+    assert found[:5] == [["training:", f"{step}/4"] for step in range(5)] and "loss" in printed.err.splitlines()[-1]
+    losses = [(line["step"], line["loss"]) for line in lines if line["split"] == "eval" and line["step"]]
+    assert printed.out.splitlines() == [f"step {step}: held-out loss {loss:.3f}" for step, loss in losses]
+
+
+def test_progress_on_a_terminal_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with progress_bar(3, "before", "answer") as bar:
+        bar.update(3)
+    printed = capsys.readouterr().err
+    assert "\rbefore: 100%|" in printed and printed.endswith("\n")

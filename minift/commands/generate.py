@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from huggingface_hub.utils import tqdm
 
 from minift.beam import beam_search, check_beams
 from minift.commands import terminal
@@ -21,6 +20,7 @@ from minift.files.text import to_json_lines, write_json_lines
 from minift.generate import Completions, Options, check_prompt, generate
 from minift.prompts import WRAPPED_AGAIN, has_turns, question_fields
 from minift.run.device import pick_device
+from minift.trainer import progress_bar
 
 # Fields of `Options` that are flags of the same type and default, and what --help says of each.
 FLAGS = {
@@ -89,7 +89,7 @@ def complete(
 ) -> Completions:
     """Complete prompts behind a progress bar, by beam search if `options` say so. Raises ValueError like `generate`."""
     search = beam_search if options.num_beams > 1 else generate
-    with tqdm(total=len(prompts) * options.num_samples, desc=description) as bar:
+    with progress_bar(len(prompts) * options.num_samples, description, "answer") as bar:
         return search(language_model.model, prompts, options, bar.update)
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from huggingface_hub.utils import tqdm
-
 from minift.bleu import corpus_bleu
 from minift.config import Config
 from minift.encode import blanks_of, encode_prompt, reference_of
@@ -15,6 +13,7 @@ from minift.pairs import name_responses, responses_of
 from minift.prompts import Template, is_text_row, question_of
 from minift.scoring import examine
 from minift.tokenizer import Special, Tokenizer
+from minift.trainer import progress_bar
 
 
 class Question(NamedTuple):
@@ -69,7 +68,7 @@ def complete_greedily(model: OPT, tokenizer: Tokenizer, questions: Sequence[Ques
     # A limit for each question: one long prompt must not shorten the answers to all others.
     limits = [min(longest, max_positions - len(prompt)) for prompt in prompts]
     options = Options(max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id)
-    with tqdm(total=len(questions), desc=description, unit="answer") as bar:
+    with progress_bar(len(questions), description, "answer") as bar:
         completions = generate(model, prompts, options, bar.update, limits)
     answers = [tokenizer.decode(ids) for (ids,) in completions]
     return [answer.removeprefix(question.blanks) for answer, question in zip(answers, questions, strict=True)]
