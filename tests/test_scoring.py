@@ -403,8 +403,12 @@ def test_winrate_checks_both_models_and_the_judge_before_any_answer(folder, toke
     roomy, narrow = (
         saved(OPT, tmp_path / str(positions), 1, tokenizer, max_position_embeddings=positions) for positions in (256, 8)
     )
-    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Add."}, {"prompt": "Add. " * 30}])
-    for model_b, expected in ((narrow, "--model-b: line 1: the prompt has"), (roomy, "line 2: the question alone: ")):
+    fits, too_long = {"prompt": "Add."}, {"prompt": "Add. " * 30}
+    for model_b, rows, expected in (
+        (narrow, [fits], "--model-b: line 1: the prompt has"),
+        (roomy, [fits, too_long], "line 2: the question alone: "),
+    ):
+        prompts = write_lines(tmp_path / "prompts.jsonl", rows)
         paths = ["--model-a", roomy, "--model-b", model_b, "--judge", folder, "--prompts", prompts]
         with pytest.raises(UserError, match=expected):
             winrate.main([*map(str, paths), "--max-new-tokens", "2"])
