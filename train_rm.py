@@ -14,6 +14,7 @@ from minift.commands.flags import describe, parse
 from minift.files.datasets import PAIR_SCHEMAS
 from minift.files.pretrained import new_reward_model
 from minift.files.templates import load_template
+from minift.files.text import say
 from minift.lora import merge
 from minift.losses import bradley_terry, completion_cross_entropy, preference_metrics
 from minift.pairs import encode_rankings, group_by_chosen, swap_half
@@ -21,13 +22,13 @@ from minift.run.exam import compare_rewards, ranking_sample
 from minift.run.folder import Run
 from minift.run.setup import export, load_splits, max_length_for, prepare
 from minift.scoring import score_rankings
-from minift.trainer import Task, num_steps, train
+from minift.trainer import Task, train
 
 
 def main() -> None:
     """Turn a language model into a reward model; measure held-out accuracy before and after."""
     config = parse("rm")
-    print(describe(config, "rm"), "\n")
+    say(describe(config, "rm") + "\n")
     run = Run("rm", config)  # nothing on disk yet
 
     # 1. A language model's body with a fresh head of one output, and its tokenizer.
@@ -71,7 +72,7 @@ def main() -> None:
 
     # 5. The examination: which response of each held-out pair gets the higher reward.
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
-    terminal.print_plan(train_batches, num_steps(config, train_batches))
+    terminal.print_plan(train_batches, config)
     before = run.once(lambda: score_rankings(model, eval_set.examples, 2 * config.batch_size), len(eval_set.examples))
 
     # 6. Train.

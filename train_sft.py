@@ -15,18 +15,19 @@ from minift.encode import encode_rows
 from minift.files.datasets import TRAINING_SCHEMAS
 from minift.files.pretrained import load_base_model
 from minift.files.templates import load_template
+from minift.files.text import say
 from minift.lora import merge
 from minift.losses import completion_cross_entropy
 from minift.run.exam import compare_bleu, complete_greedily, held_out_prompts
 from minift.run.folder import Run
 from minift.run.setup import export, load_splits, max_length_for, prepare
-from minift.trainer import Task, num_steps, train
+from minift.trainer import Task, train
 
 
 def main() -> None:
     """Fine-tune a language model on instructions; measure held-out loss and BLEU before and after."""
     config = parse("sft")
-    print(describe(config, "sft"), "\n")
+    say(describe(config, "sft") + "\n")
     run = Run("sft", config)  # nothing on disk yet
 
     # 1. A pre-trained model and its tokenizer.
@@ -64,7 +65,7 @@ def main() -> None:
     # 5. The examination: held-out prompts, answered greedily before and after.
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     questions = held_out_prompts(eval_set.rows, tokenizer, template, config, model.config.max_position_embeddings)
-    terminal.print_plan(train_batches, num_steps(config, train_batches))
+    terminal.print_plan(train_batches, config)
     before = run.once(lambda: complete_greedily(model, tokenizer, questions, "before"), len(questions))
 
     # 6. Train.
@@ -78,7 +79,7 @@ def main() -> None:
     samples = [question.sample(b, a) for question, b, a in zip(questions, before, after, strict=True)]
     results = run.finish(compare_bleu(questions, before, after), samples)
     terminal.print_samples(samples)
-    terminal.print_results(results, run.folder)
+    terminal.print_results(results, run.folder, samples)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 
 from minift.commands.cli import run_command
 from minift.errors import UserError
+from minift.files.text import say
 
 # command -> (module, one line of help)
 COMMANDS = {
@@ -30,10 +31,10 @@ def run(arguments: list[str]) -> None:
     """
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: minift COMMAND ...\n")
+        say("usage: minift COMMAND ...\n")
         for command, (_, description) in COMMANDS.items():
-            print(f"  {command:10}{description}")
-        print("\n`minift COMMAND --help` lists a command's flags.")
+            say(f"  {command:10}{description}")
+        say("\n`minift COMMAND --help` lists a command's flags.")
         return
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

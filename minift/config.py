@@ -4,7 +4,6 @@ Defaults are those of trl 1.16's SFTTrainer wherever it has the option; the rewa
 flags are read is in commands/flags.py, the recipes are in commands/recipes.py.
 """
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
@@ -30,9 +29,8 @@ class Domain(NamedTuple):
     expected: str
 
 
-def _whole(least: int, most: float = math.inf) -> Domain:
-    expected = f"a whole number of at least {least}" + ("" if most == math.inf else f" and at most {most}")
-    return Domain(int, lambda value: least <= value <= most, expected)
+def _whole(least: int, most: int = 10**9) -> Domain:
+    return Domain(int, lambda value: least <= value <= most, f"a whole number of at least {least} and at most {most}")
 
 
 def _choice(*values: str) -> Domain:
@@ -44,8 +42,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 # NaN fails every comparison, so none of these allows it.
-POSITIVE = Domain(float, lambda value: 0 < value < math.inf, "a number above 0")
-NOT_NEGATIVE = Domain(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+POSITIVE = Domain(float, lambda value: 0 < value < 1e30, "a number above 0 and below 1e30")
+NOT_NEGATIVE = Domain(float, lambda value: 0 <= value < 1e30, "a number of at least 0 and below 1e30")
+ALPHA = Domain(float, lambda value: 0 < value < 1e9, "a number above 0 and below 1e9")
 FRACTION = Domain(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 TEXT = Domain(str, bool, "some text")
 NAMES = Domain(_names, all, "names with commas between them")
@@ -116,7 +115,7 @@ class Config:
                                     "attention dropout is at most this")
 
     lora_rank: int = _option(0, _whole(0), LORA, "rank of the adapters; 0: no adapters, all weights are trained")
-    lora_alpha: float = _option(8.0, POSITIVE, LORA, "an adapter's output is scaled by alpha / rank")
+    lora_alpha: float = _option(8.0, ALPHA, LORA, "an adapter's output is scaled by alpha / rank")
     lora_dropout: float = _option(0.0, FRACTION, LORA, "dropout on an adapter's input")
     lora_targets: tuple[str, ...] = _option(("q_proj", "v_proj"), NAMES, LORA, "names of the linears that get adapters")
     base_dtype: str = _option("float32", _choice("float32", "float16", "bfloat16"), LORA, "dtype of the weights that "

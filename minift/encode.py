@@ -111,7 +111,8 @@ def encode_rows(
         if pieces is None:
             encoded.remark("dropped: the response template is not in the text", location)
             if len(encoded.causes) < NAMED_LOCATIONS:
-                encoded.causes.append(f"{location}: {row['text'][:60]!r}: {likely_cause(row['text'], marker)}")
+                hint = "" if encoded.causes else "; name another one with --response-template"
+                encoded.causes.append(f"{location}: {row['text'][:60]!r}: {likely_cause(row['text'], marker)}{hint}")
             continue
         encode = encode_all if supervise == "all" else encode_text if is_text_row(row) else encode_completion
         try:

@@ -67,8 +67,9 @@ class Encoded(Generic[Item]):
     def check_any_kept(self, wanted: str) -> None:
         """Raise UserError if every row was dropped; `wanted` completes the message."""
         if self.num_rows and not self.examples:
-            reasons = "; ".join(line.strip() for line in self.notes)
-            raise UserError(f"{self.source}: none of its {self.num_rows} {self.noun}s {wanted}: {reasons}")
+            reasons = self.notes[: len(self.remarks)] + self.causes[:1]
+            listed = "; ".join(reason.strip() for reason in reasons)
+            raise UserError(f"{self.source}: none of its {self.num_rows} {self.noun}s {wanted}: {listed}")
 
 
 def location_of(row: Mapping[str, Any], number: int) -> str:

@@ -50,7 +50,10 @@ class Options:
         # NaN fails every comparison, so none of these allows it.
         for name, is_valid, expected in (
             *((count, getattr(self, count) >= 1, "1 or more") for count in counts),
+            *((count, getattr(self, count) <= 10**9, "1000000000 at most") for count in counts),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
+            # Scores are divided by these two: much smaller ones would make float32 scores infinite.
+            ("temperature", not 0 < self.temperature < 1e-9, "0 (no sampling) or at least 1e-9"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (no sampling) or more"),
             ("temperature", not (is_beam and is_sampled), "0 with beams: beam search does not sample"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
@@ -60,7 +63,7 @@ class Options:
             ("num_samples", is_sampled or self.num_samples <= self.num_beams, "at most the beams, or a temperature"),
             ("length_penalty", abs(self.length_penalty) <= 10, "-10 to 10"),
             ("early_stopping", self.early_stopping in (True, False, "never"), "true, false or never"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1: none)"),
+            ("repetition_penalty", 1e-9 <= self.repetition_penalty < math.inf, "above 0 (1: none), at least 1e-9"),
             ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 (any may repeat) or more"),
             ("seed", self.seed >= 0, "0 or more"),
         ):

@@ -154,10 +154,14 @@ def likely_cause(text: str, response_template: str) -> str:
         if found:
             # One more character on either side, to show the space or colon that makes the difference.
             around = text[max(found[-1].start() - 1, 0) : found[-1].end() + 1]
-            return f"it differs in {difference}: the row has {around!r}, the template is {response_template!r}"
+            return (
+                f"it differs in {difference}: the row has {around[:80]!r}, the template is {response_template[:80]!r}"
+            )
     lines = [line for line in text.splitlines() if line.strip()]
     close = difflib.get_close_matches(response_template.strip(), lines, n=1, cutoff=0.6)
-    return f"the nearest line is {close[0]!r}" if close else f"none of its lines is like {response_template!r}"
+    return (
+        f"the nearest line is {close[0][:80]!r}" if close else f"none of its lines is like {response_template[:80]!r}"
+    )
 
 
 def _uses_template(row: Mapping[str, Any]) -> bool:

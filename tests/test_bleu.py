@@ -239,6 +239,13 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def test_command_says_that_a_text_is_too_short(tmp_path):
+    texts = write(tmp_path / "texts.txt", "yes\nno\nperhaps\n")
+    for flags, is_said in (([], True), (["--effective-order"], False), (["--sentence-level"], False)):
+        done = run_bleu(texts, texts, *flags)
+        assert done.returncode == 0 and (done.stderr.startswith("too few words: ") if is_said else not done.stderr)
+
+
 def test_command_prints_what_sacrebleu_prints(tmp_path):
     """Both read the same files.
 

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 
+from minift.commands import flags as flags_module
 from minift.commands.flags import TRL_NAMES, describe, parse
 from minift.commands.recipes import RECIPES
 from minift.config import GROUPS, Config, defaults_of, flag_of, options_of, to_dict
 from minift.errors import UserError
+from tests.runs import ROOT
 
 BOTH = """recipe model revision data eval-data out template epochs max-steps batch-size grad-accum lr schedule
     warmup-steps weight-decay max-grad-norm max-length dropout eval-fraction eval-every save-every log-every seed device
@@ -21,6 +23,11 @@ ONLY = {
     "rm": ["margin-field", "center-rewards", "group-prompts", "lm-weight", "shuffle-labels"],
 }
 
+WHOLE = [
+    f"--{name}"
+    for name in "epochs max-steps warmup-steps batch-size grad-accum max-length lora-rank log-every eval-every "
+    "save-every bleu-samples".split()
+]
 
 every_script = pytest.mark.parametrize("script", ["sft", "rm"])
 
@@ -164,6 +171,38 @@ def test_a_flag_s_eval_fraction_replaces_the_recipe_s_eval_data():
 def test_a_wrong_value_is_refused_with_what_was_expected(flag, text, expected):
     message = refusal([f"{flag}={text}"])
     assert message.startswith(f"{flag}: expected ") and expected in message and message.endswith(f"got {text!r}")
+
+
+@pytest.mark.parametrize(
+    "flag, text, expected",
+    [
+        *((flag, digits, "at most 1000000000") for flag in WHOLE for digits in ("9" * 24, "9" * 400, "9" * 5000)),
+        *((flag, "1e308", "below 1e30") for flag in ("--lr", "--weight-decay", "--max-grad-norm")),
+        ("--lora-alpha", "1e308", "below 1e9"),
+        ("--lora-alpha", "1" * 400, "below 1e9"),
+        ("--device", "x" * 400, "auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_number_that_is_too_large_is_refused_in_a_short_line(flag, text, expected):
+    message = refusal([f"{flag}={text}"])
+    assert message.startswith(f"{flag}: expected ") and expected in message and len(message) < 200
+
+
+def test_shipped_files_belong_to_the_project_whatever_the_current_folder(tmp_path, monkeypatch):
+    at_home = parse("sft", [])
+    assert (at_home.model, at_home.eval_data) == ("data/model", "data/heldout.jsonl")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "model").mkdir(parents=True)  # not ours
+    for script, argv in (("sft", []), ("rm", []), ("sft", ["--data", "mine.jsonl"]), ("rm", ["--model", "data/model"])):
+        values = to_dict(parse(script, argv), script)
+        for name in {"model", "data"} - {flag.removeprefix("--") for flag in argv}:
+            assert values[name] == str(ROOT / defaults_of(script)[name])
+        assert values["out"] == f"runs/{script}"
+    assert parse("rm", ["--model", "data/model"]).model == "data/model"  # the user's own
+    assert parse("sft", ["--recipe", "course"]).model == "facebook/opt-350m"
+    # Without data/ the name must not look like that of a repository on the hub.
+    monkeypatch.setattr(flags_module, "PROJECT", tmp_path / "empty")
+    assert parse("sft", []).model == str(tmp_path / "empty" / "data" / "model")
 
 
 def test_values_at_their_limits_are_accepted():

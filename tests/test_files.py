@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 
 import pytest
@@ -15,6 +16,10 @@ from safetensors import SafetensorError
 from minift.commands.cli import CommandParser, check_out, run_command
 from minift.errors import UserError
 from minift.files import text as text_files
+from minift.files.adapters import save_adapters
+from minift.files.datasets import load_rows
+from minift.files.pretrained import find_model, load_base_model, load_language_model
+from minift.files.templates import load_template
 from minift.files.text import (
     atomic_write,
     parse_json_lines,
@@ -27,6 +32,10 @@ from minift.files.text import (
     write_json_lines,
     write_text,
 )
+from minift.files.tokenizer import save_tokenizer
+from minift.files.weights import save_model
+from minift.lora import add_lora
+from tests.runs import SHIPPED
 
 
 def test_a_failed_write_keeps_the_earlier_file(tmp_path):
@@ -40,6 +49,42 @@ def test_a_failed_write_keeps_the_earlier_file(tmp_path):
         write_json_lines(path, iter([{"a": 1}, {"a": object()}]))
     assert path.read_bytes() == "before\u2028\n".encode()
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_git_lfs_pointer_is_named_wherever_a_file_is_opened(tmp_path):
+    """Weights, their index, adapters, tokenizer, configs, templates and rows, in turn."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    model, tokenizer = load_base_model(find_model(SHIPPED))
+    save_model(model, tmp_path / "model")
+    save_tokenizer(tokenizer, tmp_path / "model")
+    add_lora(model, 2, 4.0, 0.0, ["q_proj"])
+    save_adapters(model, tmp_path / "adapters", str(tmp_path / "model"))
+    for name in ("pytorch_model.bin", "rows.jsonl", "rows.json", "rows.parquet", "format.txt", "format.json"):
+        (tmp_path / name).write_bytes(pointer)
+    for path in (
+        *(tmp_path / "model").iterdir(),
+        *(tmp_path / "adapters").iterdir(),
+        *(tmp_path / "adapters" / name for name in ("adapter_model.bin", "template.json")),
+        *(tmp_path / "model" / name for name in ("pytorch_model.bin", "model.safetensors.index.json")),
+    ):
+        kept = path.read_bytes() if path.exists() else None
+        others = [*path.parent.glob("*model*")] if kept is None and path.name != "template.json" else []
+        hidden = [other.rename(other.with_name("hidden")) for other in others]
+        path.write_bytes(pointer)
+        with pytest.raises(UserError, match=re.escape(f"{path}: a Git LFS pointer, ")):
+            load_language_model(tmp_path / "adapters")
+        path.unlink()
+        for other, old in zip(hidden, others, strict=True):
+            other.rename(old)
+        if kept is not None:
+            path.write_bytes(kept)
+    load_language_model(tmp_path / "adapters")
+    for name in ("rows.jsonl", "rows.json", "rows.parquet"):
+        with pytest.raises(UserError, match=f"{name}: a Git LFS pointer, not the file itself: run `git lfs pull`"):
+            load_rows(tmp_path / name)
+    for name in ("format.txt", "format.json"):
+        with pytest.raises(UserError, match=f"{name}: a Git LFS pointer"):
+            load_template(str(tmp_path / name))
 
 
 def test_a_file_is_renamed_only_after_fsync(tmp_path, monkeypatch):

@@ -363,6 +363,10 @@ WRONG_OPTIONS = [
     ("top_p", math.nan),
     ("temperature", -1.0),
     ("temperature", math.inf),
+    ("temperature", 1e-39),
+    ("repetition_penalty", 1e-39),
+    ("max_new_tokens", 10**400),
+    ("num_samples", 10**24),
     ("top_k", -1),
     ("top_k", 5),  # at temperature 0
     ("num_samples", 0),
@@ -508,6 +512,7 @@ def test_flags_that_ask_for_sampling(flags: list[str], sampled: bool) -> None:
 
 WRONG_COMMANDS = [
     (["--num-beams", "0"], "--num-beams is 0, expected 1 or more"),
+    (["--temperature", "1e-39"], "--temperature is 1e-39, expected 0 (no sampling) or at least 1e-9"),
     (["--num-beams", "two"], "--num-beams: invalid int value: 'two'"),
     (["--top-p", "2"], "--top-p is 2.0, expected 0 to 1"),
     (["--temperature", "-1"], "--temperature is -1.0"),

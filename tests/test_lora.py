@@ -422,6 +422,18 @@ def test_what_peft_saves_is_loaded(tmp_path, twin, name, options):
 
 
 @both_models
+def test_adapters_that_peft_saved_as_bin_are_loaded(tmp_path, twin):
+    reference, ours = twins(PRE_LN, torch.float64, twin=twin)
+    task = "SEQ_CLS" if twin is RewardModel else "CAUSAL_LM"
+    theirs = peft.get_peft_model(reference, peft.LoraConfig(r=4, task_type=task, target_modules=["q_proj"]))
+    fill(theirs)
+    theirs.save_pretrained(tmp_path, safe_serialization=False)
+    assert [path.name for path in tmp_path.glob("*model*")] == ["adapter_model.bin"]
+    load_adapters(ours, tmp_path)
+    assert difference(our_output(ours), their_output(twin, theirs.eval())) < 1e-12
+
+
+@both_models
 def test_adapters_come_back_bit_for_bit(tmp_path, twin):
     _, ours = twins(PRE_LN, twin=twin)
     _, again = twins(PRE_LN, twin=twin)

@@ -397,6 +397,21 @@ def test_a_base_that_is_missing_absent_or_adapters(plain, tmp_path, files):
     assert (snapshot(tmp_path), snapshot(files)) == (before, written)
 
 
+@pytest.mark.parametrize("layout", ["bin", "config.json of the base", "both"])
+def test_a_folder_of_adapters_in_other_layouts_is_a_model(plain, tmp_path, layout):
+    """As .bin, the format before safetensors, and with the base model's config.json beside them."""
+    folder = copied(plain, tmp_path / "adapters")
+    if layout != "config.json of the base":
+        safe = folder / "adapter_model.safetensors"
+        torch.save(load_file(safe), folder / "adapter_model.bin")
+        safe.unlink()
+    if layout != "bin":
+        shutil.copy(SHIPPED / "config.json", folder)
+    assert find_model(folder).are_adapters and len(find_model(folder).fingerprint()) == 64
+    found, expected = (load_language_model(model).model.state_dict() for model in (folder, plain.adapters))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
 def test_adapters_that_do_not_suit_the_command_or_their_base(plain, reward, tmp_path):
     with pytest.raises(UserError, match="adapter_model.safetensors: .* 1 missing, first .*score.weight"):
         load_judge(plain.adapters)

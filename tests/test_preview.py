@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from minift.commands.preview import main
-from minift.commands.terminal import mark, safe, show_labels
+from minift.commands.terminal import mark, show_labels
 from minift.encode import IGNORE_INDEX, Example, encode_rows
 from minift.errors import UserError
 from minift.files.templates import save_template
@@ -67,15 +67,6 @@ def test_colour_is_for_terminals_unless_no_color(tokenizer, examples, monkeypatc
         text = stream.getvalue()
         assert ("\x1b[32m" in text) == coloured and ("between ⟦ and ⟧" in text) != coloured
         assert "example 2 of 3: " in text and "example 3" not in text
-
-
-def test_a_stream_without_unicode_gets_escapes(tokenizer, examples):
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    show_labels(examples, tokenizer, 1, stream)
-    stream.flush()
-    assert b"\\u27e6print(" in stream.buffer.getvalue()
-    assert safe("é\n\x1b[2J\t😀\u2028", stream) == "\\xe9\n\\x1b[2J\t\\U0001f600\\u2028"
-    assert safe("é\n\x1b[2J\t😀\u2028", io.StringIO()) == "é\n\\x1b[2J\t😀\\u2028"
 
 
 def test_out_has_every_kept_row(tokenizer_directory, tokenizer, data, tmp_path, capsys):

@@ -209,6 +209,13 @@ def test_a_saved_template_is_read_back_equal(tmp_path, text):
             render_prompt(ROW, read, "</s>", "</s>")
 
 
+def test_a_template_that_is_too_long_for_any_row(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("x" * 10_000_000 + "{instruction}{response}")
+    with pytest.raises(UserError, match="t.txt: 10,000,023 characters, expected a prompt format of at most 100,000"):
+        load_template(str(path))
+
+
 def test_a_model_s_template_is_the_default(tmp_path):
     assert template_of(None, tmp_path, "course") is TEMPLATES["course"]
     save_template(Template("gone.txt", "{input}>{instruction}{response}", "{instruction}{response}"), tmp_path)

@@ -204,6 +204,28 @@ def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path):
     assert not re.search(r"nan|\binf\b", html)
 
 
+@pytest.mark.parametrize("value", [1.7e308, -1.7e308, 1e100, 5e-324, 1e-310, 1e12, 1e17, 10**400])
+def test_extreme_values_and_steps_are_drawn_or_counted(tmp_path, value):
+    for first, second in ((0, value), (value, value), (value, -value)):
+        metrics = [{"step": i, "split": "train", "loss": loss} for i, loss in enumerate((first, second))]
+        assert len(page_of(tmp_path, metrics=metrics).tags) > 5
+        metrics = [{"step": step, "split": "train", "loss": 1.0} for step in (first, second)]
+        html = html_of(tmp_path, metrics=metrics)
+        assert not re.search(r"nan|\binf\b", html)
+        assert ("too large, so not drawn" in html) == (abs(value) > 1e100)
+
+
+def test_lone_surrogates_and_deep_values(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "samples.jsonl").write_text('{"prompt": "\\ud800", "\\udfff": "é"}\n', encoding="utf-8")
+    main([str(tmp_path)])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<pre>\\ud800</pre>" in page and "<pre>é</pre>" in page
+    (tmp_path / "run.json").write_text('{"values": {"a": ' + "[" * 900 + "]" * 900 + "}}")
+    with pytest.raises(UserError, match="nested too deeply"):
+        main([str(tmp_path)])
+
+
 def test_other_metrics_get_curves_and_counters_do_not(tmp_path):
     metrics = [{**line, "accuracy": 0.5, "supervised_tokens": 3, "pairs": 2} for line in METRICS]
     page = page_of(tmp_path, metrics=metrics)

@@ -116,6 +116,22 @@ def test_the_checker_notices(module: str, source: str) -> None:
     assert len(violations(sources | {module: f"{sources.get(module, '')}\n{source}"})) == 1
 
 
+def test_everything_is_printed_through_one_function() -> None:
+    """`files.text.say` escapes control characters. Marked tokens are escaped before they are coloured."""
+    printing = set()
+    for module, source in read_sources().items():
+        for node in ast.walk(ast.parse(source)):
+            name = getattr(node, "id", "") or getattr(node, "attr", "")
+            if not module.startswith("data") and name in ("print", "write", "writelines"):
+                printing.add((module, ast.unparse(node)))
+    assert printing == {
+        ("minift.files.text", "print"),
+        ("minift.commands.terminal", "stream.write"),
+        ("minift.run.folder", "file.write"),
+        ("minift.trainer", "print"),  # only numbers: the heart does not import files
+    }
+
+
 def test_modules_about_text_do_not_load_torch() -> None:
     modules = "bleu config prompts tokenizer encode files.text files.datasets files.tokenizer run.report commands.bleu"
     command = "import sys\n" + "".join(

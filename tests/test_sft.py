@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, OPTForCausalLM
 
 import train_sft
+from minift.commands import terminal
 from minift.encode import Example
+from minift.errors import UserError
 from minift.files.templates import load_template
 from minift.files.text import write_json
 from minift.files.tokenizer import load_tokenizer
@@ -413,6 +417,31 @@ def test_a_signal_during_the_imports_is_one_line(script, number, status):
     maps = Path(f"/proc/{process.pid}/maps")
     printed = signalled(process, number, lambda: "libtorch" in maps.read_text())
     assert (printed, process.returncode) == ({130: "interrupted\n", 143: "terminated\n"}[status], status)
+
+
+def test_a_run_from_another_folder_without_an_installed_package(tmp_path, monkeypatch, capsys):
+    """The shipped model and rows are found; the run may be in the current folder, but not twice."""
+    flags = [*TINY, "--max-steps", 1, "--bleu-samples", 0, "--warmup-steps", 5, "--out", "."]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", *map(str, flags)])
+    monkeypatch.setattr(metadata, "version", mock.Mock(side_effect=metadata.PackageNotFoundError))
+    train_sft.main()
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["values"]["model"] == str(SHIPPED) and record["versions"]["minift"] is None
+    assert "--warmup-steps 5: the run ends before its learning rate reaches --lr 0.001" in capsys.readouterr().out
+    before = snapshot(tmp_path)
+    for out in (".", tmp_path, f"../new/../{tmp_path.name}"):
+        monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(out)])
+        with pytest.raises(UserError, match="can't be renamed"):
+            train_sft.main()
+        assert snapshot(tmp_path) == before
+
+
+def test_answers_too_short_for_bleu_are_marked(capsys):
+    samples = [{"kind": "a", "after": "yes"}, {"kind": "b", "after": "one two three four"}]
+    terminal.print_table({"bleu": {"after": {"all": 0.0, "a": 0.0, "b": 0.0}}}, samples)
+    cells = [line.split("  ")[-1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert cells == ["after", "0.0", "0.0 (too few words)", "0.0"]
 
 
 # -------------------------------------------------------------------------------------------------- kinds of training

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import processors
+from tokenizers import models, processors
 from transformers import AutoTokenizer
 
 from minift.errors import UserError
@@ -249,7 +249,10 @@ def broken_copies(opt: Path, gpt2: Path, target: Path):
     (target / "tokenizer_config.json").write_text("{}")
     yield "no EOS", "its EOS token is '', expected one in its vocabulary"
     (target / "config.json").write_text('{"eos_token_id": -1}')
-    yield "an EOS id below 0", "can't be read"
+    yield "an EOS id below 0", "its EOS token is ''"
+    for token_id in ("1e20", "100000000000000000000", "true", "9000", "[]"):
+        (target / "config.json").write_text(f'{{"eos_token_id": {token_id}}}')
+        yield f"the EOS id {token_id}", "its EOS token is ''"
     (target / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
     yield "an EOS that is not a token", "its EOS token is '<eos>', expected one in its vocabulary"
     (target / "tokenizer_config.json").write_text('{"eos_token": "</s>", "add_bos_token": true}')
@@ -264,15 +267,44 @@ def broken_copies(opt: Path, gpt2: Path, target: Path):
     backend.post_processor = processors.TemplateProcessing("$A <|endoftext|>", None, [("<|endoftext|>", 0)])
     backend.save(str(target / "tokenizer.json"))
     yield "a post-processor that adds an EOS", "at most one token in front"
+    backend.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 99999)])
+    backend.save(str(target / "tokenizer.json"))
+    yield "a BOS outside of the vocabulary", "its BOS has id 99999"
+    vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 2}
+    for name, model in (
+        ("WordPiece", models.WordPiece(vocabulary, unk_token="[UNK]")),
+        ("WordLevel", models.WordLevel(vocabulary, unk_token="[UNK]")),
+        ("Unigram", models.Unigram([("<|endoftext|>", 0.0), ("a", -1.0)])),
+        ("BPE", models.BPE(vocabulary, [])),
+    ):
+        tokenizers.Tokenizer(model).save(str(target / "tokenizer.json"))
+        yield f"{name} of three tokens", "text would be lost" if name == "BPE" else f"the algorithm is {name}"
+    values = json.loads((gpt2 / "tokenizer.json").read_text())
+    for charsmap in ("", "AAAA", "AAAAAA==", "!"):
+        broken = {"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": charsmap}]}
+        (target / "tokenizer.json").write_text(json.dumps(values | {"normalizer": broken}))
+        yield "a damaged charsmap", "the algorithm is SentencePiece"
+    for text in ("[]", "null", '{"model": null}', "[" * 100_000):
+        (target / "tokenizer.json").write_text(text)
+        yield "no tokenizer.json at all", "can't be read"
 
 
-def test_broken_files_end_in_one_line(tokenizer_directory, gpt2_tokenizer_directory, tmp_path):
+def test_broken_files_end_in_one_line(tokenizer_directory, gpt2_tokenizer_directory, tmp_path, capfd):
     target = tmp_path / "model"
     for damage, expected in broken_copies(tokenizer_directory, gpt2_tokenizer_directory, target):
         with pytest.raises(UserError) as caught:
             load_tokenizer(target)
         message = str(caught.value)
         assert expected in message and str(target) in message and "\n" not in message, (damage, message)
+    assert capfd.readouterr().err == ""  # a panic of the library would print itself
+
+
+def test_a_stored_truncation_is_not_used(gpt2_tokenizer_directory, tmp_path):
+    values = json.loads((gpt2_tokenizer_directory / "tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values | {"truncation": cut}))
+    shutil.copy(gpt2_tokenizer_directory / "tokenizer_config.json", tmp_path)
+    assert load_tokenizer(tmp_path).encode("a b c d") == load_tokenizer(gpt2_tokenizer_directory).encode("a b c d")
 
 
 def test_check_fits(tokenizer):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from minift.bleu import BLEU, SMOOTHING_DEFAULTS, TOKENIZERS, corpus_bleu, sentence_bleu
 from minift.commands.cli import CommandParser
 from minift.errors import UserError
-from minift.files.text import read_json_lines, read_text, to_json
+from minift.files.text import read_json_lines, read_text, say, to_json
 
 Corpus = tuple[list[str], Sequence[Sequence[str | None]]]  # hypotheses and streams of references
 
@@ -37,7 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         scores = [corpus_bleu(hypotheses, references, use_effective_order=args.effective_order, **settings)]
     for bleu in scores:
-        print(to_json(_fields(bleu)))
+        if not all(bleu.totals) and not (args.effective_order or args.sentence_level):
+            say("too few words: BLEU is 0 if no text has four in a row; --effective-order scores these", sys.stderr)
+        say(to_json(_fields(bleu)))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,11 +6,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
 from minift.errors import UserError
-from minift.files.text import target_of
+from minift.files.text import say, target_of
 from minift.run.interrupts import interrupt_with, leave, on_signals
 
 
@@ -68,10 +69,14 @@ def leave_on_signals() -> None:
 def run_command(main: Callable[[], None]) -> None:
     """Run `main` and translate its errors into one line on stderr and an exit status.
 
+    Characters that standard output or error cannot encode are printed as escapes.
     Status 2 is a `UserError`; 1 is a full disk, a lost file or exhausted memory; 130 is Ctrl-C and 143 SIGTERM. Any
     other exception is a bug in minift and keeps its traceback.
     """
     on_signals(interrupt_with())
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -96,5 +101,5 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _exit(status: int, line: str) -> NoReturn:
-    print(re.sub(r"\s*[\n\r]\s*", " ", line.strip()), file=sys.stderr)
+    say(re.sub(r"\s*[\n\r]\s*", " ", line.strip()), sys.stderr)
     sys.exit(status)

@@ -6,6 +6,7 @@ A value comes from the first of: the flag, the recipe, the default.
 import argparse
 from dataclasses import Field
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from minift.commands.cli import CommandParser
@@ -13,6 +14,7 @@ from minift.commands.recipes import DROPPED_BY, RECIPES
 from minift.config import GROUPS, SWITCH, TEXT, Config, defaults_of, flag_of, options_of, to_dict
 from minift.errors import UserError
 
+PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sft": "train_sft.py", "rm": "train_rm.py"}
 
 # The names under which people coming from trl know a flag, where they are not spelled alike.
@@ -60,6 +62,8 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
     recipe = {option: value for option, value in recipe.items() if option not in dropped}
 
     values = defaults_of(script) | recipe | given
+    for name in {"model", "data", "eval_data"} - given.keys():
+        values[name] = _shipped(values[name])
     _check_together(values)
     origins = {option: "flag" if option in given else "recipe" if option in recipe else "default" for option in values}
     if values["eval_data"] is not None:
@@ -107,7 +111,19 @@ def _read(option: Field, text: str | bool) -> Any:
             return value
     except ValueError:
         pass  # not even a number: the same message
-    raise UserError(f"{flag_of(option.name)}: expected {domain.expected}, got {text!r}")
+    shown = text if isinstance(text, bool) or len(text) <= 60 else text[:60] + "…"
+    raise UserError(f"{flag_of(option.name)}: expected {domain.expected}, got {shown!r}")
+
+
+def _shipped(name: str | None) -> str | None:
+    """Return where a default or a recipe's data is, seen from the current folder; a hub id unchanged.
+
+    The paths of both belong to the project's folder, which the current folder need not be.
+    """
+    if name is None or not name.startswith("data/"):
+        return name
+    path = PROJECT / name
+    return name if path.exists() and path.resolve() == Path(name).resolve() else str(path)
 
 
 def _check_together(values: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from minift.encoded import Encoded
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
 from minift.files.pretrained import LanguageModel, load_language_model
-from minift.files.text import to_json_lines, write_json_lines
+from minift.files.text import say, to_json_lines, write_json_lines
 from minift.generate import Completions, Options, check_prompt, generate
 from minift.prompts import WRAPPED_AGAIN, has_turns, question_fields
 from minift.run.device import pick_device
@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise _name_flag(error) from None
     lines = _lines(rows, completions, language_model)
     if args.out is None:
-        sys.stdout.writelines(to_json_lines(lines))
+        for line in to_json_lines(lines):
+            say(line.rstrip())
     else:
         write_json_lines(args.out, lines)
 

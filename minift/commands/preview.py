@@ -9,7 +9,7 @@ from minift.errors import UserError
 from minift.files.datasets import load_rows
 from minift.files.pretrained import find_model
 from minift.files.templates import template_of
-from minift.files.text import read_json, write_json_lines
+from minift.files.text import read_json, say, write_json_lines
 from minift.files.tokenizer import check_fits, load_tokenizer
 from minift.prompts import TEMPLATES
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         numbered = zip(encoded.numbers, encoded.examples, strict=True)
         write_json_lines(args.out, ({"row": number, **example._asdict()} for number, example in numbered))
     terminal.show_labels(encoded.examples, tokenizer, args.rows, sys.stdout)
-    print("\n" + terminal.safe(encoded.summary, sys.stdout))
+    say("\n" + encoded.summary)
 
 
 def _parser() -> CommandParser:

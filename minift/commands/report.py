@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from minift.commands.cli import CommandParser
+from minift.files.text import say
 from minift.run.folder import read_run
 from minift.run.report import write_report
 
@@ -12,4 +13,4 @@ def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser("minift report", description="Write a run's HTML page, from its folder.")
     parser.add_argument("run", type=Path, help="the run's folder, such as runs/sft; report.html is written into it")
     folder = parser.parse_args(arguments).run
-    print(write_report(folder, *read_run(folder)))
+    say(str(write_report(folder, *read_run(folder))))

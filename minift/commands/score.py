@@ -10,7 +10,7 @@ from minift.encoded import Encoded, category_of
 from minift.errors import UserError
 from minift.files.datasets import SCORE_SCHEMAS, check_added, load_rows
 from minift.files.pretrained import load_judge
-from minift.files.text import write_json_lines
+from minift.files.text import say, write_json_lines
 from minift.pairs import remark_question
 from minift.prompts import question_of
 from minift.run.device import pick_device
@@ -52,8 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _print_spread(ranked: list[float]) -> None:
     mean, median = sum(ranked) / len(ranked), ranked[len(ranked) // 2]
-    print(f"{len(ranked):,} responses: lowest {ranked[0]:.3f}, median {median:.3f}, "
-          f"highest {ranked[-1]:.3f}, mean {mean:.3f}")  # fmt: skip
+    say(f"{len(ranked):,} responses: lowest {ranked[0]:.3f}, median {median:.3f}, "
+        f"highest {ranked[-1]:.3f}, mean {mean:.3f}")  # fmt: skip
 
 
 def _parser() -> CommandParser:

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minift.batching import Loader, collate_rankings
+from minift.bleu import tokens as words
+from minift.config import Config
 from minift.encode import IGNORE_INDEX, Example
 from minift.encoded import Encoded
+from minift.files.text import printable, say
 from minift.pairs import Ranking, name_responses
 from minift.tokenizer import Tokenizer
+from minift.trainer import num_steps
 
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
+MAX_NGRAM = 4  # of BLEU: a text with fewer words has none
 SHOWN, MAX_LINES = 3, 12  # examples or samples printed, and lines of each of their texts
 MEASURED_STEPS, MEASURED_RANKINGS = 50, 1000  # how many are collated to measure tokens
 
@@ -23,21 +28,24 @@ def print_summaries(*data_sets: Encoded) -> None:
     """Print what was kept of each data set, and the remarks about its rows."""
     for encoded in data_sets:
         if encoded.num_rows:
-            print(safe(encoded.summary, sys.stdout))
-    print()
+            say(encoded.summary)
+    say("")
 
 
 def print_notes(encoded: Encoded, stream: TextIO) -> None:
     """Print the remarks about a data set's rows, if there are any."""
     if encoded.notes:
-        print(safe("\n".join([f"{encoded.source}:", *encoded.notes]), stream), file=stream)
+        say("\n".join([f"{encoded.source}:", *encoded.notes]), stream)
 
 
-def print_plan(batches: Loader, total_steps: int) -> None:
-    """Print how many optimiser steps the run takes, and how many tokens a step has."""
+def print_plan(batches: Loader, config: Config) -> None:
+    """Print how many optimiser steps the run takes, how many tokens a step has, and if the warm-up is too long."""
+    total_steps = num_steps(config, batches)
     measured = min(total_steps, MEASURED_STEPS)
     tokens = sum(len(batch.input_ids) for step in range(measured) for batch in batches.micro_batches(step)) / measured
-    print(f"\n{total_steps:,} optimiser steps of about {tokens:,.0f} tokens", flush=True)
+    say(f"\n{total_steps:,} optimiser steps of about {tokens:,.0f} tokens")
+    if config.warmup_steps >= total_steps:
+        say(f"--warmup-steps {config.warmup_steps:,}: the run ends before its learning rate reaches --lr {config.lr}")
 
 
 # ---- what the loss sees ----
@@ -60,7 +68,7 @@ def show_labels(
         of = f"{number} of {len(examples):,}"
         lines.append(f"\n── example {of}: {len(example.input_ids)} tokens, {num_supervised} supervised")
         lines.append(mark(example, tokenizer, colour))
-    stream.write(_encodable("\n".join([*lines, ""]), stream))
+    stream.write("\n".join([*lines, ""]))  # `mark` has escaped the text; `say` would escape the colours too
 
 
 def mark(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
@@ -78,9 +86,10 @@ def mark(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
         text = ""
         for is_special, run in groupby((token for token, _ in stretch), key=lambda token: token in specials):
             if is_special:
-                text += "".join(f"⟨{tokenizer.decode([token], skip_special_tokens=False)}⟩" for token in run)
+                names = [tokenizer.decode([token], skip_special_tokens=False) for token in run]
+                text += "".join(f"⟨{printable(name)}⟩" for name in names)
             else:
-                text += _escape(tokenizer.decode(list(run), skip_special_tokens=False)).replace("\n", "↵\n")
+                text += printable(tokenizer.decode(list(run), skip_special_tokens=False)).replace("\n", "↵\n")
         marked.append(start + text + end if is_supervised else GREY + text + PLAIN if colour else text)
     return "".join(marked)
 
@@ -89,13 +98,13 @@ def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer
     """Print what became of `num_pairs` pairs in grouping, what the loss compares, and how many tokens are saved."""
     if any(ranking.best_only for ranking in rankings):
         repeated = num_pairs - sum(len(ranking.responses) - 1 if ranking.best_only else 1 for ranking in rankings)
-        print(f"  {len(rankings):,} prompts with all their pairs, {repeated} pairs dropped: they repeat another one")
+        say(f"  {len(rankings):,} prompts with all their pairs, {repeated} pairs dropped: they repeat another one")
     measured = rankings[:MEASURED_RANKINGS]
     tokens = sum(len(response) for ranking in measured for response in ranking.responses)
     saved = 1 - sum(len(collate_rankings([ranking]).input_ids) for ranking in measured) / tokens
     note = f" (measured on the first {len(measured):,})" if len(measured) < len(rankings) else ""
-    print(f"  {saved:.0%} of the tokens saved: a prefix that responses share is computed once for all{note}")
-    print("\nWhat the loss compares: rewards, read at each response's last token; the chosen one's should be higher.")
+    say(f"  {saved:.0%} of the tokens saved: a prefix that responses share is computed once for all{note}")
+    say("\nWhat the loss compares: rewards, read at each response's last token; the chosen one's should be higher.")
     for number, ranking in enumerate(rankings[:SHOWN], start=1):
         shared = len(commonprefix(ranking.responses))
         prefix = tokenizer.decode(ranking.responses[0][:shared], skip_special_tokens=False)
@@ -122,17 +131,18 @@ def print_samples(samples: Sequence[dict[str, Any]]) -> None:
             print_text(f"{name}: reward {before:.2f} before, {after:.2f} after", sample[name])
 
 
-def print_results(results: dict[str, dict[str, Any]], folder: Path) -> None:
+def print_results(results: dict[str, dict[str, Any]], folder: Path, samples: Sequence[dict[str, Any]] = ()) -> None:
     """Print a run's results, before and after training, and what it left in its folder."""
-    print()
-    print_table(results)
-    print(f"\nfiles in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    say("")
+    print_table(results, samples)
+    say(f"\nfiles in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
-def print_table(results: dict[str, dict[str, Any]]) -> None:
+def print_table(results: dict[str, dict[str, Any]], samples: Sequence[dict[str, Any]] = ()) -> None:
     """Print one row per measure (and category) and one column per exam ("before", "after").
 
-    `results` maps a measure (`eval_loss`, `bleu`, those of `scoring.examine`) to its value in each exam.
+    `results` maps a measure (`eval_loss`, `bleu`, those of `scoring.examine`) to its value in each exam. `samples` have
+    the answers that BLEU is of: it is 0 if none of them has four words.
     """
     rows: list[tuple[str, list[str]]] = []
     for measure, label in (("bleu", "BLEU"), ("accuracy", "accuracy")):
@@ -141,7 +151,7 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
             name = label if category == "all" else f"  {category}"
             if measure == "accuracy":
                 name += f", {[*results['pairs'].values()][-1][category]:,} pairs"
-            rows.append((name, [_cell(results, measure, exam, category) for exam in exams]))
+            rows.append((name, [_cell(results, measure, exam, category, samples) for exam in exams]))
     for measure, label, form in (
         ("ties", "ties, counted as wrong", ","),
         ("mean_probability", "mean probability of chosen", ".3f"),
@@ -154,40 +164,26 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
     columns = [*next(iter(results.values()), {})]
     width = max((len(cell) for _, cells in rows for cell in [*cells, *columns]), default=0) + 4
     if any(columns):
-        print(f"{'':30}" + "".join(f"{column:>{width}}" for column in columns))
+        say(f"{'':30}" + "".join(f"{column:>{width}}" for column in columns))
     for label, cells in rows:
-        print(safe(f"{label:30}" + "".join(f"{cell:>{width}}" for cell in cells), sys.stdout))
+        say(f"{label:30}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
-def _cell(results: dict[str, dict[str, Any]], measure: str, exam: str, category: str) -> str:
+def _cell(
+    results: dict[str, dict[str, Any]], measure: str, exam: str, category: str, samples: Sequence[dict[str, Any]]
+) -> str:
     value = results[measure][exam][category]
     if measure == "bleu":
-        return f"{value:.1f}"
+        answers = [sample[exam] for sample in samples if category in ("all", sample["kind"])]
+        is_short = value == 0 and answers and all(len(words(answer)) < MAX_NGRAM for answer in answers)
+        return f"{value:.1f}" + (" (too few words)" if is_short else "")
     low, high = results["interval"][exam][category]
     return f"{value:.1%} ({low:.1%}-{high:.1%})"
 
 
-# ---- text that comes from files ----
-
-
 def print_text(title: str, text: str) -> None:
     """Print a text of a row or a model under a title, its first lines only."""
-    lines = safe(text, sys.stdout).strip("\n").splitlines() or ["(nothing)"]
+    lines = printable(text).strip("\n").splitlines() or ["(nothing)"]
     if len(lines) > MAX_LINES:
         lines[MAX_LINES:] = ["…"]
-    print("", f"── {title}", *lines, sep="\n")
-
-
-def safe(text: str, stream: TextIO) -> str:
-    """Escape what a terminal must not get from a file: control characters, and characters `stream` cannot encode."""
-    return _encodable(_escape(text), stream)
-
-
-def _escape(text: str) -> str:
-    # A row must not be able to move the cursor.
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-
-
-def _encodable(text: str, stream: TextIO) -> str:
-    encoding = stream.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    say("\n".join(["", f"── {title}", *lines]))

@@ -13,7 +13,7 @@ from minift.encoded import NAMED_LOCATIONS
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
 from minift.files.pretrained import LanguageModel, find_model, load_judge, load_language_model
-from minift.files.text import to_json, write_json_lines
+from minift.files.text import say, to_json, write_json_lines
 from minift.generate import Options
 from minift.prompts import question_of
 from minift.run.device import pick_device
@@ -91,11 +91,11 @@ def main(arguments: list[str] | None = None) -> None:
         "mean_score_a": sum(scores_a) / rate.pairs,
         "mean_score_b": sum(scores_b) / rate.pairs,
     }
-    print(to_json(found))
-    print(
+    say(to_json(found))
+    say(
         f"{args.model_a} wins {rate.rate:.1%} of {rate.pairs:,} prompts (95%: {rate.low:.1%} to {rate.high:.1%}), "
         f"{args.model_b} {wins_b / rate.pairs:.1%}, {rate.ties} ties",
-        file=sys.stderr,
+        sys.stderr,
     )
 
 
@@ -109,7 +109,7 @@ def _encode_pairs(judge: Judge, rows: Sequence[Row], columns: dict[str, list[Any
             left_out.append(f"{row.location} ({error})")
     if left_out:
         named = ", ".join(left_out[:NAMED_LOCATIONS]) + (", …" if len(left_out) > NAMED_LOCATIONS else "")
-        print(f"{len(left_out):,} of {len(rows):,} prompts left out, an answer is too long: {named}", file=sys.stderr)
+        say(f"{len(left_out):,} of {len(rows):,} prompts left out, an answer is too long: {named}", sys.stderr)
     return encoded
 
 

@@ -1,6 +1,7 @@
 """Adapters as peft's two files: a small folder that turns the model it was trained on into the tuned one."""
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from minift.lora import SCORE, adapter_state, adapters_of, add_lora, last_name, 
 from minift.model import OPT, RewardModel
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LAYOUTS = (ADAPTER_WEIGHTS, "adapter_model.bin")  # the first of these that a folder or repository holds
 EXPECTED = "a folder that peft wrote"
 
 # peft has dozens of settings. These are read:
@@ -78,14 +80,24 @@ def load_adapters(model: OPT | RewardModel, folder: str | Path, *, keep_reward_h
     for name, linear in linears.items():
         shapes[_peft_name(f"{name}.lora_A.weight")] = (rank, linear.in_features)
         shapes[_peft_name(f"{name}.lora_B.weight")] = (linear.out_features, rank)
-    path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise UserError(f"{path}: no such file, expected {EXPECTED}")
     # float64 holds every stored dtype exactly; `copy_` rounds to the adapters' own.
-    state = read_state([path], shapes, torch.float64, fresh=score if keep_reward_head else {})
+    state = read_state([adapter_weights(folder)], shapes, torch.float64, fresh=score if keep_reward_head else {})
     add_lora(model, rank, alpha, dropout, targets)
     for name, weight in adapter_state(model).items():
         weight.copy_(state[_peft_name(name)])
+
+
+def pick_adapter_weights(names: Collection[str]) -> str:
+    """Return which of a folder's or repository's files holds the adapters' weights, or should."""
+    return next((layout for layout in LAYOUTS if layout in names), ADAPTER_WEIGHTS)
+
+
+def adapter_weights(folder: Path) -> Path:
+    """Return the file that holds the weights of a folder's adapters; UserError if there is none."""
+    path = folder / pick_adapter_weights([path.name for path in folder.glob("*")])
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, expected {EXPECTED}")
+    return path
 
 
 def read_base(folder: str | Path) -> tuple[str, str | None]:

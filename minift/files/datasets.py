@@ -12,7 +12,7 @@ import numpy
 
 from minift.errors import UserError
 from minift.files.hub import DATA_SUFFIXES, data_files
-from minift.files.text import parse_json, parse_json_lines, read_text
+from minift.files.text import check_not_pointer, parse_json, parse_json_lines, read_text
 from minift.prompts import question_fields
 
 # A schema's required fields, each a string. A row's schema is the first whose fields it all has, except that of
@@ -128,6 +128,7 @@ def _read_values(path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
     if not path.name.endswith(DATA_SUFFIXES) and not path.is_dir():
         raise UserError(f"{path}: expected {expected}")
     if path.suffix == ".parquet" and path.is_file():
+        check_not_pointer(path)
         return "row", enumerate(_read_parquet(path), start=1)
     text = read_text(path, expected)
     parse = partial(parse_json, text, path, LINES_OR_ARRAY, object_hook=_without_nulls)

@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from minift.errors import UserError
-from minift.files import weights
-from minift.files.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapters, read_base
+from minift.files import adapters, weights
+from minift.files.adapters import ADAPTER_CONFIG, adapter_weights, load_adapters, read_base
 from minift.files.hub import model_folder
 from minift.files.templates import template_of
 from minift.files.text import sha256
@@ -47,7 +47,7 @@ class ModelFiles(NamedTuple):
         """Return the SHA-256 of the weights, of the config and of the tokenizer's files, those of adapters included."""
         configs, tensors = [self.folder / "config.json"], weights.weight_files(self.folder)
         if self.are_adapters:
-            configs, tensors = [*configs, self.own / ADAPTER_CONFIG], [*tensors, self.own / ADAPTER_WEIGHTS]
+            configs, tensors = [*configs, self.own / ADAPTER_CONFIG], [*tensors, adapter_weights(self.own)]
         texts = [path for name in TOKENIZER_FILES if (path := self.tokenizer_folder / name).is_file()]
         return {"weights": sha256(tensors), "config": sha256(configs), "tokenizer": sha256(texts)}
 
@@ -159,4 +159,7 @@ def _find_folder(name: str | Path, revision: str | None, fetch_weights: bool) ->
 
 
 def _holds_adapters(folder: Path) -> bool:
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Return whether a folder holds adapters and no model; the model's config.json may lie beside them."""
+    names = {path.name for path in folder.iterdir()}
+    is_model = "config.json" in names and not {*adapters.LAYOUTS} & names
+    return ADAPTER_CONFIG in names and not is_model and not {*weights.LAYOUTS} & names

@@ -7,6 +7,7 @@ from minift.files.text import read_json, read_text, write_json
 from minift.prompts import TEMPLATES, Template
 
 TEMPLATE_FILE = "template.json"  # beside a model: the template that it was trained with
+LONGEST = 100_000  # characters of a form: with a longer one, no row fits into a model's positions
 FORMS = ("with_input", "without_input")
 
 
@@ -44,6 +45,8 @@ def load_template(name_or_path: str, flag: str = "--template") -> Template:
     if sorted(forms) != sorted(FORMS) or not all(isinstance(form, str) for form in forms.values()):
         raise UserError(f'{subject}: expected a JSON object of two strings, "with_input" and "without_input"')
     for form in forms.values():
+        if len(form) > LONGEST:
+            raise UserError(f"{subject}: {len(form):,} characters, expected a prompt format of at most {LONGEST:,}")
         before, *after = form.split("{response}")
         if len(after) != 1:
             raise UserError(f"{subject}: expected {{response}} once, found it {len(after)} times")

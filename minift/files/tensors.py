@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minift.errors import UserError
 from minift.files.pickles import load_pickle
+from minift.files.text import check_not_pointer
 from minift.lora import SCORE
 
 EMBEDDING = "decoder.embed_tokens.weight"
@@ -68,6 +69,7 @@ def read_state(
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the named tensors of a file, as views of it wherever it can be mapped."""
+    check_not_pointer(path)
     if path.suffix != ".safetensors":
         yield from load_pickle(path).items()
         return

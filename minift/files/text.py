@@ -1,4 +1,4 @@
-"""Text, JSON and JSON lines: read with errors that name the line, written atomically."""
+"""Text, JSON and JSON lines: read with errors that name the line, written atomically, printed without control codes."""
 
 import gzip
 import hashlib
@@ -7,17 +7,43 @@ import math
 import os
 import re
 import stat
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minift.errors import UserError
 
 GZIP = b"\x1f\x8b"  # the first bytes of every such file, and of no UTF-8 text
 STREAM = re.compile(r"/+dev/(stdin|stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FILE_TYPES = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+
+
+def printable(text: str) -> str:
+    """Escape control characters, and others that do not print: text from a file must not move the cursor."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print escaped text, by default to standard output. All of minift prints through this function."""
+    print(printable(text), file=stream or sys.stdout, flush=True)
+
+
+def read_bytes(path: str | Path, length: int = -1) -> bytes:
+    """Return a file's first `length` bytes, by default all; raise UserError if it is a Git LFS pointer."""
+    with Path(path).open("rb") as file:
+        data = file.read(length)
+    if data.startswith(LFS_POINTER):
+        raise UserError(f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` where it was cloned")
+    return data
+
+
+def check_not_pointer(path: str | Path) -> None:
+    """Raise UserError for the small text that Git LFS leaves where a large file belongs."""
+    read_bytes(path, len(LFS_POINTER))
 
 
 def read_text(path: str | Path, expected: str, encoding: str = "utf-8-sig") -> str:
@@ -26,7 +52,7 @@ def read_text(path: str | Path, expected: str, encoding: str = "utf-8-sig") -> s
     Raises UserError with `expected` if it can't be read.
     """
     try:
-        data = Path(path).read_bytes()
+        data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         problems = {IsADirectoryError: "a directory", PermissionError: "no permission to read it"}
         raise UserError(f"{path}: {problems.get(type(error), 'no such file')}, expected {expected}") from None
@@ -160,10 +186,11 @@ def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 def to_json(value: object, indent: int | None = None) -> str:
     """Return a value as JSON, which lacks NaN and Infinity: they become null."""
     try:
-        return json.dumps(value, indent=indent, allow_nan=False)
+        text = json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:
         finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-        return json.dumps(finite, indent=indent, allow_nan=False)
+        text = json.dumps(finite, indent=indent, allow_nan=False)
+    return text.replace("\x7f", "\\u007f")  # DEL, the one control character that `dumps` leaves
 
 
 def fsync(path: Path) -> None:

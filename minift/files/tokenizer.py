@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from minift.errors import UserError
-from minift.files.text import atomic_write, read_json
+from minift.files.text import atomic_write, read_bytes, read_json
 from minift.tokenizer import Tokenizer
 
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
@@ -18,9 +18,11 @@ NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token",
 OPT_SETTINGS = {"add_bos_token": True, "add_prefix_space": False, "bos_token": "</s>", "eos_token": "</s>",
     "unk_token": "</s>", "pad_token": "<pad>", "tokenizer_class": "GPT2Tokenizer"}  # fmt: skip
 
+PROBE = "ab 1 é 😀\n)"  # text that every byte-level tokenizer keeps
+
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read the tokenizer of a model's folder: tokenizer.json, or else vocab.json and merges.txt.
+    """Read the byte-level BPE tokenizer of a model's folder: tokenizer.json, or else vocab.json and merges.txt.
 
     tokenizer_config.json and special_tokens_map.json name the special tokens. If they name no EOS (Galactica),
     config.json's `eos_token_id` is used. tokenizer.json's post-processor decides if `encode` adds a BOS; without a
@@ -31,15 +33,21 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         named = {key: _content(settings[key]) for key in NAMED_TOKENS if settings.get(key)}
         if "tokenizer.json" in files:
+            _check_algorithm(json.loads(files["tokenizer.json"]))
             backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
         else:
             backend = _byte_level_bpe(folder, settings, set(named.values()))
         if "eos_token" not in named:
             eos_token_id = (_read_object(folder / "config.json") | settings).get("eos_token_id")
-            named["eos_token"] = backend.id_to_token(eos_token_id) or "" if isinstance(eos_token_id, int) else ""
-    except UserError:
+            by_id = {token_id: token for token, token_id in backend.get_vocab().items()}
+            named["eos_token"] = by_id.get(eos_token_id, "") if type(eos_token_id) is int else ""
+        backend.no_truncation()
+        backend.no_padding()
+        if backend.decode(backend.encode(PROBE, add_special_tokens=False).ids).strip() != PROBE:
+            raise ValueError("text would be lost, expected byte-level BPE, as of OPT or GPT-2")
+    except (UserError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # tokenizers raises bare Exceptions
+    except BaseException as error:  # tokenizers raises bare Exceptions; its panics are not even Exceptions
         raise UserError(f"{folder}: the tokenizer's files can't be read: {error}") from None
 
     if backend.token_to_id(named["eos_token"]) is None:
@@ -55,6 +63,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if "bos_token" not in named:
             raise UserError(f"{folder}: add_bos_token is set, but no bos_token in its vocabulary")
         bos_token_id = backend.token_to_id(named["bos_token"])
+    if bos_token_id not in (None, *backend.get_vocab().values()):
+        raise UserError(f"{folder / 'tokenizer.json'}: its BOS has id {bos_token_id}, expected that of a token")
     # `Tokenizer.encode` adds the BOS itself. And GPT-2's post-processor trims spaces off the offsets.
     backend.post_processor = None
     return Tokenizer(backend, named, bos_token_id, files)
@@ -77,7 +87,7 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int, model_name: str) -> None:
 
 def _read_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Return the tokenizer's own files, and what they say about special tokens."""
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    files = {name: read_bytes(folder / name) for name in FILES if (folder / name).is_file()}
     settings = _read_object(folder / "tokenizer_config.json")
     if "tokenizer.json" not in files:
         if not {"vocab.json", "merges.txt"} <= files.keys():
@@ -89,6 +99,16 @@ def _read_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     # transformers' precedence: the map is the older format, which `added_tokens_decoder` replaced.
     settings = token_map | settings if "added_tokens_decoder" in settings else settings | token_map
     return files, settings
+
+
+def _check_algorithm(values: Any) -> None:
+    """Raise ValueError for a tokenizer.json of another algorithm than BPE, before the library, which may panic."""
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise ValueError('tokenizer.json: expected an object with a "model"')
+    name = values["model"].get("type", "BPE")  # older files do not have it
+    name = "SentencePiece" if "'Precompiled'" in str(values.get("normalizer")) else name
+    if name != "BPE":
+        raise ValueError(f"tokenizer.json: the algorithm is {name}, expected byte-level BPE, as of OPT or GPT-2")
 
 
 def _byte_level_bpe(folder: Path, settings: dict[str, Any], named: set[str]) -> tokenizers.Tokenizer:
@@ -117,9 +137,7 @@ def _byte_level_bpe(folder: Path, settings: dict[str, Any], named: set[str]) -> 
 
 
 def _keep_text_plain(backend: tokenizers.Tokenizer, named: dict[str, str]) -> None:
-    """Make the backend encode a text whole, and special tokens that are spelled in it as plain text."""
-    backend.no_truncation()
-    backend.no_padding()
+    """Make the backend encode special tokens that are spelled in a text as plain text."""
     # `encode_special_tokens` works only for tokens flagged "special": text that spells another would become that token.
     flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     unflagged = sorted(set(named.values()) - flagged)

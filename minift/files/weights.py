@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minift.errors import UserError
-from minift.files.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from minift.files.adapters import ADAPTER_CONFIG, pick_adapter_weights
 from minift.files.hub import Repository, fetch, look_up
 from minift.files.tensors import EMBEDDING, HEAD, read_state
-from minift.files.text import atomic_write, read_json, write_json
+from minift.files.text import atomic_write, check_not_pointer, read_json, write_json
 from minift.lora import SCORE
 from minift.model import ACTIVATIONS, OPT, OPTConfig, RewardModel
 
@@ -90,8 +90,8 @@ def fetch_weights(name: str, revision: str | None = None) -> None:
     Raises UserError if the repository has no weights, and like `look_up`.
     """
     repository = look_up(name, "model", revision)
-    if ADAPTER_CONFIG in repository.files and "config.json" not in repository.files:
-        names = [ADAPTER_WEIGHTS]
+    if ADAPTER_CONFIG in repository.files and not {*LAYOUTS} & {*repository.files}:
+        names = [pick_adapter_weights(repository.files)]
     else:
         names = [name for name in repository.files if "/" not in name]
         names = _pick_weights(names, repository, lambda index: fetch(repository, [index])[0])
@@ -180,6 +180,8 @@ def _load(
 ) -> Model:
     """Return a model with the weights of a folder, and with `fresh` ones for those that the folder lacks."""
     files = weight_files(folder)
+    for path in files:
+        check_not_pointer(path)
     width, stored = config.hidden_size, sum(path.stat().st_size for path in files)
     # However narrow a layer is, its modules take the memory of some thousand weights.
     claimed = config.num_hidden_layers * max(4 * width * width + 2 * width * config.ffn_dim, 2**14)

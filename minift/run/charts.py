@@ -7,6 +7,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 BUCKETS = 400  # a long curve is drawn as the lowest and highest point of each of this many buckets
+LARGEST, SMALLEST = 1e100, 1e-100  # larger steps and values are not drawn; smaller ranges are drawn as flat
 SMOOTHING = 0.02  # the smoothed curve averages over about this proportion of a run
 
 WIDTH, HEIGHT = 640, 240  # of a chart, in SVG units
@@ -16,7 +17,7 @@ Point = tuple[float, float]
 
 
 class Curve(NamedTuple):
-    """One line of a chart; `points` are (step, value), all finite."""
+    """One line of a chart; `points` are (step, value), none beyond ±LARGEST."""
 
     css_class: str
     label: str
@@ -27,12 +28,12 @@ def chart(name: str, curves: list[Curve]) -> str:
     """Return the SVG of curves over the same steps; at least one of them has a point."""
     xs, ys = zip(*(point for curve in curves for point in curve.points), strict=True)
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    x_low, x_range = min(xs), max(max(xs) - min(xs), 1)
     y_low, y_high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
     floor = HEIGHT - BOTTOM
 
     def in_svg(point: Point) -> Point:
-        across = (point[0] - x_low) / (x_high - x_low)
+        across = (point[0] - x_low) / x_range
         up = (point[1] - y_low) / (y_high - y_low)
         return LEFT + across * (WIDTH - LEFT - RIGHT), floor - up * (floor - TOP)
 
@@ -42,7 +43,7 @@ def chart(name: str, curves: list[Curve]) -> str:
         shapes.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         shapes.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:.6g}</text>')
     for tick in x_ticks:
-        if tick == int(tick) and x_low <= tick <= x_high:  # steps are whole numbers
+        if tick == int(tick) and x_low <= tick <= x_low + x_range:  # steps are whole numbers
             x = in_svg((tick, y_low))[0]
             anchor = "end" if x > WIDTH - 3 * RIGHT else "middle"
             shapes.append(f'<text x="{x:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{tick:,.0f}</text>')
@@ -61,8 +62,8 @@ def chart(name: str, curves: list[Curve]) -> str:
 
 def ticks(low: float, high: float) -> list[float]:
     """Return four to nine round numbers that enclose low … high: multiples of 1, 2 or 5 times a power of ten."""
-    if not high - low > 1e-9 * max(abs(low), abs(high)):  # a flat line still needs a scale
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if high else (0.0, 1.0)
+    if not high - low > max(1e-9 * max(abs(low), abs(high)), SMALLEST):  # a flat line still needs a scale
+        low, high = (low - abs(low) / 2, high + abs(high) / 2) if abs(high) > SMALLEST else (0.0, 1.0)
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     unit = power * next(multiple for multiple in (1, 2, 5, 10) if multiple * power >= rough * (1 - 1e-9))

@@ -20,7 +20,7 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,7 +31,7 @@ from minift.config import Config, flag_of, to_dict
 from minift.errors import UserError
 from minift.files.hub import at_commit, commit_of, data_files
 from minift.files.pretrained import ModelFiles, find_model
-from minift.files.text import parse_json_lines, read_json, read_text, sha256, to_json, write_json, write_json_lines
+from minift.files.text import parse_json_lines, read_json, read_text, say, sha256, to_json, write_json, write_json_lines
 from minift.prompts import Template
 from minift.run import checkpoint, interrupts
 from minift.run.device import pick_device, pick_dtype, weights_dtype
@@ -85,7 +85,7 @@ class Run:
             "task": self.script,
             "values": to_dict(self.config, self.script),
             "template": asdict(template),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
             "fingerprints": fingerprints | self.model_files.fingerprints(),
             "commits": commits | {"weights": commit_of(self.model_files.own)},
         }
@@ -93,7 +93,7 @@ class Run:
             earlier = _check_same_run(self.folder, self.record, may_differ={"lr"} if self._has_own_lr() else set())
             if earlier.get("lr") == self.config.lr:
                 return
-            print(f"--lr was {earlier.get('lr')}; from the last checkpoint on it is {self.config.lr}")
+            say(f"--lr was {earlier.get('lr')}; from the last checkpoint on it is {self.config.lr}")
         else:
             _make_folder(self.folder)
         write_json(self.folder / "run.json", self.record)
@@ -206,19 +206,31 @@ def _parse_objects(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
     return lines
 
 
+def _version(package: str) -> str | None:
+    """Return an installed package's version; None if minift runs from its folder, where it has no metadata."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _make_folder(folder: Path) -> None:
     """Make a run's folder and lock it; rename the folder of an earlier run."""
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)  # so that new/../run is the earlier run too
         is_run = (folder / "run.json").exists()
         if not is_run and folder.exists() and {path.name for path in folder.iterdir()} - LEFT_BY_A_START:
             raise UserError(f"--out {folder}: not empty and not an earlier run, expected a new folder or a run's")
+        if is_run and Path.cwd().is_relative_to(folder.resolve()):
+            raise UserError(f"--out {folder}: an earlier run, which can't be renamed, as the current folder is in "
+                            "it; expected another folder")  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         _hold(folder)
         if is_run:
             names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
             previous = next(name for name in names if not name.exists())
             folder.rename(previous)
-            print(f"the earlier run is kept in {previous}")
+            say(f"the earlier run is kept in {previous}")
             folder.mkdir()
             _hold(folder)
             (previous / LOCK).unlink()
@@ -238,7 +250,7 @@ def _hold(folder: Path) -> None:
     except BlockingIOError:
         is_free = False
     except OSError as error:  # a file system without locks
-        print(f"{folder} can't be locked ({error.strerror}): do not start another run in it")
+        say(f"{folder} can't be locked ({error.strerror}): do not start another run in it")
     # Between opening and locking the file, the other run can have ended, or renamed the folder.
     if not is_free or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
         file.close()

@@ -1,13 +1,13 @@
 """The HTML page of a run: results, curves, samples, values, in one file that loads nothing else."""
 
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from minift.errors import UserError
 from minift.files.text import write_text
-from minift.run.charts import Curve, chart, smoothed
+from minift.run.charts import LARGEST, Curve, chart, smoothed
 
 NOT_CURVES = {"step", "split", "tokens", "supervised_tokens", "pairs", "prompts", "seconds"}
 FIRST_CURVES = ["loss", "lr", "grad_norm"]
@@ -23,11 +23,28 @@ def write_report(
     metrics: the lines of `metrics.jsonl`, each with a number as `step` and train or eval as `split`.
     samples: the lines of `samples.jsonl`.
 
-    Raises UserError if the folder cannot be written.
+    A lone surrogate is written as its escape. Raises UserError if the folder cannot be written, or for lists and
+    objects nested hundreds deep.
     """
     name = folder.resolve().name
     title = escape(f"{name}: {record['task']}" if "task" in record else name)
-    parts = [f"<h1>{title}</h1>"]
+    try:
+        body = _body(record, metrics, samples)
+    except RecursionError:
+        raise UserError(f"{folder}: a value is nested too deeply, expected the files that a run wrote") from None
+    page = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head>\n"
+        f"<body><main>\n<h1>{title}</h1>\n{body}\n</main></body></html>\n"
+    )
+    path = folder / "report.html"
+    write_text(path, page.encode("utf-8", "backslashreplace").decode())
+    return path
+
+
+def _body(record: dict[str, Any], metrics: Sequence[dict[str, Any]], samples: Sequence[dict[str, Any]]) -> str:
+    parts = []
     if record.get("results"):
         parts += ["<h2>Results</h2>", _results_table(record["results"])]
     if metrics:
@@ -41,15 +58,7 @@ def write_report(
     for key, value in record.items():
         if isinstance(value, dict) and key != "results":
             parts += [f"<h2>{_title(key)}</h2>", _values_table(value)]
-    body = "\n".join(parts)
-    path = folder / "report.html"
-    write_text(
-        path,
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n",
-    )
-    return path
+    return "\n".join(parts)
 
 
 # ---- tables ----
@@ -126,21 +135,25 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_drawable(number: float) -> bool:
+    return -LARGEST <= number <= LARGEST  # NaN fails both; Python's whole numbers may be too large for a float
+
+
 def _figure(name: str, metrics: Sequence[dict[str, Any]]) -> str:
     """Return the chart of one metric over the steps: training, training smoothed, and the evaluations."""
     points = {
         split: [(line["step"], line[name]) for line in metrics if line["split"] == split and _is_number(line.get(name))]
         for split in ("train", "eval")
     }
-    finite = {split: [point for point in series if all(map(math.isfinite, point))] for split, series in points.items()}
-    omitted = sum(map(len, points.values())) - sum(map(len, finite.values()))
-    smooth = smoothed(finite["train"]) if name != "lr" else []  # the learning rate is a smooth curve already
-    curves = [Curve("train" if smooth else "smooth", "training", finite["train"])]
-    curves += [Curve("smooth", "training, smoothed", smooth), Curve("eval", "held out", finite["eval"])]
+    drawn = {split: [point for point in series if all(map(_is_drawable, point))] for split, series in points.items()}
+    omitted = sum(map(len, points.values())) - sum(map(len, drawn.values()))
+    smooth = smoothed(drawn["train"]) if name != "lr" else []  # the learning rate is a smooth curve already
+    curves = [Curve("train" if smooth else "smooth", "training", drawn["train"])]
+    curves += [Curve("smooth", "training, smoothed", smooth), Curve("eval", "held out", drawn["eval"])]
     curves = [curve for curve in curves if curve.points]
     labels = [f'<span class="{curve.css_class}">{curve.label}</span>' for curve in curves]
     legend = " ".join(labels) if len(labels) > 1 else ""
-    note = f" (not finite, so not drawn: {omitted})" if omitted else ""
+    note = f" (not finite or too large, so not drawn: {omitted})" if omitted else ""
     svg = chart(name, curves) if curves else ""
     return f"<figure><figcaption><b>{_title(name)}</b> {legend}{note}</figcaption>{svg}</figure>"
 

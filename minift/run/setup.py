@@ -13,6 +13,7 @@ from minift.files.datasets import Row, drop_rows_with_input, load_rows, split
 from minift.files.hub import commit_of
 from minift.files.pretrained import ModelFiles
 from minift.files.templates import save_template
+from minift.files.text import say
 from minift.files.tokenizer import save_tokenizer
 from minift.files.weights import save_model
 from minift.lora import adapters_of, add_lora, merge, num_adapter_parameters, unmerge
@@ -75,7 +76,7 @@ def prepare(model: Model, run: Run) -> Model:
             raise UserError(f"--lora-{error}") from None
         head = ", and the head" if isinstance(model, RewardModel) else ""
         note = " (--model is adapters: the run will have no adapter/)" if run.model_files.are_adapters else ""
-        print(f"LoRA: {num_adapter_parameters(model):,} parameters to train{head}{note}")
+        say(f"LoRA: {num_adapter_parameters(model):,} parameters to train{head}{note}")
     return model
 
 

@@ -1,0 +1,102 @@
+"""What reaches the terminal: no control characters from files, and nothing that the terminal cannot encode."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minift.commands import generate, preview, score, winrate
+from minift.commands.cli import run_command
+from minift.files.pretrained import find_model, new_reward_model
+from minift.files.tokenizer import save_tokenizer
+from minift.files.weights import save_model
+from tests.runs import ROOT, SHIPPED, run, write_lines
+
+NASTY = "é\x1b[2J\x1b[31m\x1b]0;title\x07\x08\r\x7f\x9b1m\u202e😀"
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]")
+PAIR = {"prompt": f"Ask {NASTY}", "chosen": f"a {NASTY}", "rejected": f"b {NASTY}", "kind": f"k{NASTY}"}
+INSTRUCTION = {"instruction": f"Ask {NASTY}", "input": "", "output": f"a {NASTY}", "kind": f"k{NASTY}"}
+FLAGS = ["--model", SHIPPED, "--device", "cpu", "--max-steps", 1, "--batch-size", 2, "--max-length", 200]
+
+
+def rows_file(folder: Path, row: dict, count: int = 3) -> Path:
+    """Return a file whose name is as nasty as its rows."""
+    return write_lines(folder / f"rows{NASTY}.jsonl", [row] * count)
+
+
+def run_of(script: str, folder: Path) -> list[object]:
+    data = rows_file(folder, INSTRUCTION if script == "sft" else PAIR)
+    template = ["--response-template", NASTY] if script == "sft" else []
+    return [*FLAGS, "--data", data, "--eval-data", data, "--out", folder / f"run{NASTY}", *template]
+
+
+@pytest.mark.parametrize("script", ["sft", "rm"])
+def test_a_script_prints_no_control_characters(script: str, tmp_path: Path) -> None:
+    printed = run(script, *run_of(script, tmp_path))
+    assert not CONTROL.search(printed)
+    assert printed.count("\\x1b[2J") > 10 and "results" not in printed
+
+
+def test_commands_print_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    judge = tmp_path / "judge"
+    model, tokenizer = new_reward_model(find_model(SHIPPED), seed=1)
+    save_model(model, judge)
+    save_tokenizer(tokenizer, judge)
+    pairs = rows_file(tmp_path, PAIR).rename(tmp_path / f"pairs{NASTY}.jsonl")
+    prompts = write_lines(tmp_path / "p.jsonl", [{"instruction": NASTY}])
+    folder = tmp_path / f"model{NASTY}"
+    folder.symlink_to(SHIPPED)
+    short = ["--prompts", prompts, "--max-new-tokens", 1, "--device", "cpu"]
+    for command, flags in (
+        (score, ["--model", judge, "--data", pairs, "--device", "cpu"]),
+        (preview, ["--model", folder, "--data", rows_file(tmp_path, INSTRUCTION)]),
+        (generate, ["--model", folder, *short]),
+        (winrate, ["--model-a", folder, "--model-b", folder, "--judge", judge, *short]),
+    ):
+        command.main([*map(str, flags)])
+        printed = capsys.readouterr()
+        assert printed.out and not CONTROL.search(printed.out)
+        assert not CONTROL.search(re.sub("\r|\x1b\\[A", "", printed.err))  # those of progress bars
+        if command is generate:
+            assert json.loads(printed.out)["instruction"] == NASTY
+
+
+def test_an_error_prints_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for arguments in (
+        ["--model", SHIPPED, "--data", tmp_path / f"{NASTY}.jsonl"],
+        ["--model", SHIPPED, "--data", rows_file(tmp_path, {"text": NASTY}), "--template", NASTY],
+        [NASTY],
+    ):
+        with pytest.raises(SystemExit):
+            run_command(lambda: preview.main([*map(str, arguments)]))  # noqa: B023
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and not CONTROL.search(message)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "C"])
+def test_output_that_is_not_utf8(encoding: str, tmp_path: Path) -> None:
+    """Both streams of a process: `C` is the locale without UTF-8 mode, which also decides how file names are read."""
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    if encoding == "C":
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONIOENCODING"}
+        environment |= {"LC_ALL": "C", "PYTHONUTF8": "0"}
+
+    def execute(*command: object) -> subprocess.CompletedProcess:
+        words = [sys.executable, *map(str, command)]
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, timeout=300)
+
+    data = rows_file(tmp_path, INSTRUCTION)
+    good = execute("-m", "minift", "preview", "--model", SHIPPED, "--data", data)
+    assert (good.returncode, good.stderr) == (0, b"") and b"\\u27e6" in good.stdout
+    bad = execute("-m", "minift", "preview", "--model", SHIPPED, "--data", tmp_path / "né😀.jsonl")
+    assert bad.returncode == 2 and bad.stderr.count(b"\n") == 1 and b"no such file" in bad.stderr
+    if encoding in ("ascii", "C"):
+        for script in ("sft", "rm"):
+            done = execute(f"train_{script}.py", *run_of(script, tmp_path))
+            assert done.returncode == 0, done.stderr[-2000:]
+            assert b"files in" in done.stdout
+        assert execute("train_rm.py", "--help").returncode == 0  # it has a ²
