@@ -98,4 +98,7 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             code, number = ord(text[error.start]), error.start + 1
             raise ValueError(f"lone surrogate U+{code:04X} at character {number}: not valid Unicode text") from None
-        return self._backend.encode(text, add_special_tokens=False)
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library's errors are bare Exceptions
+            raise ValueError(f"the tokenizer cannot encode it: {error}") from None

@@ -112,6 +112,7 @@ def test_bad_input_ends_in_one_line(tokenizer, data, tmp_path):
         ({"--data": str(tmp_path)}, None, "a directory"),
         ({"--template": "coarse"}, None, "--template coarse: no such file, expected one of"),
         ({"--max-length": "0"}, None, "--max-length: '0': expected a whole number of at least 1"),
+        ({"--max-length": "9" * 5000}, None, "expected a whole number of at least 1, of 9 digits at most"),
         ({"--rows": "-1"}, None, "--rows"),
         ({"--supervise": "some"}, None, "--supervise"),
         ({"--max": "5"}, None, "unrecognized arguments"),

@@ -77,7 +77,7 @@ def test_an_error_prints_no_control_characters(tmp_path: Path, capsys: pytest.Ca
         assert message.count("\n") == 1 and not CONTROL.search(message)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "C"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "C"])
 def test_output_that_is_not_utf8(encoding: str, tmp_path: Path) -> None:
     """Both streams of a process: `C` is the locale without UTF-8 mode, which also decides how file names are read."""
     environment = os.environ | {"PYTHONIOENCODING": encoding}
@@ -94,9 +94,9 @@ def test_output_that_is_not_utf8(encoding: str, tmp_path: Path) -> None:
     assert (good.returncode, good.stderr) == (0, b"") and b"\\u27e6" in good.stdout
     bad = execute("-m", "minift", "preview", "--model", SHIPPED, "--data", tmp_path / "né😀.jsonl")
     assert bad.returncode == 2 and bad.stderr.count(b"\n") == 1 and b"no such file" in bad.stderr
-    if encoding in ("ascii", "C"):
-        for script in ("sft", "rm"):
-            done = execute(f"train_{script}.py", *run_of(script, tmp_path))
-            assert done.returncode == 0, done.stderr[-2000:]
-            assert b"files in" in done.stdout
+    for script in {"ascii": ["rm"], "C": ["sft"]}.get(encoding, []):
+        done = execute(f"train_{script}.py", *run_of(script, tmp_path))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert b"files in" in done.stdout
+    if encoding == "ascii":
         assert execute("train_rm.py", "--help").returncode == 0  # it has a ²

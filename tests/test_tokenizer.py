@@ -299,6 +299,17 @@ def test_broken_files_end_in_one_line(tokenizer_directory, gpt2_tokenizer_direct
     assert capfd.readouterr().err == ""  # a panic of the library would print itself
 
 
+def test_a_text_that_the_library_cannot_encode(gpt2_tokenizer_directory, tmp_path):
+    values = json.loads((gpt2_tokenizer_directory / "tokenizer.json").read_text())
+    del values["model"]["vocab"]["Z"]
+    values["model"]["unk_token"] = "<nowhere>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    shutil.copy(gpt2_tokenizer_directory / "tokenizer_config.json", tmp_path)
+    assert load_tokenizer(tmp_path).encode("a")
+    with pytest.raises(ValueError, match="the tokenizer cannot encode it: "):
+        load_tokenizer(tmp_path).encode("aZ")
+
+
 def test_a_stored_truncation_is_not_used(gpt2_tokenizer_directory, tmp_path):
     values = json.loads((gpt2_tokenizer_directory / "tokenizer.json").read_text())
     cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}

@@ -30,8 +30,11 @@ def whole_number(least: int) -> Callable[[str], int]:
     """Return a `type` for `add_argument` that accepts whole numbers of at least `least`."""
 
     def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {least}")
+        if not text.isdecimal() or len(text) > 9 or int(text) < least:
+            shown = text if len(text) <= 60 else text[:60] + "…"
+            raise argparse.ArgumentTypeError(
+                f"{shown!r}: expected a whole number of at least {least}, of 9 digits at most"
+            )
         return int(text)
 
     return read

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minift.errors import UserError
-from minift.files.text import fsync, read_json, write_json
+from minift.files.text import check_not_pointer, fsync, read_json, write_json
 from minift.trainer import Progress
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -81,6 +81,7 @@ def load(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     try:
         progress = _read_progress(file)
         file = folder / "training.safetensors"
+        check_not_pointer(file)
         tensors = load_file(file)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         _check_model(folder, trained, tensors)
