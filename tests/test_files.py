@@ -79,6 +79,10 @@ def test_a_git_lfs_pointer_is_named_wherever_a_file_is_opened(tmp_path):
         if kept is not None:
             path.write_bytes(kept)
     load_language_model(tmp_path / "adapters")
+    (tmp_path / "model" / "model.safetensors").write_bytes(pointer)
+    (tmp_path / "model" / "config.json").write_text('{"vocab_size": 50272, "num_hidden_layers": 24}')
+    with pytest.raises(UserError, match="model.safetensors: a Git LFS pointer, "):  # not "truncated"
+        load_language_model(tmp_path / "adapters")
     for name in ("rows.jsonl", "rows.json", "rows.parquet"):
         with pytest.raises(UserError, match=f"{name}: a Git LFS pointer, not the file itself: run `git lfs pull`"):
             load_rows(tmp_path / name)
