@@ -10,11 +10,10 @@ from torch import Tensor
 
 from minift.batching import Loader, PairBatch, collate_rankings
 from minift.commands import terminal
-from minift.commands.flags import describe, parse
+from minift.commands.flags import parse
 from minift.files.datasets import PAIR_SCHEMAS
 from minift.files.pretrained import new_reward_model
 from minift.files.templates import load_template
-from minift.files.text import say
 from minift.lora import merge
 from minift.losses import bradley_terry, completion_cross_entropy, preference_metrics
 from minift.pairs import encode_rankings, group_by_chosen, swap_half
@@ -28,7 +27,7 @@ from minift.trainer import Task, train
 def main() -> None:
     """Turn a language model into a reward model; measure held-out accuracy before and after."""
     config = parse("rm")
-    say(describe(config, "rm") + "\n")
+    terminal.print_values(config, "rm")
     run = Run("rm", config)  # nothing on disk yet
 
     # 1. A language model's body with a fresh head of one output, and its tokenizer.

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from minift.batching import Batch, Loader, collate
 from minift.commands import terminal
-from minift.commands.flags import describe, parse
+from minift.commands.flags import parse
 from minift.encode import encode_rows
 from minift.files.datasets import TRAINING_SCHEMAS
 from minift.files.pretrained import load_base_model
 from minift.files.templates import load_template
-from minift.files.text import say
 from minift.lora import merge
 from minift.losses import completion_cross_entropy
 from minift.run.exam import compare_bleu, complete_greedily, held_out_prompts
@@ -27,7 +26,7 @@ from minift.trainer import Task, train
 def main() -> None:
     """Fine-tune a language model on instructions; measure held-out loss and BLEU before and after."""
     config = parse("sft")
-    say(describe(config, "sft") + "\n")
+    terminal.print_values(config, "sft")
     run = Run("sft", config)  # nothing on disk yet
 
     # 1. A pre-trained model and its tokenizer.

@@ -47,14 +47,11 @@ class Options:
     def __post_init__(self) -> None:
         is_beam, is_sampled = self.num_beams > 1, self.temperature > 0
         counts = ("max_new_tokens", "num_samples", "num_beams", "batch_size")
-        # NaN fails every comparison, so none of these allows it.
+        # NaN fails every comparison. Scores are divided by temperature and penalty: tiny ones would make them infinite.
         for name, is_valid, expected in (
-            *((count, getattr(self, count) >= 1, "1 or more") for count in counts),
-            *((count, getattr(self, count) <= 10**9, "1000000000 at most") for count in counts),
+            *((count, 1 <= getattr(self, count) <= 10**9, "1 or more, 1000000000 at most") for count in counts),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
-            # Scores are divided by these two: much smaller ones would make float32 scores infinite.
-            ("temperature", not 0 < self.temperature < 1e-9, "0 (no sampling) or at least 1e-9"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (no sampling) or more"),
+            ("temperature", self.temperature == 0 or 1e-9 <= self.temperature < math.inf, "0 (greedy) or 1e-9 or more"),
             ("temperature", not (is_beam and is_sampled), "0 with beams: beam search does not sample"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
             ("top_k", is_sampled or self.top_k == 0, "0 at temperature 0, where nothing is sampled"),

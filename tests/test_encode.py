@@ -252,12 +252,6 @@ def test_an_error_about_text_rows_is_short(tokenizer):
     assert "the row has '\\n### RESPONSE:\\nx'" in str(caught.value) and len(str(caught.value)) < 400
 
 
-def test_a_token_that_spans_prompt_and_completion_is_explained(tokenizer):
-    summary = encode_rows([{"prompt": "### Resp", "completion": "onse:"}], tokenizer, COURSE, max_length=None).summary
-    assert "1 row where one token spans prompt and completion: " in summary
-    assert "answers get worse; begin the completion, not end the prompt" in summary
-
-
 def test_prompt_and_reference_for_generation(tokenizer):
     for row in ROWS:
         prompt = encode_prompt(row, tokenizer, COURSE)

@@ -512,7 +512,7 @@ def test_flags_that_ask_for_sampling(flags: list[str], sampled: bool) -> None:
 
 WRONG_COMMANDS = [
     (["--num-beams", "0"], "--num-beams is 0, expected 1 or more"),
-    (["--temperature", "1e-39"], "--temperature is 1e-39, expected 0 (no sampling) or at least 1e-9"),
+    (["--temperature", "1e-39"], "--temperature is 1e-39, expected 0 (greedy) or 1e-9 or more"),
     (["--num-beams", "two"], "--num-beams: invalid int value: 'two'"),
     (["--top-p", "2"], "--top-p is 2.0, expected 0 to 1"),
     (["--temperature", "-1"], "--temperature is -1.0"),

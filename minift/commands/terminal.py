@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from minift.batching import Loader, collate_rankings
 from minift.bleu import tokens as words
+from minift.commands.flags import describe
 from minift.config import Config
 from minift.encode import IGNORE_INDEX, Example
 from minift.encoded import Encoded
@@ -22,6 +23,11 @@ GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 MAX_NGRAM = 4  # of BLEU: a text with fewer words has none
 SHOWN, MAX_LINES = 3, 12  # examples or samples printed, and lines of each of their texts
 MEASURED_STEPS, MEASURED_RANKINGS = 50, 1000  # how many are collated to measure tokens
+
+
+def print_values(config: Config, script: str) -> None:
+    """Print the value of each flag and where it comes from."""
+    say(describe(config, script) + "\n")
 
 
 def print_summaries(*data_sets: Encoded) -> None:
