@@ -76,7 +76,7 @@ def main() -> None:
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, base)
-    unit = "prompts" if config.group_prompts else "pairs"
+    unit = "prompts" if any(ranking.best_only for ranking in rankings) else "pairs"
     train(Task(model, loss, train_batches, eval_batches, write_model, unit, run.dtype), config, run)
     write_model(run.folder)
 

@@ -59,7 +59,7 @@ def _option(default: Any, domain: Domain, group: str, meaning: str, scripts: tup
 
 @dataclass(frozen=True)
 class Config:
-    """The options of one run. What `None` means is in each option's text."""
+    """The options of one run. Each option's text says what `None` means for it."""
 
     # fmt: off
     recipe: str | None = _option(None, _choice("tiny", "course"), DATA, "named values for the other flags; a flag "

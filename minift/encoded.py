@@ -73,7 +73,7 @@ class Encoded(Generic[Item]):
 
 
 def location_of(row: Mapping[str, Any], number: int) -> str:
-    """Return a row's place in its file ("line 17"), or its number, counted from 1, if it does not have a file."""
+    """Return where a row is in its file ("line 17"), or its number, counted from 1, if it does not have a file."""
     return getattr(row, "location", f"row {number}")
 
 

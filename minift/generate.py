@@ -211,7 +211,7 @@ class Prefill:
     copies: int
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Store `(R, H, T, D)`; attention is causal among these very tokens."""
+        """Store `(R, H, T, D)`; attention is causal among these tokens."""
         first, length = len(self.cache.lengths), key.shape[2]
         slots = slice(first, first + self.copies * len(key))
         stored = self.cache.layer(layer, key, length)  # (2, slots, H, capacity, D)

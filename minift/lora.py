@@ -29,8 +29,7 @@ class LoRALinear(nn.Module):
         self.alpha = alpha
         self.scale = alpha / rank
         self.dropout = dropout
-        # Drawn on the CPU, so that a seed gives the same values on every device. ±in^-½ is kaiming_uniform's range, a =
-        # √5.
+        # Drawn on the CPU, so that a seed gives the same values on every device, in the range of kaiming_uniform(a=√5).
         dtype = _at_least_float32(linear.weight)
         bound = linear.in_features**-0.5
         down = torch.empty(rank, linear.in_features, dtype=dtype).uniform_(-bound, bound)

@@ -1,7 +1,7 @@
 """Losses as (sum, count), never means: cross entropy of the completions, and Bradley–Terry for preferences.
 
 `plain_cross_entropy` is the definition, in two lines. `completion_cross_entropy` computes the same without ever holding
-the logits of all tokens.
+the logits of all tokens. torch's `F.linear_cross_entropy` does so too; the tests compare with both.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ CHUNK = 1024  # supervised positions whose logits exist at the same time
 def next_token_labels(labels: Tensor, positions: Tensor) -> Tensor:
     """Shift `labels (N,)`: return for each token the label of the next one in its row, else IGNORE_INDEX.
 
-    This is the only place that shifts labels. The next token in the list belongs to another row if its position is 0.
+    Labels are shifted here and nowhere else. The next token in the list belongs to another row if its position is 0.
     """
     shifted = torch.full_like(labels, IGNORE_INDEX)
     shifted[:-1] = labels[1:].where(positions[1:] != 0, IGNORE_INDEX)
@@ -42,7 +42,7 @@ def completion_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, posit
     """
     targets = next_token_labels(labels, positions)  # (N,)
     where = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (M,)
-    # Inside an autograd function gradients are always off, so it is told whether they are wanted.
+    # Gradients are always off inside an autograd function, so whether they are needed is passed to it.
     loss = _ChunkedCrossEntropy.apply(hidden.index_select(0, where), head, targets[where], torch.is_grad_enabled())
     return loss, torch.tensor(len(where), device=hidden.device)
 

@@ -54,8 +54,8 @@ class OPTConfig:
 class RowLayout(NamedTuple):
     """Index lists that gather the flat list into padded rows and scatter it back, computed once per forward pass."""
 
-    gather: Tensor  # (R * T,) the token at each place of the padded rows; places past a row's end repeat token 0
-    scatter: Tensor  # (N,) one place of each token in the padded rows
+    gather: Tensor  # (R * T,) the token in each cell of the padded rows; cells past a row's end repeat token 0
+    scatter: Tensor  # (N,) one cell of each token
     num_rows: int
 
 
@@ -77,15 +77,15 @@ def row_layout(rows: Tensor, num_tokens: int) -> RowLayout:
     all of them the same result.
     """
     flat = rows.flatten()  # (R * T,)
-    places = (flat >= 0).nonzero().squeeze(1)
+    cells = (flat >= 0).nonzero().squeeze(1)
     scatter = torch.zeros(num_tokens, dtype=torch.long, device=rows.device)
-    # Take the smallest place: with plain assignment the winner, and so the rounding, would depend on threads.
-    scatter.scatter_reduce_(0, flat[places], places, "amin", include_self=False)
+    # Take the smallest cell: with plain assignment the winner, and so the rounding, would depend on threads.
+    scatter.scatter_reduce_(0, flat[cells], cells, "amin", include_self=False)
     return RowLayout(flat.clamp(min=0), scatter, rows.shape[0])
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention of packed tokens: the only place where rows, and so padding, exist."""
+    """Causal multi-head attention of packed tokens: the only module with rows, and so with padding."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()

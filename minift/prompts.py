@@ -29,7 +29,7 @@ class Template:
 
     @property
     def response_template(self) -> str:
-        r"""The text between the last placeholder and {response}: "### Response:\n" in `course`; "" if there is none."""
+        r"""Return the text between last field and {response}: "### Response:\n" in `course`; "" if there is none."""
         return PLACEHOLDER.split(self.without_input.split("{response}")[0])[-1].lstrip()
 
 

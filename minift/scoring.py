@@ -152,11 +152,11 @@ def examine(rewards: Sequence[Sequence[float]], categories: Sequence[str | None]
     """Measure how rewards agree with rankings: accuracy by category with 95% intervals, ties, calibration.
 
     `rewards` holds the rewards of each row's responses, best first; K responses make K(K - 1)/2 pairs. Accuracy is the
-    win rate of the better response. If a model has no preference, the mean of σ(chosen − rejected) is near 0.5, and the
+    win rate of the chosen response. If a model has no preference, the mean of σ(chosen − rejected) is near 0.5, and the
     accuracy only reflects tiny differences. The intervals treat pairs as independent; pairs of one prompt are not
     quite.
     """
-    differences = [[better - worse for better, worse in combinations(its_rewards, 2)] for its_rewards in rewards]
+    differences = [[chosen - rejected for chosen, rejected in combinations(ranked, 2)] for ranked in rewards]
     groups = {name: [*chain(*group)] for name, group in by_category(differences, categories).items()}
     rates = {name: win_rate(group) for name, group in groups.items()}
     error, brier = calibration(groups["all"])

@@ -23,8 +23,8 @@ class Tokenizer:
     `bos_token_id`   the id that `encode` puts in front of every text, or None: OPT 2, GPT-2 and Galactica None
     `bos_token`      the BOS token's name for templates, or None; GPT-2 has one although `encode` adds none
     `eos_token`, `eos_token_id`
-    `pad_token_id`   the EOS's id if the tokenizer has no padding token. No batch of minift's holds it, as padding
-                     exists only inside attention: it is for the files that other programs read.
+    `pad_token_id`   the EOS's id if the tokenizer has no padding token. It is used in saved files only: minift's
+                     batches have no padding.
     `vocab_size`     the largest id + 1
     `files`          the files it was read from: name → content
     """

@@ -288,7 +288,7 @@ def test_help_shows_groups_defaults_and_what_make_runs(script, capsys, monkeypat
     for option in options_of(script):
         [entry] = [entry for entry in entries if entry.startswith(f"{flag_of(option.name)} ")]
         default = defaults_of(script)[option.name]
-        value = RECIPES[script]["tiny"].get(option.name, default)
+        value = getattr(parse(script, []), option.name)
         is_shown = default is not None and default is not False
         expected = [
             (",".join(default) if type(default) is tuple else str(default)) if is_shown else None,

@@ -53,7 +53,13 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
     }
     if given.get("eval_fraction") and "eval_data" in given:
         raise UserError("--eval-fraction: --eval-data already holds the evaluation rows, give one of the two")
+    config = _resolve(script, given)
+    _check_together(to_dict(config, script))
+    return config
 
+
+def _resolve(script: str, given: dict[str, Any]) -> Config:
+    """Fill in the values that the given flags leave to a recipe or to the defaults."""
     # A recipe never leaks into a run with the user's own model or data, unless it is named.
     own = "model" in given or "data" in given
     name = given.get("recipe", None if own else "tiny")
@@ -64,7 +70,6 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
     values = defaults_of(script) | recipe | given
     for name in {"model", "data", "eval_data"} - given.keys():
         values[name] = _shipped(values[name])
-    _check_together(values)
     origins = {option: "flag" if option in given else "recipe" if option in recipe else "default" for option in values}
     if values["eval_data"] is not None:
         values["eval_fraction"], origins["eval_fraction"] = 0.0, origins["eval_data"]
@@ -97,7 +102,7 @@ def _help(option: Field, script: str) -> str:
     domain, default = option.metadata["domain"], defaults_of(script)[option.name]
     notes = [domain.expected] if domain not in (SWITCH, TEXT) else []
     notes += [f"default {_show(default)}"] if default is not None and domain is not SWITCH else []
-    tiny = RECIPES[script]["tiny"].get(option.name, default)
+    tiny = getattr(_resolve(script, {}), option.name)
     notes += [f"`make {script}`: {'on' if tiny is True else _show(tiny)}"] if tiny != default else []
     text = option.metadata["meaning"] + (f" ({'; '.join(notes)})" if notes else "")
     return text.replace("%", "%%")

@@ -1,4 +1,4 @@
-"""What commands print: the labels in colour, pairs, samples, the table of results."""
+"""Printing for commands and scripts: labels in colour, pairs, samples, the table of results."""
 
 import os
 import sys
@@ -101,7 +101,7 @@ def mark(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
 
 
 def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer) -> None:
-    """Print what became of `num_pairs` pairs in grouping, what the loss compares, and how many tokens are saved."""
+    """Print how many of `num_pairs` pairs grouping dropped, the first rankings, and how many tokens are saved."""
     if any(ranking.best_only for ranking in rankings):
         repeated = num_pairs - sum(len(ranking.responses) - 1 if ranking.best_only else 1 for ranking in rankings)
         say(f"  {len(rankings):,} prompts with all their pairs, {repeated} pairs dropped: they repeat another one")

@@ -127,7 +127,7 @@ def load_judge(
 def new_reward_model(
     files: ModelFiles, *, seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[RewardModel, Tokenizer]:
-    """Return a reward model to train, and its tokenizer: a language model's body under a fresh head drawn by `seed`.
+    """Return a reward model to train, and its tokenizer: a language model's body with a fresh head drawn with `seed`.
 
     If the model already has a reward head, that is kept. Raises UserError like `load_language_model`.
     """

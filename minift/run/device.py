@@ -7,7 +7,7 @@ from minift.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device so named; `auto` is the GPU if there is one. UserError for a GPU that does not exist."""
+    """Return the device with this name; `auto` is the GPU if there is one. UserError for a GPU that does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""One training run and its folder. This is the only module that knows a run's files.
+"""One training run and its folder. Other modules write only what `Run` asks them to.
 
 run.json        resolved values, template, versions, fingerprints, commits; after training, the results
 metrics.jsonl   one object per logged step or evaluation

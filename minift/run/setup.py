@@ -1,4 +1,4 @@
-"""What both scripts do around the training loop: load and split rows, prepare the model, export it."""
+"""Steps of both scripts around the training loop: load and split rows, prepare the model, export it."""
 
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -87,7 +87,9 @@ def export(model: OPT | RewardModel, tokenizer: Tokenizer, template: Template, b
     `base`. This is not possible if `base` is itself a folder of adapters: no single folder holds their sum.
     """
     if adapters_of(model) and not base.are_adapters:
-        save_adapters(model, folder / "adapter", base.name, commit_of(base.own))
+        commit = commit_of(base.own)
+        # A local base by its whole path: the adapters can then be used from any folder.
+        save_adapters(model, folder / "adapter", base.name if commit else str(base.own.resolve()), commit)
         save_template(template, folder / "adapter")
     adapters = merge(model)
     save_model(model, folder)
