@@ -278,8 +278,8 @@ def assert_gradients_agree(found: dict[str, Tensor], expected: dict[str, Tensor]
     """Compare gradients by name; none may be 0."""
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        # Softmax ignores a shift of all keys, so the gradient of their bias is 0 but for rounding. The gradient of the
-        # weight beside it tells how much rounding there may be.
+        # Softmax ignores a shift of all keys, so the gradient of their bias is 0 except for rounding. The gradient of
+        # the weight beside it tells how much rounding there may be.
         scale = expected[name.replace("bias", "weight")] if name.endswith("k_proj.bias") else gradient
         assert scale.abs().max() > 0, name
         assert difference(found[name], gradient, scale) < tolerance, name

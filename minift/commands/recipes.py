@@ -32,8 +32,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "center_rewards": 0.01, "group_prompts": True, "lm_weight": 0.03,
             "lr": 1.2e-3, "warmup_steps": 20, "dropout": 0.0, "seed": 1,
         },
-        # The course lab's run, except for the model: the lab's is gpt2. Evaluated and saved once an epoch: 26,514 of the
-        # 33,143 pairs, 3 x 8 at a time.
+        # The course lab's run, except for the model: the lab's is gpt2. Evaluated and saved once an epoch: 26,514 of
+        # the 33,143 pairs, 3 x 8 at a time.
         "course": {
             "model": "facebook/opt-350m", "data": "Dahoas/synthetic-instruct-gptj-pairwise",
             "eval_fraction": 0.2, "out": "runs/rm-course", "template": "dialogue", "max_length": 512,

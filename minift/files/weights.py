@@ -65,7 +65,7 @@ def config_values(config: OPTConfig) -> dict[str, Any]:
 def read_config(folder: str | Path) -> tuple[OPTConfig, str]:
     """Read a folder's config.json: an OPT's config, and the name of its architecture or "".
 
-    Raises UserError if the file is absent, malformed, or of another kind of model.
+    Raises UserError if the file is absent, malformed, or of another architecture.
     """
     path = Path(folder, "config.json")
     values = read_json(path, "an OPT's config.json")
