@@ -1,6 +1,7 @@
 """`minift winrate`: two language models answer the same prompts; a reward model says how often each one wins."""
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,6 +76,11 @@ def main(arguments: list[str] | None = None) -> None:
         score_of = dict(zip(judged, found_scores, strict=True))
         add(f"score_{side}", [score_of.get(number) for number in range(len(rows))])  # None: left out
 
+    _print_wins(args, scores_a, scores_b, len(rows))
+
+
+def _print_wins(args: Namespace, scores_a: list[float], scores_b: list[float], num_prompts: int) -> None:
+    """Print the win rate and what belongs to it as JSON, and a sentence about it on stderr."""
     rate = win_rate(a - b for a, b in zip(scores_a, scores_b, strict=True))
     wins_b = rate.pairs - rate.wins - rate.ties
     found = {
@@ -82,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         "model_b": args.model_b,
         "judge": args.judge,
         "prompts": rate.pairs,
-        "left_out": len(rows) - rate.pairs,
+        "left_out": num_prompts - rate.pairs,
         "wins_a": rate.wins,
         "wins_b": wins_b,
         "ties": rate.ties,

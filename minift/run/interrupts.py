@@ -54,6 +54,7 @@ def deferred() -> Iterator[list[int]]:
         return
 
     def watch() -> None:
+        """Note the first signal; end the process at the second."""
         while data := os.read(reading, 1):
             if data[0] in tuple(NAMES):
                 if received:
