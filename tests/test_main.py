@@ -1,6 +1,7 @@
 """`minift COMMAND` and `python -m minift COMMAND`: the list of commands, unknown names, Ctrl-C during imports."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,9 @@ def test_runs_as_a_module() -> None:
     ],
 )
 def test_make_refuses_a_variable_that_it_would_ignore(arguments, unread):
-    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
+    # As from a shell: `make test` would hand its own variables down to this make.
+    shell = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, env=shell)
     if unread is None:
         assert done.returncode == 0, done.stderr
     else:
