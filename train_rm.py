@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from minift.batching import Loader, PairBatch, collate_rankings
+from minift.batching import Loader
 from minift.commands import terminal
 from minift.commands.flags import parse
 from minift.files.datasets import PAIR_SCHEMAS
@@ -16,7 +16,7 @@ from minift.files.pretrained import new_reward_model
 from minift.files.templates import load_template
 from minift.lora import merge
 from minift.losses import bradley_terry, completion_cross_entropy, preference_metrics
-from minift.pairs import encode_rankings, group_by_chosen, swap_half
+from minift.pairs import PairBatch, collate_rankings, encode_rankings, group_by_chosen, swap_half
 from minift.run.exam import compare_rewards, ranking_sample
 from minift.run.folder import Run
 from minift.run.setup import export, load_splits, max_length_for, prepare

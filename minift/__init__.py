@@ -13,7 +13,7 @@ the heart, which import only each other, torch, numpy and tokenizers:
      8  generate     KV cache, greedy decoding, sampling; processors: which token may follow
      9  beam         beam search
     10  bleu         BLEU
-    11  pairs        preference pairs → ids
+    11  pairs        preference pairs → ids → batches
     12  scoring      a reward model in use
     13  lora         low-rank adapters
         encoded      an encoded data set: what was kept of it, remarks, categories

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minift import processors
-from minift.batching import collate
-from minift.encode import Example
+from minift.batching import pack
 from minift.model import OPT, eval_mode
 
 Completions = list[list[list[int]]]  # for each prompt, the new ids of each of its samples
@@ -167,9 +166,9 @@ def next_logits(model: OPT, cache: "KVCache", newest: list[int], entering: list[
         logits.append(model.logits(hidden).float())  # N = R: one token a row
         cache.lengths = [length + 1 for length in cache.lengths]
     if entering:
-        batch = collate([Example(ids, ids) for ids in entering]).to(model.head.device)
-        hidden = model(batch.input_ids, batch.positions, batch.rows, Prefill(cache, copies))  # (N, E)
-        last = batch.rows.amax(1)  # (R,), as -1 fills the rest of a row
+        input_ids, positions, rows = (tensor.to(model.head.device) for tensor in pack(entering))
+        hidden = model(input_ids, positions, rows, Prefill(cache, copies))  # (N, E)
+        last = rows.amax(1)  # (R,), as -1 fills the rest of a row
         logits.append(model.logits(hidden[last]).float().repeat_interleave(copies, dim=0))
         cache.lengths += [len(ids) for ids in entering for _ in range(copies)]
     return torch.cat(logits)

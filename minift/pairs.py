@@ -1,11 +1,16 @@
-"""Preference pairs and rankings → ids: each response after its prompt, best first."""
+"""Preference pairs and rankings → ids, each response after its prompt, best first; then batches of them."""
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
-from minift.encode import encode_prompt, split_row
+import torch
+from torch import Tensor
+
+from minift.batching import pad_rows
+from minift.encode import IGNORE_INDEX, encode_prompt, split_row
 from minift.encoded import Encoded, location_of
 from minift.errors import UserError
 from minift.prompts import WRAPPED_AGAIN, Template, has_turns, question_fields, question_of
@@ -166,3 +171,103 @@ def _margin(row: Mapping[str, Any], name: str, where: str) -> float:
         )
         raise UserError(f"{where}: field '{name}', its --margin-field, is {problem}")
     return float(margin)
+
+
+# ---- batches ----
+
+
+class PairBatch(NamedTuple):
+    """Packed rows and P pairs of them. All tensors are int64 but margins and weights, which are float64."""
+
+    input_ids: Tensor  # (N,)
+    positions: Tensor  # (N,) from 0 in each row
+    labels: Tensor  # (N,) the tokens of each ranking's best row, IGNORE_INDEX elsewhere
+    rows: Tensor  # (R, T) indices into the flat list, -1 past a row's end; rows of a ranking share their prefixes
+    chosen: Tensor  # (P,) the preferred row of each pair
+    rejected: Tensor  # (P,) the other one
+    margins: Tensor  # (P,) by how much it is preferred
+    weights: Tensor  # (P,) with sum 1 over the pairs of each ranking
+
+    def to(self, device: torch.device) -> "PairBatch":
+        """Return the batch on a device."""
+        return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def collate_rankings(rankings: Sequence[Ranking]) -> PairBatch:
+    """Lay rankings end to end, each shared prefix once.
+
+    A ranking of K responses gives K(K - 1)/2 pairs, with `best_only` the K - 1 pairs of its first response. Their
+    weights are equal and sum to 1. Raises ValueError for a ranking of one response, or with an empty one.
+
+    >>> batch = collate_rankings([Ranking([[2, 10, 11, 20, 2], [2, 10, 11, 2]], margin=0.5)])
+    >>> batch.input_ids
+    tensor([ 2, 10, 11, 20,  2,  2])
+    >>> batch.positions
+    tensor([0, 1, 2, 3, 4, 3])
+    >>> batch.labels
+    tensor([   2,   10,   11,   20,    2, -100])
+    >>> batch.rows
+    tensor([[ 0,  1,  2,  3,  4],
+            [ 0,  1,  2,  5, -1]])
+    >>> batch.chosen, batch.rejected
+    (tensor([0]), tensor([1]))
+    >>> batch.margins, batch.weights
+    (tensor([0.5000], dtype=torch.float64), tensor([1.], dtype=torch.float64))
+    """
+    input_ids: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    rows: list[list[int]] = []
+    pairs: list[tuple[int, int, float, float]] = []  # chosen row, rejected row, margin, weight
+    for responses, margin, best_only in rankings:
+        if len(responses) < 2 or not all(responses):
+            raise ValueError(f"a ranking of rows of {[len(row) for row in responses]} tokens, expected 2 rows or more")
+        tree_ids, tree_positions, tree_rows = share_prefixes(responses)
+        numbers = range(len(rows), len(rows) + len(responses))
+        its_pairs = [(numbers[0], other) for other in numbers[1:]] if best_only else [*combinations(numbers, 2)]
+        pairs.extend((chosen, rejected, margin, 1 / len(its_pairs)) for chosen, rejected in its_pairs)
+        start, best_length = len(input_ids), len(responses[0])  # the best row's tokens are the first of the tree
+        input_ids += tree_ids
+        positions += tree_positions
+        labels += tree_ids[:best_length] + [IGNORE_INDEX] * (len(tree_ids) - best_length)
+        rows += [[start + index for index in row] for row in tree_rows]
+    chosen, rejected, margins, weights = zip(*pairs, strict=True)
+    return PairBatch(
+        input_ids=torch.tensor(input_ids),
+        positions=torch.tensor(positions),
+        labels=torch.tensor(labels),
+        rows=pad_rows(rows),
+        chosen=torch.tensor(chosen),
+        rejected=torch.tensor(rejected),
+        margins=torch.tensor(margins, dtype=torch.float64),
+        weights=torch.tensor(weights, dtype=torch.float64),
+    )
+
+
+def share_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[list[int]]]:
+    """Merge sequences into a prefix tree, a prefix that several of them share stored once.
+
+    Return the tree's ids, their positions, and for each sequence the indices of its tokens in the tree. Causal
+    attention gives a shared token the same value in every sequence, so it is computed once. The gradients of all its
+    sequences add up in it (prefix sharing, arXiv 2410.20305). A sequence's last token is never shared: its reward is
+    read there.
+
+    >>> share_prefixes([[2, 10, 20], [2, 10, 21]])
+    ([2, 10, 20, 21], [0, 1, 2, 2], [[0, 1, 2], [0, 1, 3]])
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    indices: list[list[int]] = []
+    children: dict[tuple[int, int], int] = {}  # (index of the previous token, id) -> index of the token
+    for sequence in sequences:
+        path: list[int] = []
+        for position, token in enumerate(sequence):
+            edge = (path[-1] if path else -1, token)
+            is_last = position == len(sequence) - 1
+            index = len(ids) if is_last else children.setdefault(edge, len(ids))
+            if index == len(ids):
+                ids.append(token)
+                positions.append(position)
+            path.append(index)
+        indices.append(path)
+    return ids, positions, indices

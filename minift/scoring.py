@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from minift.batching import collate
-from minift.encode import Example
+from minift.batching import pack
 from minift.encoded import by_category
 from minift.errors import UserError
 from minift.model import RewardModel, eval_mode
@@ -95,8 +94,7 @@ def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], batch_size: in
     with eval_mode(model):
         for start in range(0, len(distinct), batch_size):
             chunk = distinct[start : start + batch_size]
-            batch = collate([Example(list(row), list(row)) for row in chunk]).to(device)
-            scored = model(batch.input_ids, batch.positions, batch.rows)  # (R,)
+            scored = model(*(tensor.to(device) for tensor in pack(chunk)))  # (R,)
             rewards.update(zip(chunk, scored.tolist(), strict=True))
     if not all(map(math.isfinite, rewards.values())):
         raise UserError("the reward model's rewards are NaN or infinite: its weights do not suit this dtype")

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 
 from data.make.pretrain import initialise
-from minift.batching import Loader, collate, collate_rankings
+from minift.batching import Loader, collate
 from minift.beam import beam_search
 from minift.bleu import corpus_bleu
 from minift.commands.cli import CommandParser, run_command, whole_number
@@ -37,7 +37,7 @@ from minift.files.tokenizer import load_tokenizer, save_tokenizer
 from minift.files.weights import load_model, new_reward_model, save_model
 from minift.generate import Options, generate
 from minift.model import OPT, OPTConfig, RewardModel, set_dropout
-from minift.pairs import encode_rankings
+from minift.pairs import collate_rankings, encode_rankings
 from minift.prompts import TEMPLATES
 from minift.trainer import LossFunction, Task, train
 from tests.compare import reward, sft

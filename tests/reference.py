@@ -13,11 +13,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from minift.batching import Batch, PairBatch, collate
+from minift.batching import Batch, collate
 from minift.encode import IGNORE_INDEX, Example
 from minift.files.weights import parse_config
 from minift.losses import bradley_terry, completion_cross_entropy, preference_metrics
 from minift.model import OPT, RewardModel
+from minift.pairs import PairBatch
 from minift.trainer import LossFunction, Progress, Task
 
 SMALL = {

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import RandomSampler
 
-from minift.batching import Loader, collate, lay_out_rows, share_prefixes
+from minift.batching import Loader, collate, pad_rows
+from minift.pairs import share_prefixes
 from tests.reference import random_examples
 
 
@@ -28,9 +29,9 @@ def test_every_row_can_be_read_back():
 
 
 def test_layouts():
-    assert lay_out_rows([2, 3, 1]).tolist() == [[0, 1, -1], [2, 3, 4], [5, -1, -1]]
-    assert lay_out_rows([4]).tolist() == [[0, 1, 2, 3]]
-    assert lay_out_rows([1, 1]).tolist() == [[0], [1]]
+    assert pad_rows([[0, 1], [2, 3, 4], [5]]).tolist() == [[0, 1, -1], [2, 3, 4], [5, -1, -1]]
+    assert pad_rows([range(4)]).tolist() == [[0, 1, 2, 3]]
+    assert pad_rows([[0], [1]]).tolist() == [[0], [1]]
 
 
 def test_a_batch_moves_as_a_whole():
@@ -75,7 +76,7 @@ def epoch_of(loader: Loader, epoch: int) -> list[int]:
 def test_examples_are_collated_and_an_evaluation_reads_all_in_order():
     examples = random_examples((3, 1, 8, 8, 2))
     loader = Loader(examples, collate, 2, grad_accum=2, order="shuffled")
-    chosen = list(loader.examples_of(1))
+    chosen = list(loader.indices_of(1))
     assert [len(batch) for batch in chosen] == [1]
     [batch] = loader.micro_batches(1)
     assert all(map(torch.equal, batch, collate([examples[chosen[0][0]]])))

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minift.batching import collate, collate_rankings
+from minift.batching import collate
 from minift.errors import UserError
 from minift.files.adapters import load_adapters, save_adapters
 from minift.lora import LoRALinear, adapter_state, add_lora, merge, num_adapter_parameters, unmerge
 from minift.model import OPT, OPTConfig, RewardModel
 from minift.optim import adamw
-from minift.pairs import Ranking
+from minift.pairs import Ranking, collate_rankings
 from tests.reference import (
     POST_LN,
     PRE_LN,

@@ -11,13 +11,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minift.batching import Loader, PairBatch, collate_rankings, share_prefixes
+from minift.batching import Loader
 from minift.encode import IGNORE_INDEX
 from minift.errors import UserError
 from minift.files.weights import load_model, load_reward_model, new_reward_model, save_model
 from minift.losses import bradley_terry, preference_metrics
 from minift.model import OPT, RewardModel
-from minift.pairs import Ranking
+from minift.pairs import PairBatch, Ranking, collate_rankings, share_prefixes
 from minift.trainer import Task, accumulate_gradient
 from tests.reference import (
     POST_LN,

@@ -8,14 +8,14 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TextIO
 
-from minift.batching import Loader, collate_rankings
+from minift.batching import Loader
 from minift.bleu import tokens as words
 from minift.commands.flags import describe
 from minift.config import Config
 from minift.encode import IGNORE_INDEX, Example
 from minift.encoded import Encoded
 from minift.files.text import printable, say
-from minift.pairs import Ranking, name_responses
+from minift.pairs import Ranking, collate_rankings, name_responses
 from minift.tokenizer import Tokenizer
 from minift.trainer import num_steps
 

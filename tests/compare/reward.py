@@ -12,12 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, OPTForSequenceClassification
 from trl import RewardTrainer
 
-from minift.batching import collate_rankings
 from minift.errors import UserError
 from minift.files.datasets import PAIR_SCHEMAS, Row
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import new_reward_model
-from minift.pairs import Ranking, encode_rankings, responses_of
+from minift.pairs import Ranking, collate_rankings, encode_rankings, responses_of
 from minift.prompts import TEMPLATES, render
 from minift.scoring import score_rows
 from minift.tokenizer import Tokenizer
