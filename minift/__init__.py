@@ -16,7 +16,7 @@ the heart, which import only each other, torch, numpy and tokenizers:
     11  pairs        preference pairs → ids → batches
     12  scoring      a reward model in use
     13  lora         low-rank adapters
-        encoded      an encoded data set: what was kept of it, remarks, categories
+        remarks      an encoded data set: what was kept of it, categories, remarks about its rows
         tokenizer, config, errors
 
 Around the heart: files/ (what is on disk and on the hub), run/ (one training run), commands/ (the command line).

@@ -1,29 +1,19 @@
-"""Text → ids and labels: the only file that decides what is supervised.
+"""Text → ids and labels: what is supervised in instruction tuning.
 
 `encode_completion` makes the mask: a row's prompt and completion are tokenised together, and only the tokens of the
-completion, and the EOS, get a label. encoded.py keeps the encoded rows and the remarks about them.
+completion, and the EOS, get a label. remarks.py keeps the encoded rows and the remarks about them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
-from minift.encoded import NAMED_LOCATIONS, Encoded, location_of
 from minift.errors import UserError
-from minift.prompts import (
-    WRAPPED_AGAIN,
-    Template,
-    has_turns,
-    is_text_row,
-    leading_blanks,
-    likely_cause,
-    question_fields,
-    render,
-    render_prompt,
-)
+from minift.prompts import Template, blanks_of, is_text_row, question_fields, render, render_prompt, trailing_blanks
+from minift.remarks import Encoded, likely_cause, location_of, wraps_again
 from minift.tokenizer import Special, Tokenizer
 
-# Parts of a question in other data sets. An "input" belongs to an instruction, not to a prompt.
+# Fields that often hold a part of the question and are not read. An "input" belongs to an instruction, not to a prompt.
 UNREAD = ("system", "system_prompt", "context", "question", "query", "history", "input")
 IGNORE_INDEX = -100  # the label of a token that does not count in the loss
 JOINED = (
@@ -61,9 +51,9 @@ def encode_completion(prompt: Sequence[str], completion: Sequence[str], tokenize
 
 
 def encode_text(prompt: Sequence[str], completion: Sequence[str], tokenizer: Tokenizer) -> tuple[Example, bool]:
-    """Encode a `text` row that `split_row` has cut in two; supervise tokens with a character of the second part.
+    """Encode a `text` row that `split_row` has cut in two; supervise each token with a character of the response.
 
-    Characters are compared, not tokens, because BPE may join the template's last character to the response's first: a
+    Characters are compared, not tokens, because BPE may join the marker's last character to the response's first: a
     response that begins with a line end is supervised from that line end on. The second value is True if a token spans
     both parts.
     """
@@ -91,7 +81,7 @@ def encode_rows(
     supervise: Literal["completion", "all"] = "completion",
     source: str = "rows",
 ) -> Encoded[Example]:
-    """Encode rows (`datasets.TRAINING_SCHEMAS`); drop and report those without a supervised token.
+    """Encode rows of an instruction, a prompt or a text; drop those without a supervised token and say so.
 
     Longer rows keep their first `max_length` tokens. With `max_length=None` a row longer than the model's
     `max_positions` is an error. `response_template` is for `text` rows and defaults to the template's own.
@@ -101,24 +91,19 @@ def encode_rows(
     `text` rows and no response template.
     """
     check_max_length(max_length, max_positions)
-    encoded: Encoded[Example] = Encoded(source, "row", len(rows), supervised_tokens=0)
+    encoded: Encoded[Example] = Encoded(source, "row", len(rows))
     within = "after the first one" if max_length is None else f"within the first {max_length} tokens"
-    for number, row in enumerate(rows, start=1):
-        location = location_of(row, number)
-        # "all" does not need to find the response; the empty text is found in every row.
-        marker = "" if supervise == "all" else _response_marker(row, template, response_template)
-        pieces = split_row(row, tokenizer, template, marker)
-        if pieces is None:
-            encoded.remark("dropped: the response template is not in the text", location)
-            if len(encoded.causes) < NAMED_LOCATIONS:
-                hint = "" if encoded.causes else "; name another one with --response-template"
-                encoded.causes.append(f"{location}: {row['text'][:60]!r}: {likely_cause(row['text'], marker)}{hint}")
-            continue
-        encode = encode_all if supervise == "all" else encode_text if is_text_row(row) else encode_completion
+    for index, row in enumerate(rows):
+        location = location_of(row, index)
+        # "all" does not look for the response: with the marker "", a `text` row is cut at its end.
+        marker = "" if supervise == "all" else _marker_of(row, template, response_template)
         try:
-            whole, is_joined = encode(*pieces, tokenizer)
+            whole, remarks = encode_row(row, tokenizer, template, marker, supervise)
         except ValueError as error:
             raise UserError(f"{source}: {location}: {error}") from None
+        if whole is None:
+            encoded.drop_unmarked(row["text"], marker, location)
+            continue
         length = len(whole.input_ids)
         if max_length is None and max_positions is not None and length > max_positions:
             raise UserError(
@@ -132,19 +117,96 @@ def encode_rows(
             continue
         if len(example.input_ids) < length:
             encoded.remark(f"cut at {max_length} tokens, end token lost", location)
-        if _count_supervised(whole.labels) == 1:
-            encoded.remark("with an empty completion: only the end token is supervised", location)
-        if is_joined:
-            encoded.remark(JOINED, location)
-        for remark in _about_question(row, template, marker):
+        for remark in remarks:
             encoded.remark(remark, location)
-        if _contains_special(pieces, tokenizer):
-            encoded.remark("whose text has the name of a special token: it stays text", location)
-        encoded.keep(example, row, number - 1)
+        encoded.keep(example, row, index)
     encoded.tokens = sum(len(example.input_ids) for example in encoded.examples)
     encoded.supervised_tokens = sum(_count_supervised(example.labels) for example in encoded.examples)
     encoded.check_any_kept("has a supervised token")
     return encoded
+
+
+def encode_row(
+    row: Mapping[str, Any], tokenizer: Tokenizer, template: Template, marker: str, supervise: str
+) -> tuple[Example | None, list[str]]:
+    """Encode one whole row; return it with the remarks about it, or None if its text lacks the marker.
+
+    Raises ValueError for text that cannot be encoded.
+    """
+    pieces = split_row(row, tokenizer, template, marker)
+    if pieces is None:
+        return None, []
+    encode = encode_all if supervise == "all" else encode_text if is_text_row(row) else encode_completion
+    example, is_joined = encode(*pieces, tokenizer)
+
+    remarks = []
+    if _count_supervised(example.labels) == 1:
+        remarks.append("with an empty completion: only the end token is supervised")
+    if is_joined:
+        remarks.append(JOINED)
+    if is_text_row(row):
+        if marker and row["text"].count(marker) > 1:
+            remarks.append("with several responses, of which only the last is supervised")
+    else:
+        remarks += filter(None, [wraps_again(row, template)])
+        read = question_fields(row)
+        remarks += [f"whose {name!r} is not read" for name in UNREAD if name not in read and row.get(name)]
+    names = [name for name in (tokenizer.eos_token, tokenizer.bos_token) if name is not None]
+    plain = [piece for part in pieces for piece in part if not isinstance(piece, Special)]
+    if any(name in piece for piece in plain for name in names):
+        remarks.append("whose text has the name of a special token: it stays text")
+    return example, remarks
+
+
+def split_row(
+    row: Mapping[str, Any], tokenizer: Tokenizer, template: Template, marker: str
+) -> tuple[list[str], list[str]] | None:
+    """Return the pieces of a row's prompt and of its completion, which ends with the EOS.
+
+    A `text` row is cut after the last marker in it, before the blanks that end it; return None if it has none.
+    """
+    if not is_text_row(row):
+        prompt, completion = render(row, template, tokenizer.eos_token, tokenizer.bos_token)
+        return prompt, end_with_eos(completion, tokenizer)
+    text = row["text"].removesuffix(tokenizer.eos_token)
+    found = text.rfind(marker)
+    if found < 0:
+        return None
+    start = found + len(marker) - len(trailing_blanks(marker))
+    return [text[:start]], [text[start:], Special(tokenizer.eos_token)]
+
+
+def end_with_eos(pieces: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """Add the EOS. The name of the EOS at the end becomes the token; anywhere else it stays text."""
+    pieces, eos = [*pieces], Special(tokenizer.eos_token)
+    if isinstance(pieces[-1], Special) and pieces[-1] == eos:
+        pieces.pop()
+    if not isinstance(pieces[-1], Special):
+        pieces[-1] = pieces[-1].removesuffix(eos)
+    return [*pieces, eos]
+
+
+def encode_prompt(row: Mapping[str, Any], tokenizer: Tokenizer, template: Template) -> list[int]:
+    """Return the ids that generation starts from. Raises ValueError for text that cannot be encoded."""
+    return tokenizer.encode(render_prompt(row, template, tokenizer.eos_token, tokenizer.bos_token))
+
+
+def prompt_and_reference(
+    row: Mapping[str, Any], tokenizer: Tokenizer, template: Template, response_template: str | None = None
+) -> tuple[list[int], str, str]:
+    """Return a training row's prompt as ids, its `blanks_of`, and the response that a model should give.
+
+    Raises UserError for a `text` row without the response template, and ValueError like `encode_prompt`.
+    """
+    marker = _marker_of(row, template, response_template)
+    pieces = split_row(row, tokenizer, template, marker)
+    if pieces is None:
+        text = row["text"]
+        raise UserError(f"--response-template {marker!r}: not in {text[:60]!r}: {likely_cause(text, marker)}")
+    prompt, completion = pieces
+    blanks = blanks_of(row, template, marker)
+    text = "".join(piece for piece in completion if not isinstance(piece, Special))
+    return tokenizer.encode(prompt), blanks, text.removeprefix(blanks)
 
 
 def check_max_length(max_length: int | None, max_positions: int | None) -> None:
@@ -153,94 +215,13 @@ def check_max_length(max_length: int | None, max_positions: int | None) -> None:
         raise UserError(f"--max-length {max_length}: more than the model's {max_positions} positions")
 
 
-def split_row(
-    row: Mapping[str, Any], tokenizer: Tokenizer, template: Template, response_template: str
-) -> tuple[list[str], list[str]] | None:
-    """Return the pieces of a row's prompt and of its completion, which ends with the EOS.
-
-    If the completion's text ends with the name of the EOS, it becomes the EOS; anywhere else it stays text. A `text`
-    row is cut after the last `response_template` in it, before blanks that end it; return None if it has none.
-    """
-    if not is_text_row(row):
-        prompt, completion = render(row, template, tokenizer.eos_token, tokenizer.bos_token)
-        if isinstance(completion[-1], Special) and completion[-1] == tokenizer.eos_token:
-            completion = completion[:-1]
-        *pieces, last = completion
-        return prompt, [*pieces, last.removesuffix(tokenizer.eos_token), Special(tokenizer.eos_token)]
-    text = row["text"].removesuffix(tokenizer.eos_token)
-    found = text.rfind(response_template)
-    if found < 0:
-        return None
-    start = found + len(response_template) - len(leading_blanks(row, template, response_template))
-    return [text[:start]], [text[start:], Special(tokenizer.eos_token)]
-
-
-def encode_prompt(
-    row: Mapping[str, Any], tokenizer: Tokenizer, template: Template, response_template: str | None = None
-) -> list[int]:
-    """Return the ids that generation starts from for a row.
-
-    Raises UserError for a `text` row without the response template, and ValueError for text that cannot be encoded.
-    """
-    if is_text_row(row):
-        prompt, _ = _split_or_raise(row, tokenizer, template, response_template)
-        return tokenizer.encode(prompt)
-    return tokenizer.encode(render_prompt(row, template, tokenizer.eos_token, tokenizer.bos_token))
-
-
-def reference_of(
-    row: Mapping[str, Any], tokenizer: Tokenizer, template: Template, response_template: str | None = None
-) -> str:
-    """Return the text that a model should answer a training row with. Raises UserError like `encode_prompt`."""
-    _, completion = _split_or_raise(row, tokenizer, template, response_template)
-    text = "".join(piece for piece in completion if not isinstance(piece, Special))
-    return text.removeprefix(blanks_of(row, template, response_template))
-
-
-def blanks_of(row: Mapping[str, Any], template: Template, response_template: str | None = None) -> str:
-    """Return the template's blanks before the response, with which a completion begins and an answer's text does not.
-
-    Raises UserError for a `text` row without a response template.
-    """
-    return leading_blanks(row, template, _response_marker(row, template, response_template))
-
-
-def _split_or_raise(
-    row: Mapping[str, Any], tokenizer: Tokenizer, template: Template, response_template: str | None
-) -> tuple[list[str], list[str]]:
-    marker = _response_marker(row, template, response_template)
-    pieces = split_row(row, tokenizer, template, marker)
-    if pieces is None:
-        text = row["text"]
-        raise UserError(f"--response-template {marker!r}: not in {text[:60]!r}: {likely_cause(text, marker)}")
-    return pieces
-
-
-def _response_marker(row: Mapping[str, Any], template: Template, response_template: str | None) -> str:
+def _marker_of(row: Mapping[str, Any], template: Template, response_template: str | None) -> str:
     """Return the text before the response of a `text` row; raise UserError if such a row has none."""
-    marker = template.response_template if response_template is None else response_template
+    marker = template.marker if response_template is None else response_template
     if is_text_row(row) and not marker:
         raise UserError(f"--response-template: `text` rows need one, and --template {template.name} does not have one")
     return marker
 
 
-def _about_question(row: Mapping[str, Any], template: Template, marker: str) -> Iterator[str]:
-    """Yield remarks about what is not supervised, not read, or wrapped twice."""
-    if is_text_row(row):
-        if marker and row["text"].count(marker) > 1:
-            yield "with several responses, of which only the last is supervised"
-        return
-    read = question_fields(row)
-    if "instruction" in read and has_turns(row, template):
-        yield WRAPPED_AGAIN
-    yield from (f"whose {name!r} is not read" for name in UNREAD if name not in read and row.get(name))
-
-
 def _count_supervised(labels: Sequence[int]) -> int:
     return sum(label != IGNORE_INDEX for label in labels)
-
-
-def _contains_special(pieces: tuple[list[str], list[str]], tokenizer: Tokenizer) -> bool:
-    names = [name for name in (tokenizer.eos_token, tokenizer.bos_token) if name is not None]
-    plain = [piece for part in pieces for piece in part if not isinstance(piece, Special)]
-    return any(name in piece for piece in plain for name in names)

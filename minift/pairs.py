@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from minift.batching import pad_rows
-from minift.encode import IGNORE_INDEX, encode_prompt, split_row
-from minift.encoded import Encoded, location_of
+from minift.encode import IGNORE_INDEX, end_with_eos
 from minift.errors import UserError
-from minift.prompts import WRAPPED_AGAIN, Template, has_turns, question_fields, question_of
+from minift.prompts import Template, question_fields, question_of, render
+from minift.remarks import Encoded, location_of, wraps_again
 from minift.tokenizer import Tokenizer
 
 MAX_MARGIN = 1_000_000  # rewards differ by a few units, so larger margins cannot be reached
@@ -39,7 +39,7 @@ def encode_rankings(
     margin_field: str | None = None,
     source: str = "rows",
 ) -> Encoded[Ranking]:
-    """Encode pairs and rankings (`datasets.PAIR_SCHEMAS`); drop and report those that cannot be used.
+    """Encode pairs and rankings; drop those that cannot be used and say so.
 
     Pairs with equal sides give no gradient. A side longer than `max_length` would lose its last token, where the reward
     is read. Both are dropped. `margin_field` names the field with a row's margin; without it, margins are 0.
@@ -47,50 +47,45 @@ def encode_rankings(
     Raises UserError if every row is dropped, a row cannot be encoded, or a margin is not a number.
     """
     encoded: Encoded[Ranking] = Encoded(source, "pair", len(rows))
-    for number, row in enumerate(rows, start=1):
-        location = location_of(row, number)
+    for index, row in enumerate(rows):
+        location = location_of(row, index)
         responses, question = responses_of(row), question_of(row)
         try:
-            sides = [encode_response(question, response, tokenizer, template) for response in responses]
-            prompt_length = 0 if question is None else len(encode_prompt(question, tokenizer, template))
+            sequences = [encode_response(question, response, tokenizer, template) for response in responses]
         except ValueError as error:
             raise UserError(f"{source}: {location}: {error}") from None
         margin = 0.0 if margin_field is None else _margin(row, margin_field, f"{source}: {location}")
-        lengths = [len(side) for side in sides]
-        if len({tuple(side) for side in sides}) < len(sides):
+        if len({tuple(ids) for ids in sequences}) < len(sequences):
             encoded.remark("dropped: its sides are equal", location)
-        elif prompt_length >= max_length and min(lengths) > max_length:
-            encoded.remark(f"dropped: the prompt alone fills the {max_length} tokens", location)
-        elif max(lengths) > max_length:
+        elif max(map(len, sequences)) > max_length:
             encoded.remark(f"dropped: a side is longer than {max_length} tokens", location)
         else:
             if "" in responses:
                 encoded.remark("with an empty response: its reward is that of the end token alone", location)
-            remark_question(encoded, row, location, sides, tokenizer, template)
-            encoded.keep(Ranking(sides, margin), row, number - 1)
-            encoded.tokens += sum(lengths)
+            remark_question(encoded, row, location, sequences, tokenizer, template)
+            encoded.keep(Ranking(sequences, margin), row, index)
+    encoded.tokens = sum(len(ids) for ranking in encoded.examples for ids in ranking.responses)
     encoded.check_any_kept("can be learned from")
     return encoded
 
 
 def encode_response(
-    question: str | Mapping[str, str] | None, response: str, tokenizer: Tokenizer, template: Template
+    question: Mapping[str, str] | None, response: str, tokenizer: Tokenizer, template: Template
 ) -> list[int]:
-    r"""Return the ids of a question, its response and the EOS.
+    r"""Return the ids of a question (`prompts.question_of`) in its template, its response and the EOS.
 
-    The question goes through the template: an instruction, or one with its "input" (`prompts.question_of`). Without a
-    question the response is a whole dialogue, used as it is.
+    Without a question the response is a whole dialogue, used as it is.
 
-    >>> from minift.prompts import TEMPLATES
-    >>> encode_response("Hi", "Yo", tokenizer, TEMPLATES["dialogue"])  # "\n\nHuman: Hi\n\nAssistant: Yo"
+    >>> from minift.prompts import TEMPLATES  # "\n\nHuman: Hi\n\nAssistant: Yo"
+    >>> encode_response({"instruction": "Hi"}, "Yo", tokenizer, TEMPLATES["dialogue"])
     [2, 202, 202, 43, 538, 293, 29, 1052, 76, 202, 202, 1754, 378, 271, 1348, 29, 2539, 82, 2]
     """
-    question = {"instruction": question} if isinstance(question, str) else question
-    fields = {"prompt": "", "completion": response} if question is None else {**question, "output": response}
-    pieces = split_row(fields, tokenizer, template, "")
-    assert pieces is not None  # only a `text` row can lack its response template
-    before, after = pieces
-    return tokenizer.encode([*before, *after])
+    pieces = [response]
+    if question is not None:
+        row = {**question, "output": response}
+        prompt, completion = render(row, template, tokenizer.eos_token, tokenizer.bos_token)
+        pieces = [*prompt, *completion]
+    return tokenizer.encode(end_with_eos(pieces, tokenizer))
 
 
 def responses_of(row: Mapping[str, Any]) -> list[str]:
@@ -102,19 +97,18 @@ def remark_question(
     encoded: Encoded,
     row: Mapping[str, Any],
     location: str,
-    sides: Sequence[list[int]],
+    sequences: Sequence[list[int]],
     tokenizer: Tokenizer,
     template: Template,
 ) -> None:
-    """Note texts of a row that a reward model does not see, sides without a question, a question in a prompt's form."""
+    """Remark on texts that a reward model does not see, sides without a question, a question in a prompt's form."""
     read = {*question_fields(row), "chosen", "rejected", "response", "responses", "kind"}
     for name, value in row.items():
         if isinstance(value, str) and value and name not in read:
             encoded.remark(f"whose {name!r} is not read", location)
-    question = question_of(row)
-    if question is not None and has_turns(question, template):
-        encoded.remark(WRAPPED_AGAIN, location)
-    if len(sides) > 1 and set(commonprefix(sides)) <= {tokenizer.bos_token_id}:
+    if remark := wraps_again(question_of(row) or {}, template):
+        encoded.remark(remark, location)
+    if len(sequences) > 1 and set(commonprefix(sequences)) <= {tokenizer.bos_token_id}:
         encoded.remark("whose sides share nothing but the BOS: no question is in them", location)
 
 
@@ -137,39 +131,36 @@ def group_by_chosen(rankings: Sequence[Ranking]) -> list[Ranking]:
     The pairs of a ranking share prefixes, so a batch of as many tokens compares more. Each prompt is used once per
     epoch, which reduces overfitting (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
     """
-    groups: dict[tuple, Ranking] = {}
-    for number, ranking in enumerate(rankings):
-        chosen, *others = ranking.responses
+    groups: dict[tuple, list[list[int]]] = {}  # the responses of each
+    for index, (responses, margin, _) in enumerate(rankings):
+        chosen, *others = responses
         is_pair = len(others) == 1
-        key = (tuple(chosen), ranking.margin) if is_pair else (number,)
-        group = groups.setdefault(key, Ranking([chosen], ranking.margin, best_only=is_pair))
+        group = groups.setdefault((is_pair, margin, tuple(chosen) if is_pair else index), [chosen])
         # A rejected response that occurs twice would be two rows of the same text.
-        group.responses.extend(other for other in others if other not in group.responses)
-    return [*groups.values()]
+        group.extend(other for other in others if other not in group)
+    return [Ranking(responses, margin, best_only=is_pair) for (is_pair, margin, _), responses in groups.items()]
 
 
 def swap_half(rankings: Sequence[Ranking], categories: Sequence[str | None], seed: int) -> list[Ranking]:
     """Flip the labels of half the pairs, about half in each category (seeded), so that nothing is left to learn."""
     generator = random.Random(seed)
     order = generator.sample(range(len(rankings)), len(rankings))
-    order.sort(key=lambda number: str(categories[number]))
-    flipped = {generator.choice(two) for two in zip(order[::2], order[1::2], strict=False)}
+    order.sort(key=lambda index: str(categories[index]))  # random within a category
+    flipped = {generator.choice(two) for two in zip(order[::2], order[1::2], strict=False)}  # one of every two
     return [
-        ranking._replace(responses=ranking.responses[::-1]) if number in flipped else ranking
-        for number, ranking in enumerate(rankings)
+        ranking._replace(responses=ranking.responses[::-1]) if index in flipped else ranking
+        for index, ranking in enumerate(rankings)
     ]
 
 
 def _margin(row: Mapping[str, Any], name: str, where: str) -> float:
-    margin = row.get(name)
+    subject = f"{where}: field '{name}', its --margin-field, is"
+    if name not in row:
+        raise UserError(f"{subject} missing")
+    margin = row[name]
     # The comparison is False for NaN, and works for integers of any size.
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= MAX_MARGIN:
-        problem = (
-            f"{margin!r:.40}, expected a number between -{MAX_MARGIN:,} and {MAX_MARGIN:,}"
-            if name in row
-            else "missing"
-        )
-        raise UserError(f"{where}: field '{name}', its --margin-field, is {problem}")
+        raise UserError(f"{subject} {margin!r:.40}, expected a number between -{MAX_MARGIN:,} and {MAX_MARGIN:,}")
     return float(margin)
 
 

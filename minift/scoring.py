@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 
 from minift.batching import pack
-from minift.encoded import by_category
 from minift.errors import UserError
 from minift.model import RewardModel, eval_mode
 from minift.pairs import Ranking, encode_response
 from minift.prompts import Template
+from minift.remarks import by_category
 from minift.tokenizer import Tokenizer
 
 Z_95 = 1.959963984540054  # 95% of a normal distribution are within this many standard deviations
@@ -35,9 +35,8 @@ class WinRate(NamedTuple):
 class Judge:
     """A reward model with the tokenizer and template to read text with.
 
-    A `query` is an instruction for the template; None means that the response is a whole dialogue. Equal texts get
-    equal rewards, and the order of the texts does not matter, bit for bit. Other texts in the same batch change a
-    reward by rounding only.
+    A question is an instruction for the template; None means that the response is a whole dialogue. Equal texts get
+    equal rewards. The order of the texts never changes a reward. Which other texts are scored with it can, by rounding.
     """
 
     model: RewardModel
@@ -45,40 +44,41 @@ class Judge:
     template: Template
     batch_size: int = 32
 
-    def score(self, query: str | None, response: str) -> float:
-        """Return the reward of `response` as an answer to `query`. Raises ValueError like `encode`."""
-        return self.scores([(query, response)])[0]
+    def score(self, question: str | None, response: str) -> float:
+        """Return the reward of `response` as an answer to `question`. Raises ValueError like `encode`."""
+        return self.scores([(question, response)])[0]
 
     def scores(self, answers: Sequence[tuple[str | None, str]]) -> list[float]:
-        """Return the rewards of (query, response)s. Raises ValueError like `encode`."""
+        """Return the rewards of (question, response)s. Raises ValueError like `encode`."""
         return score_rows(self.model, [self.encode(*answer) for answer in answers], self.batch_size)
 
-    def encode(self, query: str | Mapping[str, str] | None, response: str) -> list[int]:
-        """Return the ids to score; a query may also be an instruction with its input (`prompts.question_of`).
+    def encode(self, question: str | Mapping[str, str] | None, response: str) -> list[int]:
+        """Return the ids to score; a question may also be an instruction with its input (`prompts.question_of`).
 
         Raises ValueError if the model has too few positions or the text is not Unicode.
         """
-        ids = encode_response(query, response, self.tokenizer, self.template)
+        question = {"instruction": question} if isinstance(question, str) else question
+        ids = encode_response(question, response, self.tokenizer, self.template)
         max_positions = self.model.config.max_position_embeddings
         if len(ids) > max_positions:
             raise ValueError(f"{len(ids)} tokens, more than the reward model's {max_positions} positions: shorten it")
         return ids
 
-    def compare(self, query: str | None, a: str, b: str) -> float:
+    def compare(self, question: str | None, a: str, b: str) -> float:
         """Return the probability under Bradley–Terry that `a` is better than `b`: σ(reward of a − reward of b)."""
-        reward_a, reward_b = self.scores([(query, a), (query, b)])
+        reward_a, reward_b = self.scores([(question, a), (question, b)])
         return sigmoid(reward_a - reward_b)
 
     def win_rate(self, pairs: Sequence[tuple[str | None, str, str]]) -> WinRate:
-        """Return how often `a` has the higher reward in (query, a, b)s."""
-        rewards = self.scores([(query, response) for query, *responses in pairs for response in responses])
+        """Return how often `a` has the higher reward in (question, a, b)s."""
+        rewards = self.scores([(question, response) for question, *responses in pairs for response in responses])
         return win_rate(a - b for a, b in zip(rewards[::2], rewards[1::2], strict=True))
 
-    def best_of(self, query: str | None, responses: Sequence[str]) -> int:
+    def best_of(self, question: str | None, responses: Sequence[str]) -> int:
         """Return the index of the highest reward, the first of equal ones. Raises ValueError without responses."""
         if not responses:
             raise ValueError("no responses to choose from")
-        rewards = self.scores([(query, response) for response in responses])
+        rewards = self.scores([(question, response) for response in responses])
         return rewards.index(max(rewards))
 
 

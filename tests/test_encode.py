@@ -6,12 +6,20 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from minift.encode import IGNORE_INDEX, Example, encode_prompt, encode_rows, reference_of, split_row
-from minift.encoded import MAX_CATEGORIES, Encoded, by_category, category_of
+from minift.encode import (
+    IGNORE_INDEX,
+    Example,
+    encode_prompt,
+    encode_rows,
+    end_with_eos,
+    prompt_and_reference,
+    split_row,
+)
 from minift.errors import UserError
 from minift.files.templates import load_template
 from minift.files.tokenizer import load_tokenizer
 from minift.prompts import TEMPLATES, render
+from minift.remarks import MAX_CATEGORIES, Encoded, by_category, category_of
 from minift.tokenizer import Special
 
 COURSE = TEMPLATES["course"]
@@ -57,7 +65,7 @@ def reference_labels(reference, row: dict, template, max_length: int) -> tuple[l
 def test_supervised_ids_are_the_completion_and_its_end(tokenizer, template):
     rows = [row for row in ROWS if not row["output"].startswith(("\n", " "))]
     encoded = encode_rows(rows, tokenizer, TEMPLATES[template], max_length=None)
-    assert encoded.numbers == list(range(4)) and encoded.rows == rows
+    assert encoded.indices == list(range(4)) and encoded.rows == rows
     for row, example in zip(rows, encoded.examples, strict=True):
         ids = supervised_ids(example)
         assert ids[-1] == tokenizer.eos_token_id
@@ -88,17 +96,17 @@ def test_ids_and_labels_of_difficult_rows_are_trl_s(tokenizer_directory, gpt2_to
             rows = [{**row, "output": row["output"].replace("</s>", ours.eos_token)} for row in rows]
         expected = [reference_labels(reference, row, TEMPLATES[template], 1024) for row in rows]
         encoded = encode_rows(rows, ours, TEMPLATES[template], max_length=None)
-        assert encoded.examples == [expected[number] for number in encoded.numbers]
+        assert encoded.examples == [expected[number] for number in encoded.indices]
         # With GPT-2 and the template "none", a row without text is its end token alone: nothing to predict.
-        dropped = set(range(len(rows))) - set(encoded.numbers)
+        dropped = set(range(len(rows))) - set(encoded.indices)
         assert all(len(expected[number][0]) == 1 for number in dropped)
 
         median = sorted(len(ids) for ids, _ in expected)[len(rows) // 2]
         expected = [(ids[:median], labels[:median]) for ids, labels in expected]
         encoded = encode_rows(rows, ours, TEMPLATES[template], max_length=median)
-        assert encoded.examples == [expected[number] for number in encoded.numbers]
+        assert encoded.examples == [expected[number] for number in encoded.indices]
         # trl drops rows that truncation leaves without a label; minift also those with one on the first token only.
-        dropped = set(range(len(rows))) - set(encoded.numbers)
+        dropped = set(range(len(rows))) - set(encoded.indices)
         assert all(set(expected[number][1][1:]) <= {IGNORE_INDEX} for number in dropped)
         assert locations(encoded, "cut at") and len(locations(encoded, "dropped: no")) == len(dropped)
 
@@ -176,6 +184,8 @@ def test_a_template_s_eos_counts_as_the_end(tokenizer, tmp_path):
     for output in ("x", "x</s>"):
         pieces = split_row({"instruction": "a", "output": output}, tokenizer, template, "")
         assert pieces == (["a", "\n"], ["x", "</s>"]) and isinstance(pieces[1][1], Special)
+    # A {bos} at the end became plain text.
+    assert [type(piece) for piece in end_with_eos(["x</s>", Special("<s>")], tokenizer)] == [str, Special, Special]
 
 
 def test_all_tokens_supervised_but_the_first(tokenizer):
@@ -196,7 +206,7 @@ def test_summary_counts_and_names_rows(tokenizer):
     ]
     long = len(encode_rows(rows[:1], tokenizer, COURSE, max_length=None).examples[0].input_ids)
     encoded = encode_rows(rows, tokenizer, COURSE, max_length=long - 1, source="data.jsonl")
-    assert encoded.numbers == [0, 1, 2, 3, 4, 5, 7] and encoded.rows == [rows[number] for number in encoded.numbers]
+    assert encoded.indices == [0, 1, 2, 3, 4, 5, 7] and encoded.rows == [rows[number] for number in encoded.indices]
     assert len(encoded.examples[0].input_ids) == long - 1 and encoded.examples[0].input_ids[-1] != 2
     tokens = sum(len(example.input_ids) for example in encoded.examples)
     supervised = sum(len(supervised_ids(example)) for example in encoded.examples)
@@ -214,7 +224,7 @@ def test_a_label_on_the_first_token_alone_is_not_enough(gpt2_tokenizer_directory
     """Without a BOS an empty row is its end token alone, supervised by trl's rule although nothing predicts it."""
     rows = [{"prompt": "", "completion": ""}, {"prompt": "", "completion": "x"}]
     encoded = encode_rows(rows, load_tokenizer(gpt2_tokenizer_directory), COURSE, max_length=None)
-    assert encoded.numbers == [1]
+    assert encoded.indices == [1]
     assert "  1 row dropped: no supervised token after the first one (row 1)" in encoded.summary.split("\n")
     assert encoded.examples[0].labels == encoded.examples[0].input_ids
 
@@ -256,14 +266,11 @@ def test_prompt_and_reference_for_generation(tokenizer):
     for row in ROWS:
         prompt = encode_prompt(row, tokenizer, COURSE)
         assert tokenizer.decode(prompt).endswith("### Response:\n") and prompt[0] == 2 and prompt[-1] != 2
-        assert reference_of(row, tokenizer, COURSE) == row["output"]
+        assert prompt_and_reference(row, tokenizer, COURSE) == (prompt, "", row["output"])
         assert encode_prompt({**row, "output": "another"}, tokenizer, COURSE) == prompt
-        text_row = as_text_row(row)
-        assert encode_prompt(text_row, tokenizer, COURSE) == prompt
-        assert reference_of(text_row, tokenizer, COURSE) == row["output"]
-    for function in (encode_prompt, reference_of):
-        with pytest.raises(UserError, match="--response-template"):
-            function({"text": "x"}, tokenizer, COURSE)
+        assert prompt_and_reference(as_text_row(row), tokenizer, COURSE) == (prompt, "", row["output"])
+    with pytest.raises(UserError, match="--response-template"):
+        prompt_and_reference({"text": "x"}, tokenizer, COURSE)
 
 
 def test_groups_by_category():
@@ -280,7 +287,7 @@ def test_groups_by_category():
 def test_turns_and_fields_that_are_not_supervised_or_read_are_counted(tokenizer):
     turns = "### Instruction:\nA\n\n### Response:\nB\n\n### Instruction:\nC\n\n### Response:\nD"
     encoded = encode_rows([{"text": turns}, {"text": turns[:36], "context": "x"}], tokenizer, COURSE, max_length=None)
-    assert encoded.notes == ["  1 row with several responses, of which only the last is supervised (row 1)"]
+    assert encoded.remark_lines == ["  1 row with several responses, of which only the last is supervised (row 1)"]
     rows = [
         {"instruction": "Human: A\n\nAssistant:", "output": "B"},
         {"instruction": turns, "output": "B"},
@@ -288,13 +295,13 @@ def test_turns_and_fields_that_are_not_supervised_or_read_are_counted(tokenizer)
         {"prompt": "Human: A\n\nAssistant:", "input": "x", "completion": "B"},
         {"instruction": "A", "input": "x", "output": "### Response:\n"},
     ]
-    notes = [note.strip() for note in encode_rows(rows, tokenizer, COURSE, max_length=None).notes]
-    assert [note.split(": the")[0] for note in notes] == [
-        "2 rows whose question is a prompt already (Human: … Assistant:)",
+    lines = [line.strip() for line in encode_rows(rows, tokenizer, COURSE, max_length=None).remark_lines]
+    assert [line.split(": the")[0] for line in lines] == [
+        "1 row whose question is a prompt already (Human: … Assistant:)",
+        "1 row whose question is a prompt already (### Response:)",
         "1 row whose 'context' is not read (row 3)",
         "1 row whose 'query' is not read (row 3)",
         "1 row whose 'input' is not read (row 4)",
     ]
-    assert "(row 1, row 2)" in notes[0]
     everything = encode_rows([{"text": turns}], tokenizer, COURSE, max_length=None, supervise="all")
-    assert everything.notes == []
+    assert everything.remark_lines == []

@@ -14,7 +14,14 @@ MODULES = [
     for path in sorted(ROOT.joinpath("minift").rglob("*.py"))
 ]
 # The fewest `>>>` lines of modules that must have examples, so that losing them does not pass silently.
-EXPECTED = {"minift.encode": 1, "minift.encoded": 1, "minift.batching": 5, "minift.pairs": 9, "minift.generate": 1}
+EXPECTED = {
+    "minift.encode": 1,
+    "minift.prompts": 1,
+    "minift.remarks": 1,
+    "minift.batching": 5,
+    "minift.pairs": 9,
+    "minift.generate": 1,
+}
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -74,9 +74,9 @@ def test_out_has_every_kept_row(tokenizer_directory, tokenizer, data, tmp_path, 
     arguments = ["--model", str(tokenizer_directory), "--data", str(data), "--max-length", "100", "--rows", "1"]
     main([*arguments, "--out", str(out)])
     encoded = encode_rows(ROWS, tokenizer, TEMPLATES["course"], max_length=100)
-    assert encoded.numbers == [0, 2]
+    assert encoded.indices == [0, 2]
     assert [(line["row"], line["input_ids"], line["labels"]) for line in read_lines(out)] == [
-        (number, *example) for number, example in zip(encoded.numbers, encoded.examples, strict=True)
+        (number, *example) for number, example in zip(encoded.indices, encoded.examples, strict=True)
     ]
     shown = capsys.readouterr().out
     assert "example 1 of 2" in shown and "example 2" not in shown

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from minift.encode import IGNORE_INDEX, blanks_of, encode_prompt, encode_rows, reference_of
+from minift.encode import IGNORE_INDEX, encode_prompt, encode_rows, prompt_and_reference
 from minift.errors import UserError
 from minift.files.templates import load_template, save_template, template_of
 from minift.files.tokenizer import load_tokenizer
-from minift.prompts import TEMPLATES, Template, likely_cause, render, render_prompt
+from minift.prompts import TEMPLATES, Template, blanks_of, render, render_prompt
+from minift.remarks import likely_cause
 from minift.tokenizer import Special
 
 ROW = {"instruction": "Add them.", "input": "1, 2", "output": "3"}
@@ -44,7 +45,7 @@ def test_dialogue_and_none():
 
 
 def test_response_templates():
-    found = {name: template.response_template for name, template in TEMPLATES.items()}
+    found = {name: template.marker for name, template in TEMPLATES.items()}
     assert found == {"course": "### Response:\n", "alpaca": "### Response:", "dialogue": "Assistant: ", "none": ""}
 
 
@@ -61,15 +62,15 @@ def test_blanks_that_end_a_template_begin_the_completion(tokenizer, tmp_path, en
     text_row = {"text": f"Q: Add.\n{end}def name(text):"}
     rows = [(row, None), *([] if "{" in end else [(text_row, end)])]
     for given, marker in rows:
-        start = encode_prompt(given, tokenizer, template, marker)
+        start, *found = prompt_and_reference(given, tokenizer, template, marker)
         encoded = encode_rows([given], tokenizer, template, max_length=None, response_template=marker)
         (example,) = encoded.examples
         assert example.input_ids[: len(start)] == start and not encoded.remarks
         supervised = [label for label in example.labels if label != IGNORE_INDEX]
         assert start + supervised == example.input_ids
         assert tokenizer.decode(supervised) == blanks + "def name(text):"
-        assert reference_of(given, tokenizer, template, marker) == "def name(text):"
-        assert blanks_of(given, template, marker) == blanks
+        assert found == [blanks, "def name(text):"]
+    assert blanks_of(row, template) == blanks and encode_prompt(row, tokenizer, template) == start
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -84,7 +85,6 @@ def test_every_built_in_template_starts_generation_from_trained_ids(tokenizer, n
 def test_prompt_rows_are_used_as_they_are(name):
     row = {"prompt": "{instruction} </s>", "completion": "{x}"}
     assert render(row, TEMPLATES[name], "</s>", None) == (["{instruction} </s>"], ["{x}"])
-    assert render({"prompt": "a", "response": "b"}, TEMPLATES[name], "</s>", None) == (["a"], ["b"])
 
 
 def test_a_prompt_is_rendered_without_a_response():
@@ -125,7 +125,7 @@ def test_json_template_has_both_forms(tmp_path):
     )
     assert joined(ROW, str(path)) == ("Add them.|1, 2|", "3")
     assert joined(BARE, str(path)) == ("Say hi.>", "hi")
-    assert load_template(str(path)).response_template == ">"
+    assert load_template(str(path)).marker == ">"
 
 
 def test_plain_template_file_loses_its_last_line_end_only(tmp_path):
@@ -231,7 +231,7 @@ def test_a_model_s_template_is_the_default(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "response_template", "cause"),
+    ("text", "marker", "cause"),
     [
         ("a\n### response:\nb", "### Response:\n", "upper and lower case: the row has '\\n### response:\\nb'"),
         ("a\n### Response: b", "### Response:\n", "spaces or line ends: the row has '\\n### Response: '"),
@@ -246,6 +246,6 @@ def test_a_model_s_template_is_the_default(tmp_path):
         ("a", ">>>", "none of its lines is like"),
     ],
 )
-def test_likely_causes(text, response_template, cause):
-    found = likely_cause(text, response_template)
+def test_likely_causes(text, marker, cause):
+    found = likely_cause(text, marker)
     assert cause in found and "\n" not in found

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, OPTForCausalLM, OPTForSequenceClassification
 
-from minift.encoded import Encoded
 from minift.errors import UserError
 from minift.files.datasets import PAIR_SCHEMAS, load_rows
 from minift.files.pretrained import load_judge
@@ -20,6 +19,7 @@ from minift.files.templates import load_template
 from minift.files.weights import new_reward_model
 from minift.pairs import Ranking, encode_rankings, encode_response, swap_half
 from minift.prompts import TEMPLATES
+from minift.remarks import Encoded
 from minift.run.exam import ranking_sample
 from tests.reference import reference_rewards
 from tests.runs import (
@@ -336,11 +336,13 @@ def encode(rows: list, tokenizer, template: str = "dialogue", **options) -> Enco
 def test_both_sides_are_the_rendered_prompt_the_response_and_one_end_token(tokenizer, template, prompt):
     encoded = encode([PAIR, PAIR | {"chosen": PAIR["chosen"] + "</s>"}], tokenizer, template)
     first, second = encoded.examples
-    assert encoded.numbers == [0, 1] and first == second and first.margin == 0
+    assert encoded.indices == [0, 1] and first == second and first.margin == 0
     for ids, response in zip(first.responses, (PAIR["chosen"], PAIR["rejected"]), strict=True):
         assert tokenizer.decode(ids, skip_special_tokens=False) == f"</s>{prompt}{response}</s>"
         assert ids == [*tokenizer.encode(prompt + response), tokenizer.eos_token_id]
-    assert first.responses[0] == encode_response(PAIR["prompt"], PAIR["chosen"], tokenizer, TEMPLATES[template])
+    assert first.responses[0] == encode_response(
+        {"instruction": PAIR["prompt"]}, PAIR["chosen"], tokenizer, TEMPLATES[template]
+    )
 
 
 def test_dialogues_are_used_as_they_are(tokenizer):
@@ -361,15 +363,14 @@ def test_pairs_that_cannot_be_learned_from_are_dropped_and_named(tokenizer):
         {"prompt": "A", "responses": ["B", "C", "D"]},
     ]
     encoded = encode(rows, tokenizer)
-    assert encoded.numbers == [0, 4, 6] and encoded.rows == [rows[0], rows[4], rows[6]]
+    assert encoded.indices == [0, 4, 6] and encoded.rows == [rows[0], rows[4], rows[6]]
     assert [len(ranking.responses) for ranking in encoded.examples] == [2, 2, 3]
     first, *rest = encoded.summary.split("\n")
     tokens = sum(len(ids) for ranking in encoded.examples for ids in ranking.responses)
     assert first == f"rows.jsonl: 3 of 7 pairs kept, {tokens} tokens"
     assert [line.strip() for line in rest] == [
         "2 pairs dropped: its sides are equal (row 2, row 6)",
-        "1 pair dropped: a side is longer than 64 tokens (row 3)",
-        "1 pair dropped: the prompt alone fills the 64 tokens (row 4)",
+        "2 pairs dropped: a side is longer than 64 tokens (row 3, row 4)",
         "1 pair with an empty response: its reward is that of the end token alone (row 5)",
     ]
 
@@ -384,7 +385,7 @@ def test_an_instruction_and_its_input_are_the_question(tokenizer, template):
     first, second, third = encoded.examples
     assert first == third and first.responses[0] == [*tokenizer.encode(before.replace("{response}", "3")), 2]
     assert second == encode([{"prompt": "Add."} | sides], tokenizer, template, max_length=256).examples[0]
-    assert encoded.notes == []
+    assert encoded.remark_lines == []
     sample = ranking_sample(row | sides, [0, 0], [0, 0])
     assert sample["prompt"] == "Add.\n\n1, 2"
 
@@ -400,18 +401,18 @@ def test_what_a_reward_model_does_not_see_is_counted(tokenizer):
         sides | {"prompt": "An Assistant: what is it? A Human: what?"},
     ]
     twice = "whose question is a prompt already (Human: … Assistant:): the template wraps it a second time"
-    assert [note.strip() for note in encode(rows, tokenizer).notes] == [
+    assert [line.strip() for line in encode(rows, tokenizer).remark_lines] == [
         "1 pair whose 'context' is not read (row 1)",
         "1 pair whose 'instruction' is not read (row 1)",
         "2 pairs whose sides share nothing but the BOS: no question is in them (row 2, row 3)",
         f"2 pairs {twice} (row 4, row 5)",
     ]
-    assert "second time" not in str(encode(rows, tokenizer, "none").notes)
+    assert "second time" not in str(encode(rows, tokenizer, "none").remark_lines)
 
 
 def test_a_side_of_exactly_the_allowed_length_stays(tokenizer):
     length = max(len(ids) for ids in encode([PAIR], tokenizer).examples[0].responses)
-    assert encode([PAIR], tokenizer, max_length=length).numbers == [0]
+    assert encode([PAIR], tokenizer, max_length=length).indices == [0]
     with pytest.raises(UserError, match="a side is longer"):
         encode([PAIR], tokenizer, max_length=length - 1)
 
@@ -468,7 +469,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(finished, tmp_path):
     assert "field 'kind' has a lone surrogate" in refused_rows([PAIR | {"kind": "\ud800"}])
     assert "sides are equal" in refused_rows([PAIR | {"rejected": PAIR["chosen"]}])
     assert "--margin-field" in refused_rows([PAIR | {"gap": "wide"}], "--margin-field", "gap")
-    assert "the prompt alone fills" in refused_rows([PAIR | {"prompt": "word " * 600}])
+    assert "a side is longer" in refused_rows([PAIR | {"prompt": "word " * 600}])
     assert "--max-length 5000" in refused_rows([PAIR], "--max-length", 5000)
     assert "--lora-targets" in refused_rows([PAIR], "--lora-rank", 2, "--lora-targets", "c_attn")
     assert "--lora-rank is 1000, expected 1 to 256" in refused_rows([PAIR], "--lora-rank", 1000)

@@ -11,14 +11,14 @@ import torch
 from minift.beam import beam_search, check_beams
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, check_out
-from minift.encode import blanks_of, encode_prompt
-from minift.encoded import Encoded
+from minift.encode import encode_prompt
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
 from minift.files.pretrained import LanguageModel, load_language_model
 from minift.files.text import say, to_json_lines, write_json_lines
 from minift.generate import Completions, Options, check_prompt, generate
-from minift.prompts import WRAPPED_AGAIN, has_turns, question_fields
+from minift.prompts import blanks_of
+from minift.remarks import Encoded, wraps_again
 from minift.run.device import pick_device
 from minift.trainer import progress_bar
 
@@ -75,13 +75,13 @@ def encode_prompts(
     seen: Encoded[list[int]] = Encoded(source, "row", len(rows))
     for row in rows:
         try:
-            if "instruction" in question_fields(row) and has_turns(row, template):
-                seen.remark(WRAPPED_AGAIN, row.location)
+            if remark := wraps_again(row, template):
+                seen.remark(remark, row.location)
             prompts.append(encode_prompt(row, tokenizer, template))
             check_prompt(prompts[-1], "the prompt", max_new_tokens, model.config.max_position_embeddings)
         except (ValueError, UserError) as error:
             raise UserError(f"{source}: {row.location}: {error}") from None
-    terminal.print_notes(seen, sys.stderr)
+    terminal.print_remarks(seen, sys.stderr)
     return prompts
 
 

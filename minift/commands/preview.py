@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         source=args.data,
     )
     if args.out is not None:
-        numbered = zip(encoded.numbers, encoded.examples, strict=True)
+        numbered = zip(encoded.indices, encoded.examples, strict=True)
         write_json_lines(args.out, ({"row": number, **example._asdict()} for number, example in numbered))
     terminal.show_labels(encoded.examples, tokenizer, args.rows, sys.stdout)
     say("\n" + encoded.summary)

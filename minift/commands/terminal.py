@@ -13,9 +13,9 @@ from minift.bleu import tokens as words
 from minift.commands.flags import describe
 from minift.config import Config
 from minift.encode import IGNORE_INDEX, Example
-from minift.encoded import Encoded
 from minift.files.text import printable, say
 from minift.pairs import Ranking, collate_rankings, name_responses
+from minift.remarks import Encoded
 from minift.tokenizer import Tokenizer
 from minift.trainer import num_steps
 
@@ -38,10 +38,10 @@ def print_summaries(*data_sets: Encoded) -> None:
     say("")
 
 
-def print_notes(encoded: Encoded, stream: TextIO) -> None:
+def print_remarks(encoded: Encoded, stream: TextIO) -> None:
     """Print the remarks about a data set's rows, if there are any."""
-    if encoded.notes:
-        say("\n".join([f"{encoded.source}:", *encoded.notes]), stream)
+    if encoded.remarks:
+        say("\n".join([f"{encoded.source}:", *encoded.remark_lines]), stream)
 
 
 def print_plan(batches: Loader, config: Config) -> None:

@@ -9,14 +9,13 @@ import torch
 
 from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
 from minift.commands.generate import complete, encode_prompts
-from minift.encode import blanks_of
-from minift.encoded import NAMED_LOCATIONS
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
 from minift.files.pretrained import LanguageModel, find_model, load_judge, load_language_model
 from minift.files.text import say, to_json, write_json_lines
 from minift.generate import Options
-from minift.prompts import question_of
+from minift.prompts import blanks_of, question_of
+from minift.remarks import NAMED_LOCATIONS
 from minift.run.device import pick_device
 from minift.scoring import Judge, score_rows, win_rate
 

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 from minift.bleu import corpus_bleu
 from minift.config import Config
-from minift.encode import blanks_of, encode_prompt, reference_of
-from minift.encoded import by_category, category_of
+from minift.encode import prompt_and_reference
 from minift.generate import Options, generate
 from minift.model import OPT
 from minift.pairs import name_responses, responses_of
 from minift.prompts import Template, is_text_row, question_of
+from minift.remarks import by_category, category_of
 from minift.scoring import examine
 from minift.tokenizer import Special, Tokenizer
 from minift.trainer import progress_bar
@@ -49,9 +49,7 @@ def held_out_prompts(
             break
         if config.supervise == "all" and is_text_row(row):
             continue
-        prompt_ids = encode_prompt(row, tokenizer, template, config.response_template)
-        reference = reference_of(row, tokenizer, template, config.response_template)
-        blanks = blanks_of(row, template, config.response_template)
+        prompt_ids, blanks, reference = prompt_and_reference(row, tokenizer, template, config.response_template)
         length = len(tokenizer.encode([blanks + reference, Special(tokenizer.eos_token)]))
         if prompt_ids and len(prompt_ids) + length <= max_positions:
             prompt = tokenizer.decode(prompt_ids)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minift import processors
 from minift.beam import Search, beam_search
-from minift.encode import encode_prompt, reference_of
+from minift.encode import prompt_and_reference
 from minift.files.datasets import load_rows
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model
@@ -155,8 +155,9 @@ def ragged_prompts(setting: Setting, count: int, max_positions: int) -> list[lis
     prompts = []
     for number in range(count):
         row = rows[number * len(rows) // count]
-        answer = tokenizer.encode(reference_of(row, tokenizer, template))[len(start) :]
-        ids = [*encode_prompt(row, tokenizer, template), *answer[: len(answer) * (number % 4) // 4]][len(start) :]
+        prompt, _, reference = prompt_and_reference(row, tokenizer, template)
+        answer = tokenizer.encode(reference)[len(start) :]
+        ids = [*prompt, *answer[: len(answer) * (number % 4) // 4]][len(start) :]
         prompts.append([*start, *ids[-min(room, 1 + number % 40 if number % 10 else len(ids)) :]])
     return prompts
 

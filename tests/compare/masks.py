@@ -74,12 +74,12 @@ def compare_rows(
     usable = [number for number, text in enumerate(texts) if text is not None]
     plain = [number for number in usable if not spells_special(*texts[number], ours.eos_token, names)]
     if not plain:
-        what = f"lacks {template.response_template!r} or spells {' or '.join(names)}"
+        what = f"lacks {template.marker!r} or spells {' or '.join(names)}"
         raise UserError(f"{setting.data}: none of its {len(rows)} rows can be compared: each {what}")
     chosen = [rows[number] for number in plain]
     encoded = encode_rows(chosen, ours, template, max_length=max_length, source=str(setting.data))
     expected = trl_examples({number: texts[number] for number in plain}, max_length, reference, setting.scratch)
-    found = {plain[index]: example for index, example in zip(encoded.numbers, encoded.examples, strict=True)}
+    found = {plain[index]: example for index, example in zip(encoded.indices, encoded.examples, strict=True)}
     wrong = [number for number in plain if found.get(number) != expected.get(number)]
     on = f"{len(plain):,} rows, {encoded.tokens:,} tokens, {encoded.supervised_tokens:,} labels"
     cut = sum(len(locations) for remark, locations in encoded.remarks.items() if remark.startswith("cut at"))
@@ -100,9 +100,9 @@ def prompt_and_completion(row: Row, template: Template, ours: Tokenizer) -> tupl
     if not is_text_row(row):
         prompt, completion = render(row, template, ours.eos_token, ours.bos_token)
         return "".join(prompt), "".join(completion)
-    marker = template.response_template
+    marker = template.marker
     start = row["text"].rfind(marker) + len(marker) - len(trailing_blanks(marker))
-    return (row["text"][:start], row["text"][start:]) if template.response_template in row["text"] else None
+    return (row["text"][:start], row["text"][start:]) if template.marker in row["text"] else None
 
 
 def spells_special(prompt: str, completion: str, eos_token: str, names: Sequence[str]) -> bool:
@@ -157,7 +157,7 @@ def encode_case(case: dict, tokenizer: Tokenizer) -> tuple[Example | None, list[
     rows = [case["row"], FILLER]
     options = {"max_length": case["max_length"], "response_template": case["response_template"]}
     encoded = encode_rows(rows, tokenizer, COURSE, **options)
-    if encoded.numbers[0] == 0:
+    if encoded.indices[0] == 0:
         return encoded.examples[0], []
     dropped = [locations for remark, locations in encoded.remarks.items() if remark.startswith("dropped")]
     return None, [location for locations in dropped for location in locations]

@@ -73,7 +73,7 @@ def encode_for_both(setting: Setting) -> tuple[list[Example], Texts]:
 
 def texts_of(row: Mapping[str, Any], tokenizer: Tokenizer) -> tuple[str, str]:
     """Return a row's prompt and completion as trl takes them: it adds the end token itself."""
-    prompt, completion = split_row(row, tokenizer, TEMPLATE, TEMPLATE.response_template)
+    prompt, completion = split_row(row, tokenizer, TEMPLATE, TEMPLATE.marker)
     return "".join(prompt), "".join(completion[:-1])
 
 

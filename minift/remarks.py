@@ -1,10 +1,13 @@
-"""One encoded data set: its examples, the rows they come from, remarks about rows, and categories."""
+"""One encoded data set: its examples, the rows they come from, categories, and remarks about rows that look wrong."""
 
+import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from minift.errors import UserError
+from minift.prompts import Template, uses_template
 
 NAMED_LOCATIONS = 5  # how many rows a summary names for each remark
 MAX_CATEGORIES = 20  # with more distinct values, the field is not a category
@@ -25,7 +28,7 @@ class Encoded(Generic[Item]):
     num_rows: int  # before any was dropped
     examples: list[Item] = field(default_factory=list)
     rows: list[Mapping[str, Any]] = field(default_factory=list)  # those that were kept
-    numbers: list[int] = field(default_factory=list)  # index of each kept row in the data set
+    indices: list[int] = field(default_factory=list)  # of the kept rows in the data set
     tokens: int = 0
     supervised_tokens: int | None = None
     remarks: dict[str, list[str]] = field(default_factory=dict)
@@ -38,15 +41,15 @@ class Encoded(Generic[Item]):
 
     @property
     def summary(self) -> str:
-        """Return a line of totals, then one for each remark, then likely causes."""
+        """Return a line of totals, then `remark_lines`."""
         totals = f"{self.source}: {len(self.examples):,} of {self.num_rows:,} {self.noun}s kept, {self.tokens:,} tokens"
         if self.supervised_tokens is not None:
             percent = f" ({self.supervised_tokens / self.tokens:.0%})" if self.tokens else ""
             totals += f", {self.supervised_tokens:,} of them supervised{percent}"
-        return "\n".join([totals, *self.notes])
+        return "\n".join([totals, *self.remark_lines])
 
     @property
-    def notes(self) -> list[str]:
+    def remark_lines(self) -> list[str]:
         """Return a line for each remark, then likely causes."""
         lines = []
         for remark, locations in self.remarks.items():
@@ -54,27 +57,34 @@ class Encoded(Generic[Item]):
             lines.append(f"  {len(locations):,} {self.noun}{'s' if len(locations) > 1 else ''} {remark} ({named})")
         return [*lines, *(f"    {cause}" for cause in self.causes)]
 
-    def keep(self, item: Item, row: Mapping[str, Any], number: int) -> None:
+    def keep(self, item: Item, row: Mapping[str, Any], index: int) -> None:
         """Add a row's example or ranking, the row, and its index in the data set."""
         self.examples.append(item)
         self.rows.append(row)
-        self.numbers.append(number)
+        self.indices.append(index)
 
     def remark(self, remark: str, location: str) -> None:
         """Note that a remark applies to the row at a location."""
         self.remarks.setdefault(remark, []).append(location)
 
+    def drop_unmarked(self, text: str, marker: str, location: str) -> None:
+        """Note that a `text` row lacks its marker, and for the first ones why."""
+        self.remark("dropped: the response template is not in the text", location)
+        if len(self.causes) < NAMED_LOCATIONS:
+            hint = "" if self.causes else "; name another one with --response-template"
+            self.causes.append(f"{location}: {text[:60]!r}: {likely_cause(text, marker)}{hint}")
+
     def check_any_kept(self, wanted: str) -> None:
         """Raise UserError if every row was dropped; `wanted` completes the message."""
         if self.num_rows and not self.examples:
-            reasons = self.notes[: len(self.remarks)] + self.causes[:1]
+            reasons = self.remark_lines[: len(self.remarks)] + self.causes[:1]
             listed = "; ".join(reason.strip() for reason in reasons)
             raise UserError(f"{self.source}: none of its {self.num_rows} {self.noun}s {wanted}: {listed}")
 
 
-def location_of(row: Mapping[str, Any], number: int) -> str:
-    """Return where a row is in its file ("line 17"), or its number, counted from 1, if it does not have a file."""
-    return getattr(row, "location", f"row {number}")
+def location_of(row: Mapping[str, Any], index: int) -> str:
+    """Return where a row is in its file ("line 17", by `files.datasets.Row`), or "row 17" for any other mapping."""
+    return getattr(row, "location", f"row {index + 1}")
 
 
 def category_of(row: Mapping[str, Any]) -> str | None:
@@ -96,3 +106,44 @@ def by_category(items: Sequence[Item], categories: Sequence[str | None]) -> dict
     for name in names if len(names) <= MAX_CATEGORIES else []:
         groups[name] = [item for item, category in zip(items, categories, strict=True) if category == name]
     return groups
+
+
+# ---- why a row looks wrong ----
+
+
+def wraps_again(row: Mapping[str, Any], template: Template) -> str | None:
+    """Return a remark if a row's instruction looks like a prompt already, so that the template wraps it once more."""
+    marker = template.marker.strip()
+    if not marker or not uses_template(row):
+        return None
+    if re.search(r"Human:(?s:.*)Assistant:", row["instruction"]):
+        found = "Human: … Assistant:"
+    elif re.search(r"\w", marker) and re.search(rf"(?m:^\s*{re.escape(marker)})", row["instruction"]):
+        found = marker
+    else:
+        return None
+    return f"whose question is a prompt already ({found}): the template wraps it a second time"
+
+
+def likely_cause(text: str, marker: str) -> str:
+    """Return a likely reason, in one line, why a text does not contain a marker."""
+    unescaped = marker.replace("\\n", "\n").replace("\\t", "\t")
+    if unescaped != marker and unescaped in text:
+        seen = "the response template has a backslash and a letter where the row has a line end or tab"
+        return f"{seen}; in a shell, write $'…\\n'"
+    words = marker.split()
+    bare_words = re.findall(r"\w+", marker)
+    for pattern, flags, difference in (
+        (re.escape(marker), re.IGNORECASE, "upper and lower case"),
+        (r"\s*".join(map(re.escape, words)), 0, "spaces or line ends"),
+        (r"\s*".join(map(re.escape, words)), re.IGNORECASE, "case and in spaces or line ends"),
+        (r"\W*".join(bare_words), re.IGNORECASE, "punctuation"),
+    ):
+        found = list(re.finditer(pattern, text, flags)) if pattern else []
+        if found:
+            # One more character on either side, to show the space or colon that makes the difference.
+            around = text[max(found[-1].start() - 1, 0) : found[-1].end() + 1]
+            return f"it differs in {difference}: the row has {around[:80]!r}, the template is {marker[:80]!r}"
+    lines = [line for line in text.splitlines() if line.strip()]
+    close = difflib.get_close_matches(marker.strip(), lines, n=1, cutoff=0.6)
+    return f"the nearest line is {close[0][:80]!r}" if close else f"none of its lines is like {marker[:80]!r}"
