@@ -5,17 +5,14 @@ metrics and checkpoints.
 """
 
 import math
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 from minift.batching import Loader
@@ -23,8 +20,7 @@ from minift.config import Config
 from minift.errors import UserError
 from minift.model import eval_mode
 from minift.optim import adamw, learning_rate
-
-PLAIN_SECONDS = 10  # between two lines of progress that no terminal shows
+from minift.progress import print_above, progress_bar
 
 # From a batch to the sum of its losses, the number of items (tokens, pairs) in the sum, and the sums of its metrics.
 LossFunction = Callable[[Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -51,7 +47,7 @@ class Progress:
     items: int = 0  # of `Task.unit`
     seconds: float = 0.0
     best_loss: float | None = None  # the lowest evaluation loss after a step
-    sums: dict[str, float] = field(default_factory=dict)  # of the steps since the last logged line
+    sums: dict[str, float] = field(default_factory=dict)  # of loss, count, … over the steps since the last logged line
 
 
 class Recorder(Protocol):
@@ -77,88 +73,52 @@ class DivergedError(UserError):
 def train(task: Task, config: Config, recorder: Recorder) -> None:
     """Train `task.model` in place for `config.max_steps` optimiser steps, or `config.epochs` passes over the data.
 
-    The gradient of an optimiser step is that of sum / count over all its micro-batches: of the mean over every item of
-    the step. So it does not depend on how the items are divided into micro-batches. Everything random in a step is
-    seeded by (seed, step), so neither evaluating more often nor resuming changes anything. Raises DivergedError if the
-    loss or gradient is not finite, and what `recorder.guard` raises after a signal.
+    Dropout is seeded by (seed, step), the order by (seed, epoch), so neither evaluating more often nor resuming changes
+    anything. Raises DivergedError if the loss or gradient is not finite, and what `recorder.guard` raises after a
+    signal.
     """
-    model = task.model
-    optimizer = adamw(model, config.weight_decay)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = adamw(task.model, config.weight_decay)
     total_steps = num_steps(config, task.train_batches)
-    progress = recorder.restore(model, optimizer)
+    progress = recorder.restore(task.model, optimizer)
     if progress.step == 0:
         _log(recorder, task, progress, "eval", evaluate(task))
 
-    sums = Counter(progress.sums)
     clock = time.perf_counter() - progress.seconds
-    tokens_before, started = progress.tokens, time.perf_counter()
     with progress_bar(total_steps, "training", "step", progress.step) as bar, recorder.guard() as signals:
         for step in range(progress.step, total_steps):
-            torch.manual_seed((config.seed << 32) + step)  # dropout
-            step_sums = accumulate_gradient(task, step)
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            torch._foreach_div_(gradients, step_sums["count"])
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-            _check_finite(config, step, step_sums["loss"] + grad_norm)
             lr = learning_rate(step, config.lr, config.schedule, config.warmup_steps, total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-
-            sums.update(step_sums)
+            sums, grad_norm = optimizer_step(task, optimizer, config, step, lr)
+            _add(progress.sums, sums)
             progress.step = step + 1
-            progress.tokens += int(step_sums["tokens"])
-            progress.items += int(step_sums["count"])
+            progress.tokens += int(sums["tokens"])
+            progress.items += int(sums["count"])
             progress.seconds = time.perf_counter() - clock
             is_last = progress.step == total_steps
-            if progress.step % config.log_every == 0 or is_last:
-                means = _means(sums)
+
+            if is_last or _is_due(config.log_every, progress.step):
+                means = _means(progress.sums)
                 _log(recorder, task, progress, "train", {**means, "lr": lr, "grad_norm": grad_norm})
-                rate = (progress.tokens - tokens_before) / (time.perf_counter() - started)
+                rate = progress.tokens / progress.seconds
                 bar.set_postfix_str(f"loss {means['loss']:.3f}, {rate:,.0f} tokens/s", refresh=False)
-                sums = Counter()
-            progress.sums = dict(sums)
+                progress.sums = {}
             bar.update()
 
             is_best = False
-            if is_last or (config.eval_every and progress.step % config.eval_every == 0):
+            if is_last or _is_due(config.eval_every, progress.step):
                 means = evaluate(task)
                 _check_finite(config, step, means.get("loss", 0.0))
                 _log(recorder, task, progress, "eval", means)
                 if means:
                     shown = ", ".join(f"{name} {means[name]:.3f}" for name in ("loss", "accuracy") if name in means)
-                    with bar.external_write_mode():  # above the bar
-                        print(f"step {progress.step:,}: held-out {shown}", flush=True)
-                is_best = "loss" in means and (progress.best_loss is None or means["loss"] < progress.best_loss)
+                    print_above(bar, f"step {progress.step:,}: held-out {shown}")
+                    is_best = progress.best_loss is None or means["loss"] < progress.best_loss
                 progress.best_loss = means["loss"] if is_best else progress.best_loss
+
             stop = bool(signals)  # read once: a signal during `save` stops after the next step
-            if stop or is_last or is_best or (config.save_every and progress.step % config.save_every == 0):
+            if stop or is_last or is_best or _is_due(config.save_every, progress.step):
                 recorder.save(task, optimizer, progress, is_best=is_best)
             if stop:
                 break
-
-
-class PlainLines:
-    """A stream for a progress bar that is not shown on a terminal: plain lines instead of one that is rewritten."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> None:
-        """Write the text of one update as a line."""
-        if text.strip():
-            print(text.strip(), file=self.stream, flush=True)
-
-
-def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
-    """Return a progress bar on stderr; where that is a file or a pipe, a line every ten seconds and at the end."""
-    options: dict[str, Any] = {"total": total, "desc": description, "unit": unit, "initial": initial}
-    if sys.stderr.isatty():
-        return tqdm(**options, mininterval=0.5)
-    form = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    return tqdm(**options, file=PlainLines(sys.stderr), bar_format=form, mininterval=PLAIN_SECONDS, miniters=1)
 
 
 def num_steps(config: Config, train_batches: Loader) -> int:
@@ -166,31 +126,72 @@ def num_steps(config: Config, train_batches: Loader) -> int:
     return config.max_steps or config.epochs * train_batches.steps_per_epoch
 
 
+def optimizer_step(
+    task: Task, optimizer: torch.optim.Optimizer, config: Config, step: int, lr: float
+) -> tuple[dict[str, float], float]:
+    """Update the weights once; return the step's sums, and the gradient's norm before clipping.
+
+    The gradient is that of the mean loss over all items of the step, not of a mean of the micro-batches' means. So it
+    does not depend on how the items are divided into micro-batches.
+    """
+    torch.manual_seed((config.seed << 32) + step)  # dropout
+    sums = accumulate_gradient(task, step)
+    gradients = [parameter.grad for parameter in task.model.parameters() if parameter.grad is not None]
+    torch._foreach_div_(gradients, sums["count"])
+    grad_norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.max_grad_norm).item()
+    _check_finite(config, step, sums["loss"] + grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return sums, grad_norm
+
+
 def accumulate_gradient(task: Task, step: int) -> dict[str, float]:
     """Leave the gradient of a step's summed loss in `.grad`; return the sums of loss, count, tokens and metrics."""
     task.model.train()
-    device = _device_of(task.model)
-    sums: Counter = Counter()
+    sums: dict[str, Any] = {}
     for batch in task.train_batches.micro_batches(step):
-        with _autocast(device, task.dtype):
-            loss, count, metrics = task.loss(batch.to(device))
+        loss, values = _losses_of(task, batch)
         loss.backward()
         # Tensors are added, not floats: a float would make the loop wait for the device in every micro-batch.
-        sums.update({"loss": loss.detach(), "count": count, **metrics})
-        sums["tokens"] += len(batch.input_ids)
+        _add(sums, {**values, "tokens": len(batch.input_ids)})
     return {name: float(value) for name, value in sums.items()}
 
 
 @torch.no_grad()
 def evaluate(task: Task) -> dict[str, float]:
     """Return the mean loss and metrics over all items of the evaluation batches; {} if there are none."""
-    device = _device_of(task.model)
-    sums: Counter = Counter()
-    with eval_mode(task.model), _autocast(device, task.dtype):
+    sums: dict[str, float] = {}
+    with eval_mode(task.model):
         for batch in task.eval_batches:
-            loss, count, metrics = task.loss(batch.to(device))
-            sums.update({"loss": float(loss), "count": int(count), **{name: float(v) for name, v in metrics.items()}})
+            _, values = _losses_of(task, batch)
+            _add(sums, {name: float(value) for name, value in values.items()})
     return _means(sums)
+
+
+def _losses_of(task: Task, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a batch's summed loss, and that value with the count and the metrics by name."""
+    device = next(task.model.parameters()).device
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=task.dtype == torch.bfloat16):
+        loss, count, metrics = task.loss(batch.to(device))
+    return loss, {"loss": loss.detach(), "count": count, **metrics}
+
+
+def _add(sums: dict[str, Any], values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    """Divide the sums by the count; {} if nothing was counted."""
+    if not sums.get("count"):
+        return {}
+    return {name: value / sums["count"] for name, value in sums.items() if name not in ("count", "tokens")}
+
+
+def _is_due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _log(recorder: Recorder, task: Task, progress: Progress, split: str, values: dict[str, float]) -> None:
@@ -206,18 +207,3 @@ def _check_finite(config: Config, step: int, value: float) -> None:
         raise DivergedError(
             f"--lr {config.lr}: the loss or its gradient is {value} in step {step + 1}, try a lower one"
         )
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
-
-
-def _means(sums: Counter) -> dict[str, float]:
-    """Divide the sums by the count; {} if nothing was counted."""
-    if not sums["count"]:
-        return {}
-    return {name: value / sums["count"] for name, value in sums.items() if name not in ("count", "tokens")}

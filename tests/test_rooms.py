@@ -128,7 +128,7 @@ def test_everything_is_printed_through_one_function() -> None:
         ("minift.files.text", "print"),
         ("minift.commands.terminal", "stream.write"),
         ("minift.run.folder", "file.write"),
-        ("minift.trainer", "print"),  # only numbers: the heart does not import files
+        ("minift.progress", "print"),  # only numbers: the heart does not import files
         ("minift.run.interrupts", "os.write"),  # the lines of a signal handler
     }
 

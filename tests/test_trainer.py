@@ -19,10 +19,11 @@ from minift.encode import IGNORE_INDEX
 from minift.errors import UserError
 from minift.files.weights import save_model
 from minift.model import OPT, set_dropout
+from minift.progress import progress_bar
 from minift.run import checkpoint
 from minift.run.device import pick_device, pick_dtype, weights_dtype
 from minift.run.folder import Run
-from minift.trainer import Task, progress_bar, train
+from minift.trainer import Task, train
 from tests.reference import POST_LN, MemoryRecorder, mean_loss, random_examples, reference_loss, sft_loss, twins
 
 # Rows of 2 to 60 tokens: the mean of micro-batch means would be far off. No batch size below divides 19.
@@ -426,7 +427,7 @@ def test_a_gpu_trains_as_the_cpu_does(dtype, tolerance):
 
 def test_progress_that_no_terminal_shows_is_plain_lines(capsys, monkeypatch):
     """Piped output was one long line of carriage returns, and held-out losses were never printed."""
-    monkeypatch.setattr("minift.trainer.PLAIN_SECONDS", 0)
+    monkeypatch.setattr("minift.progress.PLAIN_SECONDS", 0)
     _, lines = run(steps=4, eval_every=2, log_every=1)
     printed = capsys.readouterr()
     assert "\r" not in printed.err and not any(line.strip() == "" for line in printed.err.splitlines())

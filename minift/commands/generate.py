@@ -17,10 +17,10 @@ from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
 from minift.files.pretrained import LanguageModel, load_language_model
 from minift.files.text import say, to_json_lines, write_json_lines
 from minift.generate import Completions, Options, check_prompt, generate
+from minift.progress import progress_bar
 from minift.prompts import blanks_of
 from minift.remarks import Encoded, wraps_again
 from minift.run.device import pick_device
-from minift.trainer import progress_bar
 
 # Fields of `Options` that are flags of the same type and default, and what --help says of each.
 FLAGS = {

@@ -9,11 +9,11 @@ from minift.encode import prompt_and_reference
 from minift.generate import Options, generate
 from minift.model import OPT
 from minift.pairs import name_responses, responses_of
+from minift.progress import progress_bar
 from minift.prompts import Template, is_text_row, question_of
 from minift.remarks import by_category, category_of
 from minift.scoring import examine
 from minift.tokenizer import Special, Tokenizer
-from minift.trainer import progress_bar
 
 
 class Question(NamedTuple):
