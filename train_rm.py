@@ -58,15 +58,18 @@ def main() -> None:
     eval_batches = Loader(eval_set.examples, collate_rankings, config.batch_size)
 
     def loss(batch: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the summed loss, the number of rankings, and metrics; the trainer divides once per step."""
+        """Return the sum to minimise, the number of rankings, and metrics; the trainer divides once per step."""
         hidden = model.decoder(batch.input_ids, batch.positions, batch.rows)  # (N, E)
         rewards = model.rewards(hidden, batch.rows)  # (R,)
         chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]  # (P,), (P,)
         total, count = bradley_terry(chosen, rejected, batch.margins, batch.weights, config.center_rewards)  # (), ()
         metrics = preference_metrics(chosen, rejected, batch.weights)
-        if config.lm_weight and model.training:  # -log p(prompt and best response) of the same body
-            lm_total, _ = completion_cross_entropy(hidden, model.head, batch.labels, batch.positions)
-            total, metrics["lm_loss"] = total + config.lm_weight * lm_total, lm_total.detach()
+        # Logged as `loss` in both splits: Bradley–Terry alone, ln 2 for equal rewards, whatever else is minimised.
+        metrics["loss"], _ = bradley_terry(chosen.detach(), rejected.detach(), batch.margins, batch.weights)
+        if config.lm_weight:  # -log p(prompt and best response) of the same body
+            lm_total, lm_count = completion_cross_entropy(hidden, model.head, batch.labels, batch.positions)  # (), ()
+            total = total + config.lm_weight * lm_total
+            metrics |= {"lm_loss": lm_total.detach(), "lm_loss_count": lm_count}  # logged as the mean per token
         return total, count, metrics
 
     # 5. The examination: which response of each held-out pair gets the higher reward.

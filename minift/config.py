@@ -88,8 +88,9 @@ class Config:
                                     "reward_rejected)²", RM)
     group_prompts: bool = _option(False, SWITCH, PREFERENCES, "count the pairs of one prompt and chosen response as "
                                   "one in --batch-size and in the loss", RM)
-    lm_weight: float = _option(0.0, NOT_NEGATIVE, PREFERENCES, "weight in the loss of -log p(prompt and best response) "
-                               "of the same body as a language model", RM)
+    lm_weight: float = _option(0.0, NOT_NEGATIVE, PREFERENCES, "language-modelling loss of the same body: each pair "
+                               "(with --group-prompts, each prompt) adds this times -log p(prompt and best response), "
+                               "summed over tokens, not averaged", RM)
     shuffle_labels: bool = _option(False, SWITCH, PREFERENCES, "swap the sides of half the training pairs: the "
                                    "control experiment, which should learn nothing; a recipe's --group-prompts and "
                                    "--lm-weight are then ignored", RM)

@@ -22,7 +22,11 @@ from minift.model import eval_mode
 from minift.optim import adamw, learning_rate
 from minift.progress import print_above, progress_bar
 
-# From a batch to the sum of its losses, the number of items (tokens, pairs) in the sum, and the sums of its metrics.
+SHOWN = ("loss", "lm_loss", "accuracy")  # the metrics that are printed after an evaluation
+
+# From a batch to the sum to minimise, the number of items (tokens, pairs) in the sum, and the sums of its metrics. The
+# sum is logged as `loss`, unless a metric has that name: it may have terms that the loss is not to be mixed with. A
+# metric is divided by the number of items, or by its own count if there is one: `lm_loss` by `lm_loss_count`.
 LossFunction = Callable[[Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
@@ -109,7 +113,7 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
                 _check_finite(config, step, means.get("loss", 0.0))
                 _log(recorder, task, progress, "eval", means)
                 if means:
-                    shown = ", ".join(f"{name} {means[name]:.3f}" for name in ("loss", "accuracy") if name in means)
+                    shown = ", ".join(f"{name} {means[name]:.3f}" for name in SHOWN if name in means)
                     print_above(bar, f"step {progress.step:,}: held-out {shown}")
                     is_best = progress.best_loss is None or means["loss"] < progress.best_loss
                 progress.best_loss = means["loss"] if is_best else progress.best_loss
@@ -184,10 +188,14 @@ def _add(sums: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
-    """Divide the sums by the count; {} if nothing was counted."""
+    """Divide each sum by its own count, or by that of the items; {} if nothing was counted."""
     if not sums.get("count"):
         return {}
-    return {name: value / sums["count"] for name, value in sums.items() if name not in ("count", "tokens")}
+    return {
+        name: value / sums.get(f"{name}_count", sums["count"])
+        for name, value in sums.items()
+        if name != "tokens" and not name.endswith("count")
+    }
 
 
 def _is_due(every: int, step: int) -> bool:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, OPTForCausalLM, OPTForSequenceClassification
 
+from minift.config import Config
 from minift.errors import UserError
 from minift.files.datasets import PAIR_SCHEMAS, load_rows
 from minift.files.pretrained import load_judge
@@ -21,7 +22,8 @@ from minift.pairs import Ranking, encode_rankings, encode_response, swap_half
 from minift.prompts import TEMPLATES
 from minift.remarks import Encoded
 from minift.run.exam import ranking_sample
-from tests.reference import reference_rewards
+from minift.trainer import train
+from tests.reference import MemoryRecorder, reference_rewards
 from tests.runs import (
     ROOT,
     SHIPPED,
@@ -92,7 +94,7 @@ def test_a_run_leaves_what_the_design_says(finished):
 
     record = json.loads((out / "run.json").read_text())
     assert record.keys() == {"task", "values", "template", "versions", "fingerprints", "commits", "results"}
-    assert record["task"] == "rm" and record["values"].items() >= {"recipe": "tiny", "seed": 1, "lr": 1.2e-3}.items()
+    assert record["task"] == "rm" and record["values"].items() >= {"recipe": "tiny", "seed": 42, "lr": 1.2e-3}.items()
     assert all(len(record["fingerprints"][name]) == 64 for name in ("weights", "data", "eval_data"))
     results = record["results"]
     assert results.keys() == {"eval_loss", "accuracy", "interval", "pairs", "ties", "mean_probability",
@@ -151,9 +153,12 @@ def test_lora_trains_its_linears_and_the_head(data, tmp_path):
     before, after = load_file(SHIPPED / "model.safetensors"), load_file(out / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
     assert changed == {name for name in before if name.endswith(("q_proj.weight", "v_proj.weight"))}
-    fresh = new_reward_model(SHIPPED, seed=1).score.weight  # the recipe's seed
+    fresh = new_reward_model(SHIPPED, seed=42).score.weight  # the default seed
     lines = read_lines(out / "metrics.jsonl")
-    assert all(("lm_loss" in line) == (line["split"] == "train") for line in lines)
+    assert all("lm_loss" in line for line in lines)
+    results = json.loads((out / "run.json").read_text())["results"]
+    for name in ("loss", "lm_loss"):
+        assert results[f"eval_{name}"] == {"before": lines[0][name], "after": lines[-1][name]}
     rates = [line["lr"] for line in lines if line["split"] == "train"]
     assert 1e-4 < (after["score.weight"] - fresh).abs().max() <= 1.01 * sum(rates)  # AdamW's steps are that long
 
@@ -222,43 +227,52 @@ def test_a_default_length_is_limited_to_the_models_positions(given, tmp_path, da
 
 def test_margins_and_centring_reach_the_loss(given):
     rows = [PAIR | {"gap": 0.5}, PAIR | {"chosen": "    return b", "gap": -2}]
-    task = given("--order", "sequential", "--margin-field", "gap", "--center-rewards", 0.25, rows=rows)
+    flags = ["--order", "sequential", "--margin-field", "gap", "--center-rewards", 0.25, "--lm-weight", 0]
+    task = given(*flags, rows=rows)
     (batch,) = task.train_batches.micro_batches(0)
     rewards = task.model.eval()(batch.input_ids, batch.positions, batch.rows).double()
     chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]
-    expected = (-F.logsigmoid(chosen - rejected - torch.tensor([0.5, -2.0])) + 0.25 * (chosen + rejected) ** 2).sum()
-    loss, count, _ = task.loss(batch)
-    assert count == 2 and loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    bradley_terry = -F.logsigmoid(chosen - rejected - torch.tensor([0.5, -2.0]))
+    expected = (bradley_terry + 0.25 * (chosen + rejected) ** 2).sum()
+    minimised, count, metrics = task.loss(batch)
+    assert count == 2 and minimised.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert metrics["loss"].item() == pytest.approx(bradley_terry.sum().item(), abs=1e-5)
 
 
-def test_the_language_models_loss_is_added_in_training_alone(given):
+def test_what_is_minimised_has_the_language_models_loss_and_what_is_logged_has_not(given):
     rows, flags = [PAIR, PAIR | {"chosen": "    return b"}], ["--dropout", 0, "--dtype", "float64"]
     plain, with_it = (given(*flags, "--lm-weight", weight, rows=rows) for weight in (0, 0.3))
     with_it.model.load_state_dict(plain.model.state_dict())
     reference = OPTForCausalLM.from_pretrained(SHIPPED, dtype=torch.float64).eval()
     (batch,) = plain.train_batches.micro_batches(0)
-    expected = 0.0
+    expected, num_tokens = 0.0, 0
     for chosen in batch.chosen.tolist():
         ids = batch.input_ids[batch.rows[chosen][batch.rows[chosen] >= 0]]
         expected += F.cross_entropy(reference(ids[None]).logits[0, :-1], ids[1:], reduction="sum").item()
-    found = {}
-    for task, model in ((plain, "plain"), (with_it, "with it")):
-        for mode in ("train", "eval"):
-            getattr(task.model, mode)()
-            loss, count, metrics = task.loss(batch)
-            assert count == 2
-            found[model, mode] = loss.item()
-    assert found["plain", "train"] == found["plain", "eval"] == found["with it", "eval"]
-    assert found["with it", "train"] - found["plain", "train"] == pytest.approx(0.3 * expected, rel=1e-9)
-    assert metrics.keys() == REWARDS
-    with_it.model.train()
-    loss, _, metrics = with_it.loss(batch)
-    assert metrics["lm_loss"].item() == pytest.approx(expected, rel=1e-9)
+        num_tokens += len(ids) - 1
+    rewards = plain.model(batch.input_ids, batch.positions, batch.rows)
+    bradley_terry = -F.logsigmoid(rewards[batch.chosen] - rewards[batch.rejected]).sum().item()
+    minimised, count, metrics = plain.loss(batch)
+    assert count == 2 and metrics.keys() == {"loss"} | REWARDS
+    with_lm, count, metrics = with_it.loss(batch)
+    assert count == 2 and with_lm.item() - minimised.item() == pytest.approx(0.3 * expected, rel=1e-9)
+    assert metrics["lm_loss"].item() == pytest.approx(expected, rel=1e-9) and metrics["lm_loss_count"] == num_tokens
+    # The recipe centres rewards: the sum to minimise has that term too.
+    assert minimised.item() > bradley_terry + 1e-9
+    assert metrics["loss"].item() == pytest.approx(bradley_terry, abs=1e-9) and not metrics["loss"].requires_grad
+    # The loop divides: the same in both splits, Bradley–Terry by pairs, the other by tokens.
+    expected_means = {"loss": bradley_terry / 2, "lm_loss": expected / num_tokens}
+    recorder = MemoryRecorder()
+    train(with_it._replace(eval_batches=with_it.train_batches), Config(max_steps=1, lr=1e-14, device="cpu"), recorder)
+    assert [line["split"] for line in recorder.lines] == ["eval", "train", "eval"]
+    for line in recorder.lines:
+        assert {name: line[name] for name in expected_means} == pytest.approx(expected_means, rel=1e-6)
+        assert not any(name.endswith("count") for name in line)
 
 
 def test_a_ranking_is_all_its_pairs_and_counts_once(given):
     responses = ["def add(a, b):\n    return a + b", "def add(a, b):", "    return a"]
-    task = given("--center-rewards", 0, rows=[{"prompt": "Add.", "responses": responses}])
+    task = given("--center-rewards", 0, "--lm-weight", 0, rows=[{"prompt": "Add.", "responses": responses}])
     (batch,) = task.train_batches.micro_batches(0)
     rewards = task.model.eval()(batch.input_ids, batch.positions, batch.rows)
     pairs = [rewards[0] - rewards[1], rewards[0] - rewards[2], rewards[1] - rewards[2]]

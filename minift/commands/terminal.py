@@ -164,6 +164,7 @@ def print_table(results: dict[str, dict[str, Any]], samples: Sequence[dict[str, 
         ("calibration_error", "calibration error", ".3f"),
         ("brier", "Brier score", ".3f"),
         ("eval_loss", "eval loss", ".3f"),
+        ("eval_lm_loss", "eval lm loss, per token", ".3f"),
     ):
         if measure in results:
             rows.append((label, [format(value, form) for value in results[measure].values()]))

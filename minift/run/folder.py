@@ -157,9 +157,10 @@ class Run:
 
         `results` maps a measure to its values "before" and "after" training.
         """
-        losses = [line["loss"] for line in self.metrics if line["split"] == "eval" and line.get("loss") is not None]
-        if losses:
-            results = {"eval_loss": {"before": losses[0], "after": losses[-1]}} | results
+        for name in ("lm_loss", "loss"):
+            values = [line[name] for line in self.metrics if line["split"] == "eval" and line.get(name) is not None]
+            if values:
+                results = {f"eval_{name}": {"before": values[0], "after": values[-1]}} | results
         if samples:
             write_json_lines(self.folder / "samples.jsonl", samples)
         self.record["results"] = results
