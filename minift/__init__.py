@@ -1,10 +1,10 @@
 """Instruction tuning and reward modelling from scratch in plain PyTorch.
 
 Reading order. Start with train_sft.py and train_rm.py, which tell the two stories; then read the files of this folder,
-the heart, which import only each other, torch, numpy and tokenizers:
+the heart, which import only each other, torch, numpy, tokenizers and the tqdm that huggingface_hub brings:
 
      1  prompts      a row → prompt and completion, as text
-     2  encode       text → ids and labels: what is supervised
+     2  encode       text → ids and labels: what is supervised in instruction tuning
      3  batching     examples → packed batches, and those of each optimiser step
      4  model        OPT and the reward model on packed tokens
      5  losses       cross entropy and Bradley–Terry as (sum, count)
@@ -17,26 +17,36 @@ the heart, which import only each other, torch, numpy and tokenizers:
     12  scoring      a reward model in use
     13  lora         low-rank adapters
         remarks      an encoded data set: what was kept of it, categories, remarks about its rows
-        tokenizer, config, errors
+        tokenizer, config, progress, errors
 
 Around the heart: files/ (what is on disk and on the hub), run/ (one training run), commands/ (the command line).
 Imports go one way: scripts → commands → run → files → heart.
 
 Glossary:
 
-    row             one entry of a data set: a dict of fields
+    row             one entry of a data set: a dict of fields. In a batch or cache: one sequence of tokens
     schema          which fields a row has: an instruction, a prompt and its completion, a pair, …
     category        what a row's field "kind" says; results are also given by category
+    question        what a row asks: its instruction and input, or its prompt
     prompt          the text a model is given; the completion is the text it should continue with
-    response        a completion, or an answer that a reward model scores
+    **"prompt"**    the field of a row. Tuning and `minift generate` use it as it is. In pairs, `score` and `winrate` it
+                    is an instruction, which goes through the template
+    response        a completion, or an answer that a reward model scores; "sides" are the two responses of a pair
     template        the prompt format that turns an instruction, and its input, into a prompt
+    marker          the text right before the response, as "### Response:\n": --response-template, or the template's own
+    blanks          white space at the end of a template or marker; it begins the completion and is cut off an answer
     supervised      counted in the loss: a token whose label is its id, not IGNORE_INDEX (-100)
     example         one row as `input_ids` and `labels`
     ranking, pair   two or more responses to one prompt, best first; with two of them, `chosen` and `rejected`
-    batch           the packed tokens of several examples, and `rows`: where in them the tokens of each row are
+    location        where a row is in its file ("line 17"); `where` has the file too
+    batch           packed tokens of several examples, and the matrix `rows (R, T)`: where in them each row's tokens are
     position        a token's number in its row, from 0
+    head            the output matrix `model.head`, hidden states → logits; the reward head is `RewardModel.score`;
+                    attention heads are `num_heads`
     optimiser step  one update of the weights; its gradient is accumulated over `grad_accum` batches (micro-batches)
+    unit            what a loss counts, and is a mean of: supervised tokens, or rankings
     prefill         the first forward pass of a prompt; each decode step after it adds one token
     slot            the part of the KV cache with the keys and values of one row
     reward          the number that a reward model gives a response
+    remark          what a user should know about some rows of a data set, printed once with their locations
 """

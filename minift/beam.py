@@ -2,6 +2,12 @@
 
 Each search keeps `num_beams` partial completions, its beams. A step extends all of them by every token and keeps the
 best. A finished completion is ranked by Σ log p / length^penalty.
+
+Two searches of two beams, A and B. A step has just finished A; both new beams of B continue its beam 1:
+
+    slot                 0   1   2   3
+    beams before         A0  A1  B0  B1     parents = [[], [1, 1]]; B stays, so compact moves it to the front: [1]
+    copy_slots([3, 3])   B1  B1             slot of a parent = 1 · num_beams + 1; the slots on the right are free
 """
 
 from collections import deque
@@ -72,9 +78,10 @@ def beam_search(
 ) -> Completions:
     """Return the `num_samples` best completions of each prompt, best first; new ids, the EOS included.
 
-    Tokens are those of transformers' `generate` (5.23) with float32 logits and the options of the same names. The
-    search ends when `num_beams` completions have finished and `early_stopping` is True. If it is False, the search ends
-    when the best beam, at its current length, is not better than the worst of them; if "never", at the maximum length.
+    When `num_beams` completions have finished, a search ends at once if `early_stopping` is True, else as soon as its
+    best beam is not better than the worst of them. For this, the beam's score is divided by its present length (False),
+    or by the longest possible one ("never", if the length penalty is above 0). Gives the same tokens as the `generate`
+    of transformers 5.23 with equal options and float32 logits.
     Raises ValueError like `generate`, and for more beams than half the vocabulary.
     """
     num_beams = options.num_beams

@@ -37,7 +37,7 @@ class BLEU(NamedTuple):
 
     score: float  # 0 to 100
     counts: list[float]  # matching n-grams: whole numbers, plus k for n > 1 under add-k
-    totals: list[float]  # n-grams of the hypotheses; the same
+    totals: list[float]  # n-grams of the hypotheses, plus k for n > 1 under add-k
     precisions: list[float]  # p_n in percent, smoothed
     bp: float
     sys_len: int  # c

@@ -128,7 +128,7 @@ class Config:
     bleu_samples: int = _option(100, _whole(0), RECORD, "held-out rows answered for BLEU; 0 generates nothing", SFT)
     # fmt: on
 
-    # name → flag, recipe or default
+    # name → flag, recipe or default, filled in by commands/flags.py
     origins: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
 

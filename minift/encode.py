@@ -9,12 +9,10 @@ from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from minift.errors import UserError
-from minift.prompts import Template, blanks_of, is_text_row, question_fields, render, render_prompt, trailing_blanks
-from minift.remarks import Encoded, likely_cause, location_of, wraps_again
+from minift.prompts import Template, blanks_of, is_text_row, render, render_prompt, trailing_blanks
+from minift.remarks import Encoded, about_completion, likely_cause, location_of
 from minift.tokenizer import Special, Tokenizer
 
-# Fields that often hold a part of the question and are not read. An "input" belongs to an instruction, not to a prompt.
-UNREAD = ("system", "system_prompt", "context", "question", "query", "history", "input")
 IGNORE_INDEX = -100  # the label of a token that does not count in the loss
 JOINED = (
     "where one token spans prompt and completion: answers get worse, as generation starts from ids that were not "
@@ -45,8 +43,7 @@ def encode_completion(prompt: Sequence[str], completion: Sequence[str], tokenize
     """
     prompt_ids = tokenizer.encode(prompt)
     input_ids = tokenizer.encode([*prompt, *completion])
-    pairs = zip(prompt_ids, input_ids, strict=False)
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    shared = sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], zip(prompt_ids, input_ids, strict=False)))
     return Example(input_ids, [IGNORE_INDEX] * shared + input_ids[shared:]), shared < len(prompt_ids)
 
 
@@ -139,23 +136,12 @@ def encode_row(
     encode = encode_all if supervise == "all" else encode_text if is_text_row(row) else encode_completion
     example, is_joined = encode(*pieces, tokenizer)
 
-    remarks = []
+    remarks: list[str] = []
     if _count_supervised(example.labels) == 1:
         remarks.append("with an empty completion: only the end token is supervised")
     if is_joined:
         remarks.append(JOINED)
-    if is_text_row(row):
-        if marker and row["text"].count(marker) > 1:
-            remarks.append("with several responses, of which only the last is supervised")
-    else:
-        remarks += filter(None, [wraps_again(row, template)])
-        read = question_fields(row)
-        remarks += [f"whose {name!r} is not read" for name in UNREAD if name not in read and row.get(name)]
-    names = [name for name in (tokenizer.eos_token, tokenizer.bos_token) if name is not None]
-    plain = [piece for part in pieces for piece in part if not isinstance(piece, Special)]
-    if any(name in piece for piece in plain for name in names):
-        remarks.append("whose text has the name of a special token: it stays text")
-    return example, remarks
+    return example, [*remarks, *about_completion(row, pieces, tokenizer, template, marker)]
 
 
 def split_row(

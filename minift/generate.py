@@ -21,7 +21,7 @@ from minift.batching import pack
 from minift.model import OPT, eval_mode
 
 Completions = list[list[list[int]]]  # for each prompt, the new ids of each of its samples
-REFILL_DIVISOR = 8  # prompts enter when an eighth of the batch is free; each prefill reads all weights
+MIN_FREE = 1 / 8  # of the batch, before prompts enter: a prefill reads all weights, too slow for a single prompt
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Options:
 
 
 @dataclass
-class Completion:
-    """One completion in progress."""
+class Decoding:
+    """One completion in progress: a row of the batch."""
 
     ids: list[int]  # of the prompt and the new tokens
     random: np.random.Generator
@@ -88,8 +88,8 @@ def generate(
     """Complete each prompt `num_samples` times; return the new ids, the EOS included where it was produced.
 
     `limits` replace `max_new_tokens`, one for each prompt. `on_progress` gets the number of completions that have just
-    finished. Tokens are those of transformers' `generate` (5.23) with float32 logits and the options of the same names,
-    `do_sample=False` at temperature 0. Samples have the same distribution; each has its own generator (seeded).
+    finished. Gives the same tokens as the `generate` of transformers 5.23 with equal options and float32 logits, at
+    temperature 0 with `do_sample=False`. Samples have the same distribution; each has its own generator (seeded).
     Raises ValueError for `num_beams` above 1, and for a prompt that is empty or too long, with its number from 0.
     """
     if options.num_beams > 1:
@@ -98,11 +98,11 @@ def generate(
     for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
         check_prompt(ids, f"prompt {number}", limit, model.config.max_position_embeddings)
     completions = [
-        Completion(list(ids), np.random.default_rng((options.seed, number, sample)), limits[number])
+        Decoding(list(ids), np.random.default_rng((options.seed, number, sample)), limits[number])
         for number, ids in enumerate(prompts)
         for sample in range(options.num_samples)
     ]
-    waiting, active = deque(completions), list[Completion]()
+    waiting, active = deque(completions), list[Decoding]()
     cache = KVCache(num_slots=min(options.batch_size, len(completions)))
     with eval_mode(model):
         while active or waiting:
@@ -139,7 +139,7 @@ def check_prompt(prompt: Sequence[int], name: str, max_new_tokens: int, max_posi
 def admit(waiting: deque[Any], capacity: int, num_active: int) -> list[Any]:
     """Remove from `waiting` and return what may enter the batch: nothing, unless enough of the batch is free."""
     free = capacity - num_active
-    if num_active and free * REFILL_DIVISOR < capacity:
+    if num_active and free < MIN_FREE * capacity:
         return []
     return [waiting.popleft() for _ in range(min(free, len(waiting)))]
 
@@ -150,8 +150,8 @@ def compact(stays: Sequence[bool]) -> list[int]:
     >>> compact([True, False, True, False, True, True])
     [0, 5, 2, 4]
     """
-    kept = [slot for slot, stay in enumerate(stays) if stay]
-    return [slot if stays[slot] else kept.pop() for slot in range(len(kept))]
+    movable = [slot for slot, stay in enumerate(stays) if stay]  # its last one fills the first free slot
+    return [slot if stays[slot] else movable.pop() for slot in range(sum(stays))]
 
 
 def next_logits(model: OPT, cache: "KVCache", newest: list[int], entering: list[list[int]], copies: int = 1) -> Tensor:
@@ -163,7 +163,7 @@ def next_logits(model: OPT, cache: "KVCache", newest: list[int], entering: list[
     if newest:
         step = DecodeStep(cache, model.head.device)
         hidden = model(torch.tensor(newest, device=step.slots.device), step.positions, step.slots[:, None], step)
-        logits.append(model.logits(hidden).float())  # N = R: one token a row
+        logits.append(model.logits(hidden).float())  # N = R: row r is token r, in slot r
         cache.lengths = [length + 1 for length in cache.lengths]
     if entering:
         input_ids, positions, rows = (tensor.to(model.head.device) for tensor in pack(entering))
@@ -182,15 +182,15 @@ class KVCache:
         self.lengths: list[int] = []  # tokens in each slot that is in use; these are the first ones
         self.layers: list[Tensor] = []  # keys and values of each layer: (2, slots, H, capacity, D)
 
-    def layer(self, number: int, new: Tensor, length: int) -> Tensor:
+    def room_for(self, layer: int, new: Tensor, length: int) -> Tensor:
         """Return a layer's keys and values, with room for `length` tokens like `new (R, H, T, D)`."""
-        if number == len(self.layers):
+        if layer == len(self.layers):
             self.layers.append(new.new_zeros(2, self.num_slots, new.shape[1], 0, new.shape[3]))
-        capacity = self.layers[number].shape[3]
+        capacity = self.layers[layer].shape[3]
         if capacity < length:
             # Doubling keeps growth cheap. Zeros, because a NaN would spread even where it is masked.
-            self.layers[number] = F.pad(self.layers[number], (0, 0, 0, max(length, 2 * capacity) - capacity))
-        return self.layers[number]
+            self.layers[layer] = F.pad(self.layers[layer], (0, 0, 0, max(length, 2 * capacity) - capacity))
+        return self.layers[layer]
 
     def copy_slots(self, parents: list[int]) -> None:
         """Copy slot `parents[r]` to slot r, for all r at once; other slots become free."""
@@ -213,7 +213,7 @@ class Prefill:
         """Store `(R, H, T, D)`; attention is causal among these tokens."""
         first, length = len(self.cache.lengths), key.shape[2]
         slots = slice(first, first + self.copies * len(key))
-        stored = self.cache.layer(layer, key, length)  # (2, slots, H, capacity, D)
+        stored = self.cache.room_for(layer, key, length)  # (2, slots, H, capacity, D)
         stored[:, slots, :, :length] = torch.stack((key, value)).repeat_interleave(self.copies, dim=1)
         return key, value, None
 
@@ -230,7 +230,7 @@ class DecodeStep:
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store `(R, H, 1, D)`; return all keys and values `(R, H, S, D)`, and a mask of each row's own positions."""
-        keys, values = self.cache.layer(layer, key, self.longest)
+        keys, values = self.cache.room_for(layer, key, self.longest)
         keys[self.slots, :, self.positions] = key[:, :, 0]
         values[self.slots, :, self.positions] = value[:, :, 0]
         rows = len(self.slots)

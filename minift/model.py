@@ -223,8 +223,8 @@ class RewardModel(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Return the rewards `(R,)` of packed rows, each read at its row's last token; arguments as for `OPT`.
 
-        The row's length gives the last token. transformers takes the last token that is not a pad instead. That is the
-        wrong one if a text ends in the pad id, as every text does if the EOS is also the pad.
+        The row's length gives the last token. transformers takes the last one that is not a pad, which is wrong if a
+        text ends in the pad id, for example because the EOS is the pad.
         """
         return self.rewards(self.decoder(input_ids, positions, rows), rows)
 
@@ -239,7 +239,7 @@ class RewardModel(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """Return the output matrix `(V, E)` that makes the body a language model; the reward head is `score`."""
+        """Return the output matrix `(V, E)` of the body as a language model. It is not the reward head, `score`."""
         return self.decoder.embed_tokens.weight
 
 

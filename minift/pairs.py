@@ -3,7 +3,6 @@
 import random
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 from minift.batching import pad_rows
 from minift.encode import IGNORE_INDEX, end_with_eos
 from minift.errors import UserError
-from minift.prompts import Template, question_fields, question_of, render
-from minift.remarks import Encoded, location_of, wraps_again
+from minift.prompts import Template, question_of, render
+from minift.remarks import Encoded, about_preferences, location_of
 from minift.tokenizer import Tokenizer
 
 MAX_MARGIN = 1_000_000  # rewards differ by a few units, so larger margins cannot be reached
@@ -62,7 +61,8 @@ def encode_rankings(
         else:
             if "" in responses:
                 encoded.remark("with an empty response: its reward is that of the end token alone", location)
-            remark_question(encoded, row, location, sequences, tokenizer, template)
+            for remark in about_preferences(row, sequences, tokenizer, template):
+                encoded.remark(remark, location)
             encoded.keep(Ranking(sequences, margin), row, index)
     encoded.tokens = sum(len(ids) for ranking in encoded.examples for ids in ranking.responses)
     encoded.check_any_kept("can be learned from")
@@ -91,25 +91,6 @@ def encode_response(
 def responses_of(row: Mapping[str, Any]) -> list[str]:
     """Return the responses of a pair or a ranking, best first; those of the pair if a row has both."""
     return [row["chosen"], row["rejected"]] if "chosen" in row and "rejected" in row else row["responses"]
-
-
-def remark_question(
-    encoded: Encoded,
-    row: Mapping[str, Any],
-    location: str,
-    sequences: Sequence[list[int]],
-    tokenizer: Tokenizer,
-    template: Template,
-) -> None:
-    """Remark on texts that a reward model does not see, sides without a question, a question in a prompt's form."""
-    read = {*question_fields(row), "chosen", "rejected", "response", "responses", "kind"}
-    for name, value in row.items():
-        if isinstance(value, str) and value and name not in read:
-            encoded.remark(f"whose {name!r} is not read", location)
-    if remark := wraps_again(question_of(row) or {}, template):
-        encoded.remark(remark, location)
-    if len(sequences) > 1 and set(commonprefix(sequences)) <= {tokenizer.bos_token_id}:
-        encoded.remark("whose sides share nothing but the BOS: no question is in them", location)
 
 
 def name_responses(count: int, *, best_only: bool = False) -> list[str]:

@@ -25,7 +25,8 @@ def ban_repeated_ngrams(scores: Tensor, rows: Sequence[Sequence[int]], size: int
     windows = ids.unfold(1, size, 1)  # (R, T - size + 1, size)
     ending = ids[:, length - size + 1 :]  # (R, size - 1), which the next token completes to an n-gram
     repeated = (windows[..., :-1] == ending[:, None]).all(2)
-    return scores.masked_fill(_mark(windows[..., -1].where(repeated, scores.shape[1]), scores), -math.inf)
+    completing = windows[..., -1].where(repeated, scores.shape[1])  # (R, T - size + 1): ids, or V, which marks nothing
+    return scores.masked_fill(_mark(completing, scores), -math.inf)
 
 
 def ban_token(scores: Tensor, token: int, banned: Sequence[bool]) -> Tensor:

@@ -2,14 +2,18 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Any, Generic, Literal, TypeVar
 
 from minift.errors import UserError
-from minift.prompts import Template, uses_template
+from minift.prompts import Template, is_text_row, question_fields, question_of, uses_template
+from minift.tokenizer import Special, Tokenizer
 
 NAMED_LOCATIONS = 5  # how many rows a summary names for each remark
+# Fields that often hold a part of the question and are not read. An "input" belongs to an instruction, not to a prompt.
+UNREAD = ("system", "system_prompt", "context", "question", "query", "history", "input")
 MAX_CATEGORIES = 20  # with more distinct values, the field is not a category
 
 Item = TypeVar("Item")
@@ -109,6 +113,37 @@ def by_category(items: Sequence[Item], categories: Sequence[str | None]) -> dict
 
 
 # ---- why a row looks wrong ----
+
+
+def about_completion(
+    row: Mapping[str, Any], pieces: tuple[list[str], list[str]], tokenizer: Tokenizer, template: Template, marker: str
+) -> Iterator[str]:
+    """Yield remarks about a training row: what is not supervised, not read, wrapped twice, or not a special token."""
+    if not is_text_row(row):
+        yield from filter(None, [wraps_again(row, template)])
+        read = question_fields(row)
+        yield from (f"whose {name!r} is not read" for name in UNREAD if name not in read and row.get(name))
+    elif marker and row["text"].count(marker) > 1:
+        yield "with several responses, of which only the last is supervised"
+    names = [name for name in (tokenizer.eos_token, tokenizer.bos_token) if name is not None]
+    plain = [piece for part in pieces for piece in part if not isinstance(piece, Special)]
+    if any(name in piece for piece in plain for name in names):
+        yield "whose text has the name of a special token: it stays text"
+
+
+def about_preferences(
+    row: Mapping[str, Any], sequences: Sequence[list[int]], tokenizer: Tokenizer, template: Template
+) -> Iterator[str]:
+    """Yield remarks about a row for a reward model: what is not read, wrapped twice, or without a question.
+
+    `sequences` are the ids of the question with each response.
+    """
+    read = {*question_fields(row), "chosen", "rejected", "response", "responses", "kind"}
+    unread = [name for name, value in row.items() if isinstance(value, str) and value and name not in read]
+    yield from (f"whose {name!r} is not read" for name in unread)
+    yield from filter(None, [wraps_again(question_of(row) or {}, template)])
+    if len(sequences) > 1 and set(commonprefix(sequences)) <= {tokenizer.bos_token_id}:
+        yield "whose sides share nothing but the BOS: no question is in them"
 
 
 def wraps_again(row: Mapping[str, Any], template: Template) -> str | None:

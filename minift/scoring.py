@@ -141,7 +141,7 @@ def calibration(differences: Sequence[float]) -> tuple[float, float]:
         confidence = sigmoid(abs(difference))
         number = min(int((confidence - 0.5) * 2 * BINS), BINS - 1)
         bins[number].append((confidence, difference > 0))
-    gaps = [abs(sum(confidence for confidence, _ in pairs) - sum(right for _, right in pairs)) for pairs in bins]
+    gaps = [abs(sum(confidence for confidence, _ in each) - sum(right for _, right in each)) for each in bins]
     brier = sum(sigmoid(-difference) ** 2 for difference in differences)
     return sum(gaps) / len(differences), brier / len(differences)
 
@@ -151,8 +151,9 @@ def examine(rewards: Sequence[Sequence[float]], categories: Sequence[str | None]
 
     `rewards` holds the rewards of each row's responses, best first; K responses make K(K - 1)/2 pairs. Accuracy is the
     win rate of the chosen response. If a model has no preference, the mean of σ(chosen − rejected) is near 0.5, and the
-    accuracy only reflects tiny differences. The intervals treat pairs as independent; pairs of one prompt are not
-    quite.
+    accuracy only reflects tiny differences.
+
+    The intervals treat pairs as independent, but pairs of one prompt are correlated.
     """
     differences = [[chosen - rejected for chosen, rejected in combinations(ranked, 2)] for ranked in rewards]
     groups = {name: [*chain(*group)] for name, group in by_category(differences, categories).items()}

@@ -10,9 +10,8 @@ from minift.errors import UserError
 from minift.files.datasets import SCORE_SCHEMAS, check_added, load_rows
 from minift.files.pretrained import load_judge
 from minift.files.text import say, write_json_lines
-from minift.pairs import remark_question
 from minift.prompts import question_of
-from minift.remarks import Encoded, category_of
+from minift.remarks import Encoded, about_preferences, category_of
 from minift.run.device import pick_device
 from minift.scoring import examine, score_rows
 
@@ -36,7 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
                 encoded.keep(judge.encode(question_of(row), row[name]), row, number)
             except ValueError as error:
                 raise UserError(f"{args.data}: {row.location}: {name}: {error}") from None
-        remark_question(encoded, row, row.location, encoded.examples[-len(fields) :], judge.tokenizer, judge.template)
+        for remark in about_preferences(row, encoded.examples[-len(fields) :], judge.tokenizer, judge.template):
+            encoded.remark(remark, row.location)
     terminal.print_remarks(encoded, sys.stdout)
     rewards = iter(score_rows(judge.model, encoded.examples, judge.batch_size))
     scored = [{field: next(rewards) for field in fields} for _ in rows]
