@@ -60,7 +60,7 @@ def main() -> None:
     def loss(batch: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the sum to minimise, the number of rankings, and metrics; the trainer divides once per step."""
         hidden = model.decoder(batch.input_ids, batch.positions, batch.rows)  # (N, E)
-        rewards = model.rewards(hidden, batch.rows)  # (R,)
+        rewards = model.rewards(hidden, batch.rows)  # (R,): both lines together are model(...)
         chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]  # (P,), (P,)
         total, count = bradley_terry(chosen, rejected, batch.margins, batch.weights, config.center_rewards)  # (), ()
         metrics = preference_metrics(chosen, rejected, batch.weights)
@@ -72,7 +72,7 @@ def main() -> None:
             metrics |= {"lm_loss": lm_total.detach(), "lm_loss_count": lm_count}  # logged as the mean per token
         return total, count, metrics
 
-    # 5. The examination: which response of each held-out pair gets the higher reward.
+    # 5. The examination: which response of each held-out pair, which is two rows, gets the higher reward.
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     terminal.print_plan(train_batches, config)
     before = run.once(lambda: score_rankings(model, eval_set.examples, 2 * config.batch_size), len(eval_set.examples))
@@ -80,7 +80,7 @@ def main() -> None:
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, base)
     unit = "prompts" if any(ranking.best_only for ranking in rankings) else "pairs"
-    train(Task(model, loss, train_batches, eval_batches, write_model, unit, run.dtype), config, run)
+    train(Task(model, loss, train_batches, eval_batches, write_model, unit=unit, dtype=run.dtype), config, run)
     write_model(run.folder)
 
     # 7. What it learned.

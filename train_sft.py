@@ -57,9 +57,8 @@ def main() -> None:
 
     def loss(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the summed loss, the number of supervised tokens, and metrics; the trainer divides once per step."""
-        hidden = model(batch.input_ids, batch.positions, batch.rows)  # (N, E)
-        total, count = completion_cross_entropy(hidden, model.head, batch.labels, batch.positions)  # (), ()
-        return total, count, {}
+        hidden = model(batch.input_ids, batch.positions, batch.rows)  # (N, E), no logits: the loss computes these
+        return *completion_cross_entropy(hidden, model.head, batch.labels, batch.positions), {}  # (), ()
 
     # 5. The examination: held-out prompts, answered greedily before and after.
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
@@ -69,7 +68,8 @@ def main() -> None:
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, base)
-    train(Task(model, loss, train_batches, eval_batches, write_model, "supervised_tokens", run.dtype), config, run)
+    task = Task(model, loss, train_batches, eval_batches, write_model, unit="supervised_tokens", dtype=run.dtype)
+    train(task, config, run)
     write_model(run.folder)
 
     # 7. What it learned.

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
+from minift.prompts import TEMPLATES
+
 SFT, RM = ("sft",), ("rm",)
 
 DATA = "model and data"
@@ -75,7 +77,7 @@ class Config:
     out: str = _option("runs/sft", TEXT, DATA, "the run's folder")
     resume: bool = _option(False, SWITCH, DATA, "continue from the last checkpoint in --out")
 
-    template: str = _option("course", TEXT, ENCODING, "course, alpaca, dialogue, none, or a file")
+    template: str = _option("course", TEXT, ENCODING, ", ".join(TEMPLATES) + ", or a file")
     response_template: str | None = _option(None, TEXT, ENCODING, "text before the response in rows that have only "
                                             "`text`; the template's own if left out", SFT)
     supervise: Literal["completion", "all"] = _option("completion", _choice("completion", "all"), ENCODING,

@@ -18,7 +18,7 @@ from minift.files.pretrained import LanguageModel, load_language_model
 from minift.files.text import say, to_json_lines, write_json_lines
 from minift.generate import Completions, Options, check_prompt, generate
 from minift.progress import progress_bar
-from minift.prompts import blanks_of
+from minift.prompts import TEMPLATES, blanks_of
 from minift.remarks import Encoded, wraps_again
 from minift.run.device import pick_device
 
@@ -108,7 +108,7 @@ def _parser() -> CommandParser:
     add("--model", required=True, help="a folder or hub id of a model, or of adapters")
     add("--prompts", required=True, help='JSONL: {"prompt": …}, or {"instruction": …, "input": …} for the template')
     add("--out", help="JSONL: the same lines with `completion` and `token_ids` (default: standard output)")
-    add("--template", help="course, alpaca, dialogue, none, or a file (default: that of the training run, or course)")
+    add("--template", help=f"{', '.join(TEMPLATES)}, or a file (default: that of the training run, or course)")
     defaults = Options()
     for name, meaning in FLAGS.items():
         default = getattr(defaults, name)
