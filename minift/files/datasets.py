@@ -142,8 +142,8 @@ def _read_values(path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
 
 def _read_parquet(path: Path) -> Iterator[Any]:
     try:
-        from pyarrow import ArrowException  # noqa: PLC0415 (an optional extra)
-        from pyarrow.parquet import ParquetFile  # noqa: PLC0415
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f"{path}: reading parquet takes pyarrow: pip install -e '.[parquet]'") from None
     try:
