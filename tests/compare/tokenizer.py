@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from minift.files.datasets import load_rows
 from minift.files.tokenizer import load_tokenizer
-from minift.tokenizer import Special
+from minift.tokenizer import Special, Tokenizer
 from tests.compare import Check, Setting
 
 SECTION = "tokenizer"
@@ -37,9 +37,15 @@ BLOCKS = [(0, 0x80), (0x80, 0xD800), (0xE000, 0x110000)]  # all of Unicode excep
 def compare(setting: Setting) -> Iterator[Check]:
     setting.progress("tokenizer: strings to ids and back")
     reference, ours = AutoTokenizer.from_pretrained(setting.model), load_tokenizer(setting.model)
-    names = reference.all_special_tokens
     made, from_rows = (300, 100) if setting.quick else (HARD, FROM_ROWS)
-    texts = [*dict.fromkeys([*hard_texts(names, made), *texts_of_rows(setting, from_rows)])]
+    texts = [*hard_texts(reference.all_special_tokens, made), *texts_of_rows(setting, from_rows)]
+    yield from compare_tokenizers(reference, ours, texts)
+
+
+def compare_tokenizers(reference: PreTrainedTokenizerBase, ours: Tokenizer, texts: Sequence[str]) -> Iterator[Check]:
+    """Compare the ids of texts; and the texts of these ids, and of random ids."""
+    names = reference.all_special_tokens
+    texts = [*dict.fromkeys(texts)]
     spelling = sum(any(name in text for name in names) for text in texts)
     on = f"{len(texts):,} different strings, {spelling:,} of them with {' or '.join(names)}"
 
@@ -56,10 +62,13 @@ def compare(setting: Setting) -> Iterator[Check]:
         yield check(what, on, ids, [ours.decode(row, skip) for row in ids], decode_all(reference, ids, skip))
 
 
-def hard_texts(names: Sequence[str], count: int) -> list[str]:
-    """Return random sequences of fragments that are difficult for BPE and pre-tokenisers, and of any characters."""
+def hard_texts(more: Sequence[str], count: int) -> list[str]:
+    """Return random sequences of fragments that are difficult for BPE and pre-tokenisers, and of any characters.
+
+    `more` are fragments too, such as the names of special tokens.
+    """
     rng = random.Random(SEED)
-    fragments = [*FRAGMENTS, *names, *names]
+    fragments = [*FRAGMENTS, *more, *more]
     glued = ["".join(rng.choices(fragments, k=rng.randrange(12))) for _ in range(count // 2)]
     codes = [[rng.randrange(*rng.choice(BLOCKS)) for _ in range(rng.randrange(20))] for _ in range(count - count // 2)]
     return [*glued, *("".join(map(chr, code)) for code in codes)]
