@@ -4,7 +4,9 @@ Each module here is a section, except `__main__`, `page`, `training`, `faults` a
 `compare(setting)` yields what was compared, on how much, and the largest difference.
 """
 
-from collections.abc import Callable
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,3 +52,8 @@ class Setting(NamedTuple):
     scratch: Path  # a folder that is removed afterwards
     progress: Callable[[str], None]
     curves: dict[str, dict[str, list[float]]]  # for the page: title → side → the loss of each step
+
+
+def digest(rows: Sequence[Sequence]) -> str:
+    """Return a digest of [[input_ids, labels], …]: record_old_collator.py records it, masks.py compares it."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

@@ -28,6 +28,8 @@ HARD = """
 """.split()
 HARD += ["-\n", "\n", "\t", "\x0c", "\u2028", "\u3000", "e\u0301", "\0", " ."]
 
+Corpus = tuple[dict[str, Any], list[str], list[list[str | None]]]  # options, hypotheses, references
+
 
 def compare(setting: Setting) -> Iterator[Check]:
     rows = load_rows(setting.data)
@@ -51,16 +53,17 @@ def compare(setting: Setting) -> Iterator[Check]:
     yield from compare_scores("real answers", corpora)
 
 
-def compare_scores(
-    what: str, corpora: Sequence[tuple[dict[str, Any], list[str], list[list[str | None]]]]
-) -> Iterator[Check]:
-    """Compare BLEU of each corpus and of its first segments: counts and signatures exactly, scores up to rounding."""
+def compare_scores(what: str, corpora: Sequence[Corpus]) -> Iterator[Check]:
+    """Compare BLEU of each corpus and of its first segments: counts and signatures exactly, scores up to rounding.
+
+    A corpus comes with the options of `corpus_bleu`.
+    """
     pairs: list[tuple[BLEU, BLEUScore, str]] = []
     for chosen, hypotheses, references in corpora:
-        oracle = sacrebleu.metrics.BLEU(**chosen, force=True)
+        oracle = reference_bleu(chosen)
         theirs = oracle.corpus_score(hypotheses, references)
         pairs.append((corpus_bleu(hypotheses, references, **chosen, force=True), theirs, str(oracle.get_signature())))
-        oracle = sacrebleu.metrics.BLEU(**chosen, force=True, effective_order=True)
+        oracle = reference_bleu({"use_effective_order": True} | chosen)
         for number, hypothesis in enumerate(hypotheses[:SENTENCES]):
             segment = [stream[number] for stream in references]
             theirs = oracle.sentence_score(hypothesis, segment)
@@ -80,8 +83,14 @@ def compare_scores(
     yield Check("bleu", f"counts, lengths and signature, {what}", on, unequal, 0)
 
 
-def random_corpus(generator: random.Random, words: list[str]) -> tuple[list[str], list[list[str | None]]]:
-    """Return up to six segments of few different words, and one to three references each; only the first is sure."""
+def reference_bleu(chosen: dict[str, Any]) -> sacrebleu.metrics.BLEU:
+    """Return sacreBLEU's metric with the options of `corpus_bleu`, one of which has another name there."""
+    theirs = {name.removeprefix("use_"): value for name, value in chosen.items()}
+    return sacrebleu.metrics.BLEU(**theirs, force=True)
+
+
+def random_corpus(generator: random.Random, words: Sequence[str]) -> tuple[list[str], list[list[str | None]]]:
+    """Return up to six segments of few different words, and one to three references each; later ones have gaps."""
     chosen = [generator.choice([HARD, words][generator.random() < 0.5]) for _ in range(generator.randint(2, 10))]
 
     def segment() -> str:

@@ -4,7 +4,6 @@ The old collator does not run here, because its trl and today's need different e
 wrote old_collator.json: what the collator makes of some rows, where it fails and why.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from minift.files.text import sha256
 from minift.files.tokenizer import load_tokenizer
 from minift.prompts import TEMPLATES, Template, is_text_row, render, trailing_blanks
 from minift.tokenizer import Tokenizer
-from tests.compare import Check, Setting
+from tests.compare import Check, Setting, digest
 from tests.compare.training import length_limit, make_trainer, quiet
 
 SECTION = "masks"
@@ -196,8 +195,3 @@ def compare_digests(recorded: dict, tokenizer: Tokenizer, quick: bool) -> Check:
     on = f"{len(rows):,} rows, {len(recorded['not_found'])} of which it cannot use"
     note = f"from row {wrong[0] * size + 1} on; if data/ changed, run record_old_collator.py again" if wrong else ""
     return Check(SECTION, what, on, len(wrong), 0, note)
-
-
-def digest(rows: Sequence[Sequence]) -> str:
-    """Return the digest that record_old_collator.py records."""
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

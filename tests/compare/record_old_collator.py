@@ -5,7 +5,7 @@ That trl does not work with today's packages, so this script needs another envir
     python3.11 -m venv /tmp/old
     /tmp/old/bin/python -m pip install torch==2.13.0 "numpy<2" pyarrow==17.0.0 rich==15.0.0 \\
         transformers==4.43.4 trl==0.11.4 peft==0.14.0 datasets==3.2.0 accelerate==0.34.2
-    /tmp/old/bin/python tests/compare/record_old_collator.py
+    /tmp/old/bin/python -m tests.compare.record_old_collator
 
 What fails depends on the vocabulary. Given a folder with facebook/opt-350m's vocab.json, merges.txt and
 tokenizer_config.json, the script also records the cases with OPT's own vocabulary; otherwise it keeps the earlier ones.
@@ -22,6 +22,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 from trl import DataCollatorForCompletionOnlyLM
+
+from tests.compare import digest
 
 ROOT = Path(__file__).parents[2]
 RECORDED = Path(__file__).with_name("old_collator.json")
@@ -181,11 +183,6 @@ def collate(texts: list[str], tokenizer, response_template: str, max_length: int
     lengths = [len(row.input_ids) for row in encoded]
     columns = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), lengths, strict=True)
     return [[ids[:length], labels[:length]] for ids, labels, length in columns]
-
-
-def digest(rows: list) -> str:
-    """Return a digest of [[input_ids, labels], …]; masks.py has the same function for minift's."""
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def readable(recorded: dict) -> str:
