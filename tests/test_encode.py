@@ -1,7 +1,9 @@
-"""Which tokens are supervised: by content, and against trl's own rule with transformers' tokenizer."""
+"""Which tokens are supervised: by content, and against trl's SFTTrainer with transformers' tokenizer."""
 
 import json
 import random
+import re
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -18,9 +20,11 @@ from minift.encode import (
 from minift.errors import UserError
 from minift.files.templates import load_template
 from minift.files.tokenizer import load_tokenizer
-from minift.prompts import TEMPLATES, render
+from minift.prompts import TEMPLATES, Template, render
 from minift.remarks import MAX_CATEGORIES, Encoded, by_category, category_of
 from minift.tokenizer import Special
+from tests.compare import Setting
+from tests.compare.masks import compare_rows
 
 COURSE = TEMPLATES["course"]
 ROWS = [
@@ -48,17 +52,13 @@ def as_text_row(row: dict) -> dict:
     return {"text": "".join(prompt + completion)}
 
 
-def reference_labels(reference, row: dict, template, max_length: int) -> tuple[list[int], list[int]]:
-    """trl 1.16, SFTTrainer._prepare_dataset: add the EOS, tokenise twice, mask the common prefix, then truncate."""
-    prompt, completion = ("".join(part) for part in render(row, template, reference.eos_token, reference.bos_token))
-    if not completion.endswith(reference.eos_token):
-        completion += reference.eos_token
-    prompt_ids, ids = reference(prompt).input_ids, reference(prompt + completion).input_ids
-    shared = 0
-    while shared < min(len(prompt_ids), len(ids)) and prompt_ids[shared] == ids[shared]:
-        shared += 1
-    labels = [IGNORE_INDEX] * shared + ids[shared:]
-    return ids[:max_length], labels[:max_length]
+def assert_equal_to_trl(directory: Path, rows: list[dict], template: Template, scratch: Path, length: int) -> str:
+    """Assert that ids, labels and dropped rows are trl's; return the check's count of rows and tokens."""
+    setting = Setting(directory, scratch, scratch, True, scratch, print, {})
+    tokenizers = load_tokenizer(directory), AutoTokenizer.from_pretrained(directory)
+    check = compare_rows(setting, rows, template, length, *tokenizers)
+    assert check.agrees, check
+    return check.on
 
 
 @pytest.mark.parametrize("template", ["course", "alpaca"])
@@ -88,38 +88,29 @@ def random_rows(count: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_ids_and_labels_of_difficult_rows_are_trl_s(tokenizer_directory, gpt2_tokenizer_directory, template):
+def test_ids_and_labels_of_difficult_rows_are_trl_s(tokenizer_directory, gpt2_tokenizer_directory, tmp_path, template):
     for directory in (tokenizer_directory, gpt2_tokenizer_directory):
-        reference, ours = AutoTokenizer.from_pretrained(directory), load_tokenizer(directory)
+        ours = load_tokenizer(directory)
         rows = [*ROWS, *random_rows(150)]
-        if ours.eos_token != "</s>":
-            rows = [{**row, "output": row["output"].replace("</s>", ours.eos_token)} for row in rows]
-        expected = [reference_labels(reference, row, TEMPLATES[template], 1024) for row in rows]
-        encoded = encode_rows(rows, ours, TEMPLATES[template], max_length=None)
-        assert encoded.examples == [expected[number] for number in encoded.indices]
+        rows = [{**row, "output": row["output"].replace("</s>", ours.eos_token)} for row in rows]
+        on = assert_equal_to_trl(directory, rows, TEMPLATES[template], tmp_path, 1024)
         # With GPT-2 and the template "none", a row without text is its end token alone: nothing to predict.
-        dropped = set(range(len(rows))) - set(encoded.indices)
-        assert all(len(expected[number][0]) == 1 for number in dropped)
+        is_empty = template == "none" and ours.bos_token_id is None
+        assert on.startswith("156 rows, ") and on.partition("; ")[2] == ("0 rows cut, 1 dropped" if is_empty else "")
 
-        median = sorted(len(ids) for ids, _ in expected)[len(rows) // 2]
-        expected = [(ids[:median], labels[:median]) for ids, labels in expected]
-        encoded = encode_rows(rows, ours, TEMPLATES[template], max_length=median)
-        assert encoded.examples == [expected[number] for number in encoded.indices]
-        # trl drops rows that truncation leaves without a label; minift also those with one on the first token only.
-        dropped = set(range(len(rows))) - set(encoded.indices)
-        assert all(set(expected[number][1][1:]) <= {IGNORE_INDEX} for number in dropped)
-        assert locations(encoded, "cut at") and len(locations(encoded, "dropped: no")) == len(dropped)
+        examples = encode_rows(rows, ours, TEMPLATES[template], max_length=None).examples
+        median = sorted(len(ids) for ids, _ in examples)[len(examples) // 2]
+        on = assert_equal_to_trl(directory, rows, TEMPLATES[template], tmp_path, median)
+        assert re.search(r"; [1-9]\d* rows cut, [1-9]\d* dropped", on)
 
 
-def test_real_rows_with_opt_s_tokenizer(real_data):
+def test_real_rows_with_opt_s_tokenizer(real_data, tmp_path):
     opt = load_tokenizer(real_data / "opt_tokenizer")
     by_hand = [{"prompt": "### Response:\n", "completion": "Hi"}]  # [48134, 19121, 35, 50118] is the template
     expected = Example([2, 48134, 19121, 35, 50118, 30086, 2], [IGNORE_INDEX] * 5 + [30086, 2])
     assert encode_rows(by_hand, opt, COURSE, max_length=None).examples == [expected]
-    reference = AutoTokenizer.from_pretrained(real_data / "opt_tokenizer")
     rows = json.loads((real_data / "code_alpaca_2k.json").read_text())[:300]
-    encoded = encode_rows(rows, opt, COURSE, max_length=1024)
-    assert encoded.examples == [reference_labels(reference, row, COURSE, 1024) for row in encoded.rows]
+    assert_equal_to_trl(real_data / "opt_tokenizer", rows, COURSE, tmp_path, 1024)
 
 
 @pytest.mark.parametrize(
