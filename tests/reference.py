@@ -88,6 +88,19 @@ def twins(
 
 
 @torch.no_grad()
+def varied_twins(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[Reference, Model]:
+    """Return language models, as `twins` does, whose completions vary and do not echo the prompt."""
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 40, "max_position_embeddings": 64, "dropout": 0.1}
+    config = transformers.OPTConfig(**SMALL | ARCHITECTURES[architecture] | sizes)
+    reference = transformers.OPTForCausalLM(config).to(dtype).eval()
+    for name, parameter in reference.named_parameters():
+        if parameter.dim() > 1:
+            parameter *= {PRE_LN: (20, 4), POST_LN: (8, 6)}[architecture]["embed" in name]
+    return reference, twin_of(reference)
+
+
+@torch.no_grad()
 def randomise(model: nn.Module, seed: int = 1) -> nn.Module:
     """Draw weights that make nothing trivial: biases are not 0 and LayerNorms not the identity. Return the model."""
     generator = torch.Generator().manual_seed(seed)
@@ -270,9 +283,14 @@ def difference(found: Tensor, expected: Tensor, scale: Tensor | None = None) -> 
     return ((found - expected).abs().max() / scale.abs().max()).item()
 
 
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained parameters of a model of minift, transformers or peft, by minift's names."""
+    return {own_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return the gradient of every trained parameter, by minift's names."""
-    return {own_name(name): weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    return {name: weight.grad for name, weight in trained(model).items()}
 
 
 def assert_gradients_agree(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

@@ -5,7 +5,7 @@ import math
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,11 +26,11 @@ from minift.generate import Completions, KVCache, Options, compact, generate, ne
 from minift.model import OPT, Cache, OPTConfig
 from minift.prompts import Template
 from minift.tokenizer import Tokenizer
-from tests.compare.generation import PROCESSORS, SEARCHES, reference_completions
-from tests.reference import ARCHITECTURES, POST_LN, PRE_LN, SMALL, hidden_states, pack, twin_of
+from tests.compare.generation import PROCESSORS, SEARCHES, complete, reference_completions
+from tests.reference import POST_LN, PRE_LN, hidden_states, pack, varied_twins
 from tests.runs import read_lines, write_lines
 
-VOCAB = 40
+VOCAB = 40  # of `varied_twins`
 MAX_NEW = 12
 LENGTHS = (1, 4, 9)
 both_architectures = pytest.mark.parametrize("architecture", [PRE_LN, POST_LN])
@@ -45,19 +45,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def model_pair(architecture: str, dtype: torch.dtype = torch.float32) -> tuple[transformers.OPTForCausalLM, OPT]:
-    """Return a model of transformers and minift's twin, with weights whose outputs vary and do not echo the prompt."""
-    torch.manual_seed(1)
-    sizes = {"vocab_size": VOCAB, "max_position_embeddings": 64, "dropout": 0.1}
-    config = transformers.OPTConfig(**SMALL | ARCHITECTURES[architecture] | sizes)
-    reference = transformers.OPTForCausalLM(config).to(dtype).eval()
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            if parameter.dim() > 1:
-                parameter *= {PRE_LN: (20, 4), POST_LN: (8, 6)}[architecture]["embed" in name]
-    return reference, twin_of(reference)
-
-
 def ragged_prompts(each: int, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     return [[2, *torch.randint(3, VOCAB, (n - 1,), generator=generator).tolist()] for _ in range(each) for n in lengths]
@@ -65,12 +52,6 @@ def ragged_prompts(each: int, lengths: tuple[int, ...] = LENGTHS) -> list[list[i
 
 def make_options(**values: object) -> Options:
     return Options(**{"max_new_tokens": MAX_NEW} | values)
-
-
-def complete(
-    model: OPT, prompts: list[list[int]], options: Options, on_progress: Callable = lambda finished: None
-) -> Completions:
-    return (beam_search if options.num_beams > 1 else generate)(model, prompts, options, on_progress)
 
 
 def frequent_token(model: OPT, prompts: list[list[int]]) -> int:
@@ -91,7 +72,7 @@ SETTINGS = [
 
 @both_architectures
 def test_tokens_are_those_of_transformers(architecture: str) -> None:
-    reference, model = model_pair(architecture)
+    reference, model = varied_twins(architecture)
     prompts = ragged_prompts(each=4)
     end = frequent_token(model, prompts)
     lengths = Counter()
@@ -105,7 +86,7 @@ def test_tokens_are_those_of_transformers(architecture: str) -> None:
 
 
 def test_several_samples_of_beam_search_are_its_best() -> None:
-    reference, model = model_pair(POST_LN)
+    reference, model = varied_twins(POST_LN)
     prompts = ragged_prompts(each=4)
     options = make_options(eos_token_id=frequent_token(model, prompts), num_beams=4, num_samples=3, batch_size=17)
     for prompt, samples in zip(prompts, complete(model, prompts, options), strict=True):
@@ -195,7 +176,7 @@ STRATEGIES = [{}, PROCESSED, SAMPLED, {"num_beams": 5, "num_samples": 5}]
 @pytest.mark.parametrize("chosen", STRATEGIES, ids=["greedy", "processed", "sampled", "beams"])
 @both_architectures
 def test_the_batch_changes_nothing(architecture: str, chosen: dict) -> None:
-    _, model = model_pair(architecture, torch.float64)
+    _, model = varied_twins(architecture, torch.float64)
     prompts = ragged_prompts(each=4, lengths=(1, 3, 9, 6))
     end = frequent_token(model, prompts)
     alone, seven, all_at_once = (
@@ -206,7 +187,7 @@ def test_the_batch_changes_nothing(architecture: str, chosen: dict) -> None:
 
 
 def test_each_sample_has_a_generator_of_its_own() -> None:
-    _, model = model_pair(POST_LN, torch.float64)
+    _, model = varied_twins(POST_LN, torch.float64)
     prompts = ragged_prompts(each=2)
     many = make_options(**SAMPLED)
     three = generate(model, prompts, many)
@@ -225,7 +206,7 @@ def test_each_sample_has_a_generator_of_its_own() -> None:
 @both_architectures
 def test_cached_logits_are_those_of_the_whole_row(architecture: str) -> None:
     """Through everything that happens to a cache: prompts enter, some of them twice, slots are copied, buffers grow."""
-    _, model = model_pair(architecture, torch.float64)
+    _, model = varied_twins(architecture, torch.float64)
     generator = torch.Generator().manual_seed(4)
     cache = KVCache(num_slots=8)
     active: list[list[int]] = []
@@ -261,7 +242,7 @@ def test_interleaved_caches_and_models_do_not_affect_each_other() -> None:
             rows = [[*ids, token] for ids, token in zip(rows, logits.argmax(1).tolist(), strict=True)]
             yield logits
 
-    (_, first), (_, second) = model_pair(PRE_LN), model_pair(POST_LN)
+    (_, first), (_, second) = varied_twins(PRE_LN), varied_twins(POST_LN)
     prompts = ragged_prompts(each=2)
     runs = [(first, prompts), (second, prompts), (first, prompts[::-1]), (second, prompts[2:])]
     steps = list(zip(*(decode(*run) for run in runs), strict=True))  # a step of each run in turn
@@ -274,7 +255,7 @@ def test_interleaved_caches_and_models_do_not_affect_each_other() -> None:
 
 
 def test_the_cache_is_used_and_the_batch_stays_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, model = model_pair(POST_LN)
+    _, model = varied_twins(POST_LN)
     prompts = ragged_prompts(each=16)
     end = frequent_token(model, prompts)
     calls: list[tuple[int, int]] = []
@@ -299,7 +280,7 @@ def test_the_cache_is_used_and_the_batch_stays_full(monkeypatch: pytest.MonkeyPa
 
 def test_each_prompt_has_its_own_limit() -> None:
     """One prompt with little room used to shorten the answers to all others."""
-    _, model = model_pair(PRE_LN)
+    _, model = varied_twins(PRE_LN)
     prompts = [[3 + token % 37 for token in range(length)] for length in (4, 9, 60)]
     alone = generate(model, prompts[:2], Options(max_new_tokens=MAX_NEW, batch_size=2))
     for size in (1, 3):
@@ -325,7 +306,7 @@ def test_compacting_moves_only_into_free_slots() -> None:
 
 @pytest.mark.parametrize("chosen", [{}, SAMPLED, {"num_beams": 3}], ids=["greedy", "sampled", "beams"])
 def test_the_end_token(chosen: dict) -> None:
-    _, model = model_pair(POST_LN)
+    _, model = varied_twins(POST_LN)
     prompts = ragged_prompts(each=4)
     end = frequent_token(model, prompts)
 
@@ -342,7 +323,7 @@ def test_the_end_token(chosen: dict) -> None:
 
 
 def test_mode_and_progress() -> None:
-    _, model = model_pair(PRE_LN)
+    _, model = varied_twins(PRE_LN)
     model.train()
     finished = []
     for chosen in (SAMPLED, {"num_beams": 3, "num_samples": 3}):
@@ -389,7 +370,7 @@ def test_wrong_options_are_named(name: str, value: object) -> None:
 
 
 def test_prompts_and_options_that_do_not_suit_the_model() -> None:
-    _, model = model_pair(PRE_LN)
+    _, model = varied_twins(PRE_LN)
     for num_beams in (1, 2):
         four = Options(max_new_tokens=4, num_beams=num_beams)
         with pytest.raises(ValueError, match="^prompt 1 is empty"):

@@ -27,7 +27,6 @@ from tests.reference import (
     difference,
     logits_of,
     mean_loss,
-    own_name,
     random_examples,
     reference_logits,
     reference_loss,
@@ -37,6 +36,7 @@ from tests.reference import (
     rewards_of,
     rm_loss,
     sft_loss,
+    trained,
     twins,
 )
 
@@ -72,11 +72,6 @@ def our_loss(model: Model, examples=EXAMPLES) -> Tensor:
     if isinstance(model, RewardModel):
         return mean_loss(rm_loss(model), collate_rankings([Ranking(pair) for pair in PAIRS]))
     return mean_loss(sft_loss(model), collate(examples))
-
-
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what a peft model or ours trains, by minift's names."""
-    return {own_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def fill(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ Sampling: the probabilities that tokens are drawn from, and the drawn tokens by 
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -23,7 +23,7 @@ from minift.encode import prompt_and_reference
 from minift.files.datasets import load_rows
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model
-from minift.generate import Options, generate, process_logits
+from minift.generate import Completions, Options, generate, process_logits
 from minift.model import OPT
 from minift.prompts import TEMPLATES
 from tests.compare import Check, Setting
@@ -61,7 +61,7 @@ DRAWS: list[Chosen] = [
 
 def compare(setting: Setting) -> Iterator[Check]:
     model, reference = load_both(setting, "float32")
-    prompts = ragged_prompts(setting, 8 if setting.quick else PROMPTS, model.config.max_position_embeddings)
+    prompts = prompts_of_rows(setting, 8 if setting.quick else PROMPTS, model.config.max_position_embeddings)
     setting.progress(f"generation: how completions of {len(prompts)} prompts end")
     end, remark = end_token(model, load_tokenizer(setting.model).eos_token_id, prompts)
 
@@ -142,7 +142,7 @@ def load_both(setting: Setting, dtype: str) -> tuple[OPT, transformers.OPTForCau
     return load_model(setting.model, dtype=DTYPES[dtype]), reference
 
 
-def ragged_prompts(setting: Setting, count: int, max_positions: int) -> list[list[int]]:
+def prompts_of_rows(setting: Setting, count: int, max_positions: int) -> list[list[int]]:
     """Return prompts from all parts of the data, some with the beginning of their answer.
 
     One in ten is whole; of the others the last 1 to 40 tokens are kept.
@@ -179,16 +179,17 @@ def described(chosen: Chosen) -> str:
 # ---- tokens ----
 
 
-def complete(model: OPT, prompts: Sequence[list[int]], options: Options) -> list[list[int]]:
-    """Return minift's completion of each prompt."""
-    return [ids for (ids,) in (beam_search if options.num_beams > 1 else generate)(model, prompts, options)]
+def complete(model: OPT, prompts: Sequence[list[int]], options: Options, *on_progress: Callable) -> Completions:
+    """Complete prompts by the search that `options` ask for."""
+    return (beam_search if options.num_beams > 1 else generate)(model, prompts, options, *on_progress)
 
 
 def decisive_gaps(
     model: OPT, reference: transformers.OPTForCausalLM, prompts: Sequence[list[int]], options: Options
 ) -> dict[int, float]:
     """Return which prompts' completions differ, and the gap between the scores that decided so."""
-    ours, theirs = complete(model, prompts, options), reference_completions(reference, prompts, options)
+    ours = [ids for (ids,) in complete(model, prompts, options)]
+    theirs = reference_completions(reference, prompts, options)
     differing = [number for number in range(len(prompts)) if ours[number] != theirs[number]]
     if not differing:
         return {}

@@ -18,13 +18,14 @@ from minift.encode import IGNORE_INDEX, Example, encode_rows
 from minift.files.datasets import load_rows
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model, read_config
-from minift.model import set_dropout
+from minift.model import OPT, set_dropout
 from minift.prompts import TEMPLATES
 from tests.compare import Check, Setting
 from tests.compare.training import NO_DROPOUT, WITHOUT_EFFECT, quiet
 from tests.reference import (
     ARCHITECTURES,
     ON_THE_HUB,
+    difference,
     gradients,
     hidden_states,
     mean_loss,
@@ -95,24 +96,33 @@ def compare_model(folder: Path, examples: list[Example], on: str) -> Iterator[Ch
         ("loss", "loss"),
         ("every parameter's gradient", "gradients"),
     ):
-        difference, where = largest(getattr(found, name), getattr(expected, name))
+        apart, where = largest(getattr(found, name), getattr(expected, name))
         rounding, _ = largest(getattr(expected, name), getattr(exact, name))
-        note = f"the largest: {where}; " if difference and where != what else ""
+        note = f"the largest: {where}; " if apart and where != what else ""
         note += f"the reference is {rounding:.1e} from its own float64"
-        yield Check(SECTION, what, on, difference, FLOAT32, note)
+        yield Check(SECTION, what, on, apart, FLOAT32, note)
     rounding = [noise(outcome.gradients) for outcome in (found, expected)]
     if any(rounding):
         note = "rounding only, as a constant added to all keys changes no softmax; relative to k_proj.weight's"
         yield Check(SECTION, f"{WITHOUT_EFFECT}'s gradient, which is 0", on, max(rounding), FLOAT32, note)
     differences = [largest(*pair) for pair in zip(ours(folder, examples, torch.float64), exact, strict=True)]
-    difference, where = max(differences)
-    yield Check(SECTION, "all of it in float64", on, difference, FLOAT64, f"the largest: {where}")
+    apart, where = max(differences)
+    yield Check(SECTION, "all of it in float64", on, apart, FLOAT64, f"the largest: {where}")
 
 
 def ours(folder: Path, examples: list[Example], dtype: torch.dtype) -> Outcome:
-    """Run minift's forward and backward pass on the packed rows."""
     model = load_model(folder, dtype=dtype)
     set_dropout(model, 0.0)
+    return run_minift(model, examples)
+
+
+@quiet()
+def reference(folder: Path, examples: list[Example], dtype: torch.dtype) -> Outcome:
+    return run_reference(OPTForCausalLM.from_pretrained(folder, dtype=dtype, **NO_DROPOUT), examples)
+
+
+def run_minift(model: OPT, examples: list[Example]) -> Outcome:
+    """Run minift's forward and backward pass on the packed rows."""
     layers = record_layers(model.decoder.layers)
     batch = collate(examples)
     loss = mean_loss(sft_loss(model), batch)
@@ -121,10 +131,8 @@ def ours(folder: Path, examples: list[Example], dtype: torch.dtype) -> Outcome:
     return outcome(layers | {"at the end": last}, model.logits(last), loss, model)
 
 
-@quiet()
-def reference(folder: Path, examples: list[Example], dtype: torch.dtype) -> Outcome:
+def run_reference(model: OPTForCausalLM, examples: list[Example]) -> Outcome:
     """Run the reference's forward and backward pass on the same rows, padded on the right; keep the real tokens."""
-    model = OPTForCausalLM.from_pretrained(folder, dtype=dtype, **NO_DROPOUT)
     layers = record_layers(model.model.decoder.layers)
     inputs = padded([ids for ids, _ in examples], model.config.pad_token_id)
     labels = pad_rows([labels for _, labels in examples], IGNORE_INDEX)  # (R, T)
@@ -132,7 +140,7 @@ def reference(folder: Path, examples: list[Example], dtype: torch.dtype) -> Outc
     logits = model.lm_head(last)  # (R, T, V)
     real = inputs["attention_mask"].bool()
     hidden = {name: states[real] for name, states in (layers | {"at the end": last}).items()}  # (N, C)
-    if dtype == torch.float64:  # the reference's own loss rounds its logits to float32
+    if logits.dtype == torch.float64:  # the reference's own loss rounds its logits to float32
         loss = reference_loss(model, examples)
     else:
         loss = model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size)
@@ -166,11 +174,9 @@ def largest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[floa
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Return max|a − b| / max|b|; infinite if a number is NaN or the shapes differ."""
-    if found.shape != expected.shape:
-        return math.inf
-    difference = ((found - expected).abs().max() / (expected.abs().max() or 1.0)).item()
-    return math.inf if math.isnan(difference) else difference
+    """Return `difference`; infinite if the shapes differ, a number is NaN, or all expected ones are 0."""
+    value = difference(found, expected) if found.shape == expected.shape else math.nan
+    return math.inf if math.isnan(value) else value
 
 
 def noise(gradients: dict[str, Tensor]) -> float:

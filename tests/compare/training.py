@@ -28,7 +28,7 @@ from minift.files.weights import read_config
 from minift.model import set_dropout
 from minift.trainer import LossFunction, Task, train
 from tests.compare import Check, Setting
-from tests.reference import MemoryRecorder, own_name, write_nothing
+from tests.reference import MemoryRecorder, trained, write_nothing
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
@@ -152,13 +152,13 @@ def train_minift(
         seed=SEED,
     )
     set_dropout(model, 0.0)
-    before = trained(model)
+    before = copies(model)
     train_batches = Loader(examples, collate, BATCH_SIZE, GRAD_ACCUM, SEED, plan.order)
     eval_batches = Loader([], collate, BATCH_SIZE)
     recorder = MemoryRecorder()
     with quiet():
         train(Task(model, loss, train_batches, eval_batches, write_nothing, unit), config, recorder)
-    return Outcome(recorder.lines, before, trained(model))
+    return Outcome(recorder.lines, before, copies(model))
 
 
 # ---- the reference's side ----
@@ -248,14 +248,14 @@ def train_reference(
 
     with quiet(), TemporaryDirectory() as scratch:
         trainer = make_trainer(Recorder, model, reference_tokenizer(folder), rows, scratch, plan, **values)
-        before = trained(trainer.model)
+        before = copies(trainer.model)
         trainer.train()
-    return Outcome(trainer.steps, before, trained(trainer.model)), trainer.train_dataset
+    return Outcome(trainer.steps, before, copies(trainer.model)), trainer.train_dataset
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the parameters that are trained, by minift's names for them."""
-    return {own_name(name): each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the trained parameters, by minift's names."""
+    return {name: weight.detach().clone() for name, weight in trained(model).items()}
 
 
 # ---- the comparison ----
