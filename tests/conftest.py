@@ -48,7 +48,7 @@ def _train(special_tokens: list[str]) -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="session")
 def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """vocab.json + merges.txt + tokenizer_config.json, special tokens where OPT has them: <pad> 1, </s> 2."""
+    """Return a folder laid out as OPT's: vocab.json, merges.txt, tokenizer_config.json; <pad> is 1, </s> is 2."""
     directory = tmp_path_factory.mktemp("opt_tokenizer")
     _train(["<s>", "<pad>", "</s>", "<unk>"]).model.save(str(directory))
     (directory / "tokenizer_config.json").write_text(json.dumps(OPT_TOKENIZER_CONFIG))
@@ -57,7 +57,7 @@ def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def gpt2_tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tokenizer.json as GPT-2's: no BOS in front, no padding token, a post-processor that trims offsets."""
+    """Return a folder with tokenizer.json as GPT-2's: no BOS in front, no pad, a post-processor that trims offsets."""
     directory = tmp_path_factory.mktemp("gpt2_tokenizer")
     backend = _train(["<|endoftext|>"])
     backend.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -74,7 +74,7 @@ def tokenizer(tokenizer_directory: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """A folder with OPT's own tokenizer and CodeAlpaca rows, for those who have one. See MINIFT_REAL_DATA."""
+    """Return the folder that MINIFT_REAL_DATA names, with OPT's own tokenizer and CodeAlpaca rows; skip without it."""
     if "MINIFT_REAL_DATA" not in os.environ:
         pytest.skip("MINIFT_REAL_DATA names no folder with opt_tokenizer/ and code_alpaca_2k.json")
     return Path(os.environ["MINIFT_REAL_DATA"])

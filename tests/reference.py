@@ -270,7 +270,7 @@ class MemoryRecorder:
 
 
 def write_nothing(folder: Path) -> None:
-    """The `write_model` of a task whose model is not kept."""
+    """Write no model: the `write_model` of a task whose model is not kept."""
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing

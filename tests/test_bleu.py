@@ -38,7 +38,7 @@ def random_word(rng: random.Random) -> str:
 @pytest.mark.parametrize("tokenize", TOKENIZERS)
 @pytest.mark.parametrize("smooth_method", SMOOTHING_DEFAULTS)
 def test_equals_sacrebleu_on_random_corpora(tokenize, smooth_method):
-    """Each time on 100 corpora, with words and values of options that `make compare` does not use."""
+    """Compare 100 corpora each time, with words and values of options that `make compare` does not use."""
     rng = random.Random(f"{tokenize} {smooth_method}")
     words = [*TRICKY, *(random_word(rng) for _ in range(200))]
     settings = itertools.product([False, True], [False, True], [None, None, 0, 0.25, 2], [4, 4, 4, 1, 6])
@@ -66,7 +66,7 @@ def test_defaults_are_sacrebleus():
 
 @pytest.mark.parametrize("template", ["a{0}1{0}b", "5{0} {0}5{0}", "x{0}{0}1"])
 def test_every_character_is_split_as_sacrebleu_splits_it(template):
-    """All of Unicode between letters, digits and itself; of ideographs and private use (240,000) every fiftieth."""
+    """Put each character between letters, digits and itself; of ideographs and private use, every fiftieth."""
     similar = {"Lo", "Co"}
     characters = [c for number, c in enumerate(ASSIGNED) if number % 50 == 0 or unicodedata.category(c) not in similar]
     for start in range(0, len(characters), 5000):
@@ -93,14 +93,14 @@ def test_tokens_by_hand(text, tokenize, expected):
 
 
 def test_no_four_gram_scores_zero_against_itself():
-    """Without the effective order, a corpus of short segments scores 0, as in sacreBLEU."""
+    """Score a corpus of short segments 0 unless the effective order is used, as sacreBLEU does."""
     assert corpus_bleu(["a b c"], [["a b c"]]).score == 0.0
     assert corpus_bleu(["a b c"], [["a b c"]], use_effective_order=True).score == pytest.approx(100)
     assert corpus_bleu(["a b c", "a b c d"], [["a b c", "a b c d"]]).score == pytest.approx(100)
 
 
 def test_precisions_and_counts_by_hand():
-    """Clipped: "the" occurs seven times, and twice in the first reference (Papineni et al., section 2.1)."""
+    """Clip counts: "the" occurs seven times, and twice in the first reference (Papineni et al., section 2.1)."""
     hypothesis = "the the the the the the the"
     references = ["the cat is on the mat", "there is a cat on the mat"]
     bleu = sentence_bleu(hypothesis, references, smooth_method="none")
@@ -204,10 +204,7 @@ def test_command_says_that_a_text_is_too_short(tmp_path):
 
 
 def test_command_prints_what_sacrebleu_prints(tmp_path):
-    """Both read the same files.
-
-    Lines contain what `str.splitlines` would split at; one ends with \\r\\n; one file has no last newline.
-    """
+    """Read lines with what `str.splitlines` would split at; one ends with \\r\\n; one file has no last newline."""
     hypotheses = write(tmp_path / "hyp.txt", "the cat\u2028sat on the mat .\r\n\na b\x0cc d e\nvoilà 日本 x\n")
     first = write(tmp_path / "ref1.txt", "the cat sat on the mat.\n\na b c d\nvoilà 日本 y")
     second = write(tmp_path / "ref2.txt", "The cat sat on a mat .\nx\na b c d f\nvoilà 日 x\n")
@@ -235,7 +232,7 @@ def test_command_at_the_sentence_level(tmp_path):
 
 
 def test_command_reads_jsonl(tmp_path):
-    """Text with newlines; one reference or several; blank lines and a byte order mark.
+    """Read texts with newlines, one reference or several, blank lines and a byte order mark.
 
     The default fields are those of instructions that `minift generate` has completed.
     """
@@ -259,7 +256,7 @@ GOOD = '{"completion": "a", "output": "a"}\n'
 
 
 def test_the_reference_is_not_the_hypothesis(tmp_path, capsys):
-    """generate once replaced a row's "completion", and that field as the reference then gave 100."""
+    """Refuse one field as both: `generate` once replaced a row's "completion", and the BLEU of it was 100."""
     file = str(write(tmp_path / "rows.jsonl", GOOD))
     assert_refused(capsys, ["--jsonl", file, "--reference-field", "completion"], "--reference-field completion: it is")
     assert_refused(capsys, ["--jsonl", file, "--hypothesis-field", "output"], "--reference-field output: it is")

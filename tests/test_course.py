@@ -40,7 +40,7 @@ transformers.OPTForCausalLM(config).half().save_pretrained(sys.argv[2])
 
 @pytest.fixture(scope="module")
 def opt_350m(real_data: Path) -> Iterator[Path]:
-    """A folder of 0.7 GB that is deleted afterwards: opt-350m's config, its tokenizer, and random weights in fp16."""
+    """Yield a folder of 0.7 GB with opt-350m's config and tokenizer and random fp16 weights; delete it afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-c", BUILD, real_data / "opt_configs.json", folder], check=True)
         for file in (real_data / "opt_tokenizer").iterdir():

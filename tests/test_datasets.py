@@ -227,7 +227,7 @@ def test_missing_file_and_directory(tmp_path):
 
 @pytest.fixture
 def parquet(tmp_path):
-    """A function that writes rows to a local .parquet file and returns its path."""
+    """Return a function that writes rows to a local .parquet file and returns its path."""
     pyarrow = pytest.importorskip("pyarrow", reason="the parquet extra is not installed")
     from pyarrow.parquet import write_table
 

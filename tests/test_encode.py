@@ -126,7 +126,7 @@ def test_real_rows_with_opt_s_tokenizer(real_data, tmp_path):
     ],
 )
 def test_text_rows_whose_response_begins_inside_a_token(tokenizer, text, response_template, supervised):
-    """A search for the template's ids, as trl 0.11's collator does it, does not find these."""
+    """Find the response where a search for the template's ids, as in trl 0.11's collator, fails."""
     encoded = encode_rows([{"text": text}], tokenizer, COURSE, max_length=None, response_template=response_template)
     ids = supervised_ids(encoded.examples[0])
     assert ids[-1] == 2
@@ -148,7 +148,7 @@ def test_joined_rows_are_reported(tokenizer):
 
 
 def test_end_token_is_supervised_although_it_is_also_the_pad(gpt2_tokenizer_directory):
-    """trl 0.11's collator masked the labels of the pad id, and so of the EOS: models never stopped."""
+    """Supervise the EOS: trl 0.11's collator masked the pad id, so models never stopped."""
     gpt2 = load_tokenizer(gpt2_tokenizer_directory)
     assert gpt2.pad_token_id == gpt2.eos_token_id
     examples = encode_rows(ROWS[:2], gpt2, COURSE, max_length=None).examples
@@ -212,7 +212,7 @@ def test_summary_counts_and_names_rows(tokenizer):
 
 
 def test_a_label_on_the_first_token_alone_is_not_enough(gpt2_tokenizer_directory):
-    """Without a BOS an empty row is its end token alone, supervised by trl's rule although nothing predicts it."""
+    """Drop an empty row without a BOS: nothing predicts its only token, though trl's rule supervises it."""
     rows = [{"prompt": "", "completion": ""}, {"prompt": "", "completion": "x"}]
     encoded = encode_rows(rows, load_tokenizer(gpt2_tokenizer_directory), COURSE, max_length=None)
     assert encoded.indices == [1]

@@ -157,7 +157,7 @@ def reference_processors(options: Options, prompt_length: int) -> list[logits_pr
 
 
 def test_top_p_keeps_the_fewest_tokens_with_probability_p() -> None:
-    """By hand: of 0.5, 0.3, 0.15, 0.05 the two most probable sum to at least 0.7."""
+    """Keep 0.5 and 0.3 of 0.5, 0.3, 0.15, 0.05: the two most probable sum to at least 0.7."""
     scores = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
     kept = processors.keep_top_p(scores, 0.7).softmax(1)
     torch.testing.assert_close(kept, torch.tensor([[0, 0.625, 0, 0.375]]))
@@ -205,7 +205,7 @@ def test_each_sample_has_a_generator_of_its_own() -> None:
 @torch.no_grad()
 @both_architectures
 def test_cached_logits_are_those_of_the_whole_row(architecture: str) -> None:
-    """Through everything that happens to a cache: prompts enter, some of them twice, slots are copied, buffers grow."""
+    """Let prompts enter, some of them twice, copy slots and grow buffers, and compare after each step."""
     _, model = varied_twins(architecture, torch.float64)
     generator = torch.Generator().manual_seed(4)
     cache = KVCache(num_slots=8)
@@ -231,7 +231,7 @@ def test_cached_logits_are_those_of_the_whole_row(architecture: str) -> None:
 
 @torch.no_grad()
 def test_interleaved_caches_and_models_do_not_affect_each_other() -> None:
-    """A model holds nothing of a cache: which one a forward pass uses is its argument alone."""
+    """Interleave decoding: a model keeps no state of a cache, which is an argument of each forward pass."""
 
     def decode(model: OPT, prompts: list[list[int]]) -> Iterator[Tensor]:
         cache, rows = KVCache(len(prompts)), []
@@ -279,7 +279,7 @@ def test_the_cache_is_used_and_the_batch_stays_full(monkeypatch: pytest.MonkeyPa
 
 
 def test_each_prompt_has_its_own_limit() -> None:
-    """One prompt with little room used to shorten the answers to all others."""
+    """Give each prompt its limit: one with little room used to shorten the answers to all others."""
     _, model = varied_twins(PRE_LN)
     prompts = [[3 + token % 37 for token in range(length)] for length in (4, 9, 60)]
     alone = generate(model, prompts[:2], Options(max_new_tokens=MAX_NEW, batch_size=2))

@@ -36,7 +36,7 @@ MODEL, DATA = "someone/opt-tiny", "someone/pairs"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty served hub, which this process takes for the real one, with its own cache."""
+    """Serve an empty hub, which this process takes for the real one, with its own cache."""
     with serve() as served:
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         monkeypatch.setattr(

@@ -302,7 +302,7 @@ def test_training_a_reward_model_is_pefts(tmp_path, name, dtype, tolerance):
 
 
 def test_dropout_is_pefts(tmp_path):
-    """One row has no padding, so both draw the same numbers for the same tokens."""
+    """Compare one row: it has no padding, so both sides draw the same numbers for the same tokens."""
     reference, ours = twins(PRE_LN, torch.float64)
     add_lora(ours, 3, 7.0, 0.3, TARGETS)
     fill(ours)
@@ -322,10 +322,10 @@ def test_dropout_is_pefts(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("base", [torch.float32, None])
 def test_half_precision_is_pefts_under_autocast(tmp_path, dtype, base):
-    """A base in float32, or in autocast's own dtype; one row, so no padding on either side.
+    """Compare one row, which has no padding, with a base in float32 or in autocast's own dtype.
 
-    The two scale at different times: queries by (head width)^-½, the loss by 1 / (supervised tokens). With heads of
-    width 4 and 4 supervised tokens that is exact.
+    The two sides scale at different times: queries by (head width)^-½, the loss by 1 / (supervised tokens). With heads
+    of width 4 and 4 supervised tokens that is exact.
     """
     build = partial(twins, POST_LN, base or dtype, num_attention_heads=8)
     reference, ours = build()

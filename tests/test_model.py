@@ -130,7 +130,7 @@ def test_packed_is_alone_is_padded(name):
 @every_architecture
 @pytest.mark.parametrize("changed", range(4))
 def test_documents_never_see_each_other(name, changed):
-    """Bit for bit. The first document matters most: padding repeats its first token."""
+    """Compare bit for bit. The first document matters most: padding repeats its first token."""
     model = our_model(name)
     before = logits_of(model, EXAMPLES).split(LENGTHS)
     examples = [*EXAMPLES]
@@ -163,7 +163,7 @@ def test_the_order_of_the_flat_list_does_not_matter():
 
 @every_architecture
 def test_a_shared_prompt_computed_once(name):
-    """A prompt in two rows gives what two separate rows give, and its gradients add up."""
+    """Compare a prompt shared by two rows with two separate rows; its gradients must add up."""
     model = our_model(name, torch.float64)
     prompt, left, right = (ids for ids, _ in random_examples((5, 3, 6)))
     weight = torch.randn(14, model.config.word_embed_proj_dim, generator=torch.Generator().manual_seed(0)).double()

@@ -112,7 +112,7 @@ def reward(request, tmp_path_factory) -> Tuned:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Tuned:
-    """Adapters without template.json."""
+    """Return adapters without template.json."""
     tuned = of_save_adapters("sft", tmp_path_factory.mktemp("plain"))
     (tuned.adapters / "template.json").unlink()
     return tuned
@@ -120,7 +120,7 @@ def plain(tmp_path_factory) -> Tuned:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A folder with rows for every command."""
+    """Return a folder with rows for every command."""
     folder = tmp_path_factory.mktemp("files")
     write_lines(folder / "prompts.jsonl", PROMPTS)
     write_lines(folder / "rows.jsonl", [row | {"output": "a + b"} for row in PROMPTS])
@@ -137,7 +137,7 @@ def copied(tuned: Tuned, folder: Path, **changes: object) -> Path:
 
 
 def assert_same_weights(found: nn.Module, expected: nn.Module, *, tuned: bool = True) -> None:
-    """Within 1e-6; if `tuned`, also that these are not the base's."""
+    """Assert equality within 1e-6; if `tuned`, also that these are not the base's."""
     ours, theirs = found.state_dict(), expected.state_dict()
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) <= 1e-6
@@ -307,7 +307,7 @@ def test_train_rm_continues_from_a_reward_model(reward, files, tmp_path):
 
 @pytest.fixture
 def counted(monkeypatch) -> tuple[Counter, Counter]:
-    """How often each model name is resolved, and how often each file is opened, from now on."""
+    """Count how often each model name is resolved and each file opened, from now on."""
     resolved, opened = Counter(), Counter()
 
     def open_and_count(file, *arguments, **options):

@@ -48,13 +48,13 @@ REWARDS = {"accuracy", "margin", "reward_chosen", "reward_rejected"}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list:
-    """Flags that name a few of the shipped pairs."""
+    """Return flags that name a few of the shipped pairs."""
     return few_rows("rm", tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data) -> tuple[Path, str]:
-    """A short run: its folder and what it printed."""
+    """Return the folder of a short run, and what it printed."""
     out = tmp_path_factory.mktemp("rm") / "run"
     return out, execute("rm", *SMALL, *data, "--out", out)
 

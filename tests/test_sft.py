@@ -56,20 +56,20 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list:
-    """Flags that name a few of the shipped rows."""
+    """Return flags that name a few of the shipped rows."""
     return few_rows("sft", tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data) -> tuple[Path, str]:
-    """A short run with the shipped model and rows, a few of them held out: its folder and what it printed."""
+    """Return the folder of a short run on the shipped rows, a few of them held out, and what it printed."""
     out = tmp_path_factory.mktemp("sft") / "run"
     return out, execute("sft", *SMALL, *data[2:], "--out", out)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, data) -> dict[str, tuple[Path, str]]:
-    """An uninterrupted run of each variant: its folder and what it printed."""
+    """Return the folder of an uninterrupted run of each variant, and what it printed."""
     outs = {name: tmp_path_factory.mktemp("whole") / "run" for name in VARIANTS}
     return {name: (out, run("sft", *TINY, *data, *VARIANTS[name], "--out", out)) for name, out in outs.items()}
 

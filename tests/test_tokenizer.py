@@ -45,7 +45,7 @@ def test_equal_to_reference_on_opt_itself(real_data):
 
 
 def test_text_that_spells_a_special_token_is_text(tokenizer, gpt2_tokenizer_directory):
-    """A row could end its own response: with the reference, `</s>` in a row's text becomes id 2."""
+    """Encode `</s>` in a row as text: as a token, as in the reference, a row could end its own response."""
     gpt2 = load_tokenizer(gpt2_tokenizer_directory)
     for ours, name in ((tokenizer, "</s>"), (tokenizer, "<pad>"), (gpt2, "<|endoftext|>")):
         text = f"print('{name}')"
@@ -82,7 +82,7 @@ def test_pad_falls_back_to_eos(tokenizer, gpt2_tokenizer_directory):
 
 
 def test_offsets_cover_every_character(tokenizer_directory, gpt2_tokenizer_directory):
-    """GPT-2's own post-processor trims spaces off, so that no token covers those between two words."""
+    """Ignore GPT-2's own post-processor, which trims spaces off, so that no token covers them."""
     for directory in (tokenizer_directory, gpt2_tokenizer_directory):
         ours = load_tokenizer(directory)
         for text in TEXTS:
@@ -149,7 +149,7 @@ def test_which_file_wins_if_they_disagree(tokenizer_directory, tmp_path):
 
 
 def test_config_json_names_the_eos_if_nothing_else_does(gpt2_tokenizer_directory, tmp_path):
-    """Galactica's files: tokenizer.json, and no other file that names special tokens."""
+    """Read Galactica's files: tokenizer.json, and no other file that names special tokens."""
     shutil.copy(gpt2_tokenizer_directory / "tokenizer.json", tmp_path)
     (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
     assert load_tokenizer(tmp_path).eos_token == "<|endoftext|>"
@@ -165,7 +165,7 @@ def test_a_token_that_is_special_by_name_only_stays_safe(gpt2_tokenizer_director
 
 
 def broken_copies(opt: Path, gpt2: Path, target: Path):
-    """Break the folder `target` in one way after the other; yield what was done and the message expected."""
+    """Damage the folder `target` in many ways; yield each damage and the message expected."""
 
     def fresh(original: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)

@@ -114,7 +114,7 @@ def test_accumulation_equals_the_big_batch(dtype, tolerance):
 
 @pytest.mark.parametrize("max_grad_norm", [0.05, 100.0])
 def test_follows_a_loop_written_by_hand_around_the_reference_model(max_grad_norm):
-    """float64, padded batches of transformers' model: loss, gradient norm, rate at each step, and the last weights."""
+    """Compare loss, gradient norm and rate of each step, and the last weights, in float64."""
     values = {"max_grad_norm": max_grad_norm, "weight_decay": 0.1, "warmup_steps": 2, "batch_size": 3, "grad_accum": 2}
     steps = 9  # more than two epochs of four, the last of each smaller
     ours, log = run(dtype=torch.float64, steps=steps, **values)
@@ -287,7 +287,7 @@ DAMAGES = {
 
 @pytest.fixture(scope="module")
 def four_steps(tmp_path_factory) -> Path:
-    """A run of four steps; its last checkpoint is not its best, so there are two."""
+    """Return a run of four steps; its last checkpoint is not its best, so there are two."""
     folder = tmp_path_factory.mktemp("steps") / "run"
     run(folder, lr=0.5, steps=4, eval_every=1, save_every=1)
     assert checkpoint.find(folder / "checkpoints").name == "step-000004"

@@ -27,7 +27,7 @@ class Check(NamedTuple):
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """The columns of the table, without the note."""
+        """Return the columns of the table, without the note."""
         difference = f"{self.difference:.1e}" if self.difference else "0"
         verdict = "agree" if self.agrees else "DISAGREE"
         return self.section, self.what, self.on, difference, f"{self.tolerance:.2g}", verdict
