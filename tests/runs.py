@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -14,6 +15,7 @@ import pytest
 
 import train_rm
 import train_sft
+from minift.commands.cli import run_command
 from minift.errors import UserError
 from minift.files.text import sha256
 from minift.trainer import Task
@@ -50,12 +52,27 @@ def run(script: str, *flags: object) -> str:
     return printed.getvalue()
 
 
-def refused(script: str, *flags: object) -> str:
-    """Return the message, of one line, with which a script refuses its flags."""
+def user_error(call: Callable, *arguments: object, **options: object) -> str:
+    """Return the message, of one line, of the UserError that a call raises."""
     with pytest.raises(UserError) as caught:
-        run(script, *flags)
+        call(*arguments, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def refused(script: str, *flags: object) -> str:
+    """Return the message, of one line, with which a script refuses its flags."""
+    return user_error(run, script, *flags)
+
+
+def mistake(main: Callable[[list[str]], None], flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what a command prints after "error: ", nothing but one line on stderr, and assert status 2."""
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: main(flags))
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    return printed.err.removeprefix("error: ")
 
 
 def task_of(script: str, folder: Path, *flags: object) -> Task:

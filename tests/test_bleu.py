@@ -17,8 +17,8 @@ from sacrebleu.tokenizers.tokenizer_intl import TokenizerV14International
 
 from minift.bleu import SMOOTHING_DEFAULTS, TOKENIZERS, corpus_bleu, sentence_bleu, tokens
 from minift.commands.bleu import main
-from minift.commands.cli import run_command
 from tests.compare.bleu import compare_scores, random_corpus
+from tests.runs import mistake
 
 # Characters that the running Python's Unicode doesn't know are left out: sacreBLEU uses the `regex` package, which may
 # have a newer Unicode.
@@ -258,8 +258,9 @@ GOOD = '{"completion": "a", "output": "a"}\n'
 def test_the_reference_is_not_the_hypothesis(tmp_path, capsys):
     """Refuse one field as both: `generate` once replaced a row's "completion", and the BLEU of it was 100."""
     file = str(write(tmp_path / "rows.jsonl", GOOD))
-    assert_refused(capsys, ["--jsonl", file, "--reference-field", "completion"], "--reference-field completion: it is")
-    assert_refused(capsys, ["--jsonl", file, "--hypothesis-field", "output"], "--reference-field output: it is")
+    for flag, field in (("--reference-field", "completion"), ("--hypothesis-field", "output")):
+        message = mistake(main, ["--jsonl", file, flag, field], capsys)
+        assert message.startswith(f"--reference-field {field}: it is")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_the_reference_is_not_the_hypothesis(tmp_path, capsys):
 )
 def test_command_names_the_line_of_a_bad_row(tmp_path, capsys, content, names):
     file = write(tmp_path / "rows.jsonl", content)
-    assert_refused(capsys, ["--jsonl", str(file)], f"{file}{names}")
+    assert mistake(main, ["--jsonl", str(file)], capsys).startswith(f"{file}{names}")
 
 
 @pytest.mark.parametrize(
@@ -313,17 +314,7 @@ def test_command_refuses_bad_files_and_flags(tmp_path, monkeypatch, capsys, argu
     write(tmp_path / "latin1", "a\nvoilà\n".encode("latin-1"))
     write(tmp_path / "rows", GOOD)
     monkeypatch.chdir(tmp_path)
-    assert_refused(capsys, arguments, message)
-
-
-def assert_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    """Assert status 2 and one line on stderr. It runs in this process, which saves starting thirty."""
-    with pytest.raises(SystemExit) as end:
-        run_command(lambda: main(arguments))
-    printed = capsys.readouterr()
-    assert (end.value.code, printed.out) == (2, "")
-    assert printed.err.startswith(f"error: {message}")
-    assert printed.err.count("\n") == 1
+    assert mistake(main, arguments, capsys).startswith(message)
 
 
 def test_command_ends_with_one_line_and_status_two(tmp_path):

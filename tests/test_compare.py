@@ -10,11 +10,11 @@ from unittest import mock
 
 import pytest
 
-from minift.commands.cli import run_command
 from tests.compare import Check, Difference, Setting
 from tests.compare import __main__ as command
 from tests.compare.faults import FAULTS, Fault
 from tests.compare.page import page
+from tests.runs import mistake
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -144,9 +144,4 @@ def test_mistakes_give_one_line_and_status_2(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["compare", *flags])
 
-    with pytest.raises(SystemExit) as ended:
-        run_command(command.main)
-
-    assert ended.value.code == 2
-    printed = capsys.readouterr().err.strip()
-    assert printed.startswith(f"error: {message}") and "\n" not in printed
+    assert mistake(lambda flags: command.main(), flags, capsys).startswith(message)

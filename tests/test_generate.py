@@ -17,7 +17,6 @@ from transformers.generation import logits_process
 from minift import processors
 from minift.beam import beam_search
 from minift.commands import generate as command
-from minift.commands.cli import run_command
 from minift.errors import UserError
 from minift.files.templates import save_template
 from minift.files.tokenizer import save_tokenizer
@@ -28,7 +27,7 @@ from minift.prompts import Template
 from minift.tokenizer import Tokenizer
 from tests.compare.generation import PROCESSORS, SEARCHES, complete, reference_completions
 from tests.reference import POST_LN, PRE_LN, hidden_states, pack, varied_twins
-from tests.runs import read_lines, write_lines
+from tests.runs import mistake, read_lines, write_lines
 
 VOCAB = 40  # of `varied_twins`
 MAX_NEW = 12
@@ -508,23 +507,13 @@ WRONG_COMMANDS = [
 ]
 
 
-def fails_in_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as ending:
-        run_command(lambda: command.main(arguments))
-    assert ending.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    return captured.err
-
-
 @pytest.mark.parametrize(("flags", "message"), WRONG_COMMANDS, ids=str)
 def test_a_wrong_command_is_one_line(
     flags: list[str], message: str, model_directory: Path, prompts_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = prompts_file.with_name("out.jsonl")
     given = ["--model", str(model_directory), "--prompts", str(prompts_file), "--out", str(out)]
-    assert message in fails_in_one_line([*given, "--max-new-tokens", "6", *flags], capsys)
+    assert message in mistake(command.main, [*given, "--max-new-tokens", "6", *flags], capsys)
     assert [path.name for path in out.parent.iterdir()] == ["prompts.jsonl"]
 
 
@@ -549,7 +538,7 @@ def test_a_wrong_prompt_is_named_by_its_line(
     path = tmp_path / "wrong.jsonl"
     path.write_text('{"prompt": "fine"}\n' + line + "\n")
     given = ["--model", str(model_directory), "--prompts", str(path), "--max-new-tokens", "6"]
-    assert f"{path}{message}" in fails_in_one_line(given, capsys)
+    assert f"{path}{message}" in mistake(command.main, given, capsys)
 
 
 def test_a_sample_is_refused_where_samples_are_numbered(
@@ -560,7 +549,7 @@ def test_a_sample_is_refused_where_samples_are_numbered(
     assert json.loads(capsys.readouterr().out)["sample"] == 3
     monkeypatch.setattr(command, "load_language_model", None)  # refused before any work
     given = ["--model", str(model_directory), "--prompts", str(path), "--num-samples", "2"]
-    assert "line 1: the row has a field 'sample'" in fails_in_one_line(given, capsys)
+    assert "line 1: the row has a field 'sample'" in mistake(command.main, given, capsys)
 
 
 def test_null_is_absent_and_a_prompt_that_is_wrapped_twice_is_counted(
@@ -587,7 +576,7 @@ def test_files_without_prompts(model_directory: Path, tmp_path: Path, capsys: py
     empty.write_text("\n")
     binary.write_bytes(b"\xff\xfe\x00")
     for path, message in ((empty, "no rows"), (binary, "not UTF-8"), (tmp_path, "a directory")):
-        assert message in fails_in_one_line(["--model", str(model_directory), "--prompts", str(path)], capsys)
+        assert message in mistake(command.main, ["--model", str(model_directory), "--prompts", str(path)], capsys)
 
 
 def test_models_that_cannot_generate(
@@ -600,14 +589,14 @@ def test_models_that_cannot_generate(
         (model / name).write_bytes((model_directory / name).read_bytes())
     (model / "config.json").write_text(json.dumps(config | {"architectures": ["OPTForSequenceClassification"]}))
     arguments = ["--model", str(model), "--prompts", str(prompts_file)]
-    assert "reward model" in fails_in_one_line(arguments, capsys)
+    assert "reward model" in mistake(command.main, arguments, capsys)
 
     # A tokenizer that adds no BOS encodes "" as no token.
     (model / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((gpt2_tokenizer_directory / name).read_bytes())
     prompts_file.write_text('{"prompt": ""}\n')
-    message = fails_in_one_line([*arguments, "--max-new-tokens", "6"], capsys)
+    message = mistake(command.main, [*arguments, "--max-new-tokens", "6"], capsys)
     assert f"{prompts_file}: line 1: the prompt is empty" in message
 
 

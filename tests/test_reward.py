@@ -13,7 +13,6 @@ from torch import Tensor
 
 from minift.batching import Loader
 from minift.encode import IGNORE_INDEX
-from minift.errors import UserError
 from minift.files.weights import load_model, load_reward_model, new_reward_model, save_model
 from minift.losses import bradley_terry, preference_metrics
 from minift.model import OPT, RewardModel
@@ -37,6 +36,7 @@ from tests.reference import (
     twins,
     write_nothing,
 )
+from tests.runs import user_error
 
 FILLER = SMALL["vocab_size"] - 1  # a token in none of the rows here
 EOS = 2
@@ -477,10 +477,7 @@ def test_a_new_reward_model_from_a_tied_save_and_from_a_reward_model(tmp_path):
 
 
 def assert_refused(load, folder: Path, *words: str) -> None:
-    with pytest.raises(UserError) as refusal:
-        load(folder)
-    message = str(refusal.value)
-    assert "\n" not in message
+    message = user_error(load, folder)
     for word in words:
         assert word in message
 

@@ -22,7 +22,7 @@ from minift.files.weights import save_model
 from minift.model import OPT, OPTConfig, RewardModel
 from minift.prompts import TEMPLATES
 from minift.scoring import Judge, calibration, examine, wilson_interval, win_rate
-from tests.runs import read_lines, write_lines
+from tests.runs import read_lines, user_error, write_lines
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 16}
 CONFIG = OPTConfig(vocab_size=480, max_position_embeddings=64, do_layer_norm_before=False, **SIZES)
@@ -246,10 +246,7 @@ def test_no_field_of_a_row_is_replaced(command, tmp_path):
 
 def test_score_refuses_in_one_line(folder, tmp_path, tokenizer):
     def refused(*flags: object, data: Path) -> str:
-        with pytest.raises(UserError) as caught:
-            score.main(["--data", str(data), *map(str, flags)])
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
+        return user_error(score.main, ["--data", str(data), *map(str, flags)])
 
     good = write_lines(tmp_path / "good.jsonl", [{"prompt": "A", "response": "B"}])
     long = write_lines(
@@ -346,10 +343,7 @@ def test_winrate_refuses_in_one_line(folder, tokenizer, tmp_path):
 
     def refused(model_a: Path, model_b: Path, judge: Path, *flags: str) -> str:
         paths = ["--model-a", model_a, "--model-b", model_b, "--judge", judge, "--prompts", prompts]
-        with pytest.raises(UserError) as caught:
-            winrate.main([*map(str, paths), *flags])
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
+        return user_error(winrate.main, [*map(str, paths), *flags])
 
     assert "this is a language model" in refused(model, model, model)
     assert "this is a reward model" in refused(folder, model, folder, "--limit", "1", "--max-new-tokens", "2")

@@ -24,6 +24,7 @@ from minift.files.adapters import read_base
 from minift.files.text import sha256
 from minift.files.weights import config_values, load_model, parse_config, read_config, save_model, weight_files
 from minift.model import OPT, OPTConfig
+from tests.runs import user_error
 
 LAYOUTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"]
 # Post-LN with projections, like opt-350m: the shape in which most can go wrong.
@@ -87,10 +88,7 @@ def assert_holds(model: OPT, state: dict[str, torch.Tensor]) -> None:
 
 
 def assert_refused(folder: Path, *words: str, **options) -> None:
-    with pytest.raises(UserError) as refusal:
-        load_model(folder, **options)
-    message = str(refusal.value)
-    assert "\n" not in message
+    message = user_error(load_model, folder, **options)
     for word in words:
         assert word in message
 
