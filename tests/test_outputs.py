@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from data.make import instructions
 from minift.commands import generate, preview, report, score, winrate
 from minift.commands.cli import check_out
 from minift.errors import UserError
+from minift.files.tensors import write_tensors
 from minift.files.text import atomic_write, target_of, write_text
 from minift.files.tokenizer import load_tokenizer, save_tokenizer
 from minift.files.weights import new_reward_model, save_model
@@ -225,6 +228,19 @@ def test_a_crash_keeps_what_the_link_leads_to(tmp_path: Path) -> None:
     write_text(out, "new")  # and what the killed process left does not stay
     assert target.read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "target"]
+
+
+def test_a_crash_while_weights_are_written_leaves_nothing_for_ever(tmp_path: Path) -> None:
+    """safetensors writes under a random name first: a killed run left it, as large as the model, in its folder."""
+    killed = "import os, sys, pathlib, torch\nfrom minift.files import tensors\n" + (
+        "def save_file(_, path, **settings):\n    path.with_name('.tmpAbCdEf').touch()\n    os.kill(os.getpid(), 9)\n"
+        "tensors.save_file = save_file\ntensors.write_tensors(pathlib.Path(sys.argv[1]), {})\n"
+    )
+    out = tmp_path / "model.safetensors"
+    ended = subprocess.run([sys.executable, "-c", killed, str(out)], cwd=MODEL.parents[1])
+    assert ended.returncode == -signal.SIGKILL and not out.exists()
+    write_tensors(out, {"weight": torch.zeros(2)})
+    assert [*tmp_path.iterdir()] == [out] and load_file(out)["weight"].tolist() == [0, 0]
 
 
 def test_an_unfinished_name_that_is_a_link_is_not_followed(tmp_path: Path) -> None:

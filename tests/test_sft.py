@@ -1,5 +1,6 @@
 """`train_sft.py` as users run it, on the model and the data that ship."""
 
+import errno
 import fcntl
 import json
 import os
@@ -305,6 +306,23 @@ def test_a_start_that_was_killed_does_not_block_the_next(tmp_path, left):
     _make_folder(tmp_path)
     write_json(tmp_path / "run.json", {})
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "run.json"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_a_full_disk_is_not_the_users_mistake(finished, data, tmp_path, monkeypatch, flags):
+    """It was status 2 and "expected a folder that can be made"."""
+    shutil.copytree(finished[0], tmp_path / "run")
+
+    def full(path, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr("minift.run.folder._hold", full)
+    with pytest.raises(OSError, match="No space left"):
+        run("sft", *SMALL, *data[2:], "--out", tmp_path / "run", *flags)
+    monkeypatch.setattr("minift.run.folder._hold", lambda _: None)
+    monkeypatch.setattr("minift.run.checkpoint.load_file", full)
+    with pytest.raises(OSError, match="No space left"):  # not "is damaged: delete it"
+        run("sft", *SMALL, *data[2:], "--out", tmp_path / "run", "--resume")
 
 
 def test_resume_does_not_ask_the_base_model_again(tmp_path, data, monkeypatch):

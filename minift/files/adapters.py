@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from minift.errors import UserError
-from minift.files.tensors import read_state
-from minift.files.text import atomic_write, read_json, write_json
+from minift.files.tensors import read_state, write_tensors
+from minift.files.text import read_json, write_json
 from minift.lora import SCORE, adapter_state, adapters_of, add_lora, last_name, targeted
 from minift.model import OPT, RewardModel
 
@@ -57,8 +56,7 @@ def save_adapters(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / ADAPTER_WEIGHTS) as path:
-        save_file(state, path, metadata={"format": "pt"})
+    write_tensors(folder / ADAPTER_WEIGHTS, state)
     write_json(folder / ADAPTER_CONFIG, settings)
 
 

@@ -1,15 +1,17 @@
-"""Named tensors from safetensors and `.bin` files, checked against the names and shapes that a model expects."""
+"""Named tensors: read from safetensors and `.bin` files with the names and shapes a model expects, and written."""
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minift.errors import UserError
 from minift.files.pickles import load_pickle
-from minift.files.text import check_not_pointer
+from minift.files.text import atomic_write, check_not_pointer
 from minift.lora import SCORE
 
 EMBEDDING = "decoder.embed_tokens.weight"
@@ -65,6 +67,21 @@ def read_state(
     if found:
         raise UserError(f"{where}: weights do not fit the model: {'; '.join(found)}")
     return state
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically, marked as PyTorch's. Raises like `atomic_write`."""
+    with atomic_write(path) as unfinished:
+        # safetensors writes under a random name first. A killed process would leave that file for ever, so it is
+        # written in a folder, which the next write of `path` deletes.
+        folder = unfinished.with_suffix(".folder")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            save_file(tensors, folder / path.name, metadata={"format": "pt"})
+            (folder / path.name).replace(unfinished)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

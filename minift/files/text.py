@@ -1,5 +1,6 @@
 """Text, JSON and JSON lines: read with errors that name the line, written atomically, printed without control codes."""
 
+import errno
 import gzip
 import hashlib
 import json
@@ -19,6 +20,7 @@ from minift.errors import UserError
 GZIP = b"\x1f\x8b"  # the first bytes of every such file, and of no UTF-8 text
 STREAM = re.compile(r"/+dev/(stdin|stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+MACHINE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT}  # OSErrors that no other name or flag avoids
 FILE_TYPES = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 

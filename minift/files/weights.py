@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minift.errors import UserError
 from minift.files.adapters import ADAPTER_CONFIG, pick_adapter_weights
 from minift.files.hub import Repository, fetch, look_up
-from minift.files.tensors import EMBEDDING, HEAD, read_state
-from minift.files.text import atomic_write, check_not_pointer, read_json, write_json
+from minift.files.tensors import EMBEDDING, HEAD, read_state, write_tensors
+from minift.files.text import check_not_pointer, read_json, write_json
 from minift.lora import SCORE
 from minift.model import ACTIVATIONS, OPT, OPTConfig, RewardModel
 
@@ -142,8 +141,7 @@ def save_model(model: OPT | RewardModel, folder: str | Path, dtype: torch.dtype 
         name if name == SCORE else f"model.{name}": tensor.to("cpu", dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    with atomic_write(folder / "model.safetensors") as path:
-        save_file(state, path, metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", state)
     stored = str(dtype or model.head.dtype).removeprefix("torch.")
     config = config_values(model.config) | {"dtype": stored}
     if isinstance(model, RewardModel):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minift.errors import UserError
-from minift.files.text import check_not_pointer, fsync, read_json, write_json
+from minift.files.text import MACHINE_ERRORS, check_not_pointer, fsync, read_json, write_json
 from minift.trainer import Progress
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -87,6 +87,8 @@ def load(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
         _check_model(folder, trained, tensors)
         states = {name: _read_moments(name, parameter, tensors) for name, parameter in trained.items()}
     except (ValueError, OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in MACHINE_ERRORS:
+            raise
         earlier = [path for path in _folders(checkpoints) if path != folder]
         way = f"delete {folder} to continue from {earlier[-1].name}" if earlier else "start afresh without --resume"
         raise UserError(f"--resume: {file} is damaged ({error}); {way}") from None

@@ -31,7 +31,17 @@ from minift.config import Config, flag_of, to_dict
 from minift.errors import UserError
 from minift.files.hub import at_commit, commit_of, data_files
 from minift.files.pretrained import ModelFiles, find_model
-from minift.files.text import parse_json_lines, read_json, read_text, say, sha256, to_json, write_json, write_json_lines
+from minift.files.text import (
+    MACHINE_ERRORS,
+    parse_json_lines,
+    read_json,
+    read_text,
+    say,
+    sha256,
+    to_json,
+    write_json,
+    write_json_lines,
+)
 from minift.prompts import Template
 from minift.run import checkpoint, interrupts
 from minift.run.device import pick_device, pick_dtype, weights_dtype
@@ -236,6 +246,8 @@ def _make_folder(folder: Path) -> None:
             _hold(folder)
             (previous / LOCK).unlink()
     except OSError as error:
+        if error.errno in MACHINE_ERRORS:
+            raise
         raise UserError(f"--out {folder}: {error.strerror}, expected a folder that can be made") from None
 
 
@@ -291,6 +303,8 @@ def _check_same_run(folder: Path, record: dict[str, Any], may_differ: set[str]) 
     try:
         _hold(folder)
     except OSError as error:
+        if error.errno in MACHINE_ERRORS:
+            raise
         raise UserError(f"--resume: {folder}: {error.strerror}, expected a folder that can be written") from None
     return parts["values"]
 
