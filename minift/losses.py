@@ -1,7 +1,8 @@
 """Losses as (sum, count), never means: cross entropy of the completions, and Bradley–Terry for preferences.
 
 `plain_cross_entropy` is the definition, in two lines. `completion_cross_entropy` computes the same without ever holding
-the logits of all tokens. torch's `F.linear_cross_entropy` does so too; the tests compare with both.
+the logits of all tokens. torch's `F.linear_cross_entropy` does so too; here one can read how. The tests compare with
+both.
 """
 
 from typing import Any
@@ -56,24 +57,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, keep_gradient: bool) -> Tensor:
-        """Return the sum; save both gradients if they will be needed."""
+        """Return the sum; save the gradients if they will be needed. The head is frozen beside adapters."""
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        want_hidden, want_head = (keep_gradient and needed for needed in ctx.needs_input_grad[:2])
-        grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-        grad_head = torch.zeros_like(head) if want_head else None
+        grad_hidden = torch.zeros_like(hidden) if keep_gradient else None
+        grad_head = torch.zeros_like(head) if keep_gradient and ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0], CHUNK):
             chunk = hidden[start : start + CHUNK]  # (M', E)
             target = targets[start : start + CHUNK, None]  # (M', 1)
             logits = F.linear(chunk, head)  # (M', V)
             log_probabilities = logits.to(total.dtype).log_softmax(1)
             total -= log_probabilities.gather(1, target).sum()
-            if want_hidden or want_head:
-                slope = log_probabilities.exp_()
-                slope.scatter_add_(1, target, torch.full_like(slope[:, :1], -1.0))  # softmax - one-hot
             if grad_hidden is not None:
-                grad_hidden[start : start + CHUNK] = slope.to(head.dtype) @ head
-            if grad_head is not None:
-                grad_head += (slope.to(chunk.dtype).T @ chunk).to(head.dtype)
+                grad_logits = log_probabilities.exp_()
+                grad_logits.scatter_add_(1, target, torch.full_like(grad_logits[:, :1], -1.0))  # softmax - one-hot
+                grad_hidden[start : start + CHUNK] = grad_logits.to(head.dtype) @ head
+                if grad_head is not None:
+                    grad_head += (grad_logits.to(chunk.dtype).T @ chunk).to(head.dtype)
         ctx.save_for_backward(grad_hidden, grad_head)
         return total
 
