@@ -109,21 +109,25 @@ def render(
 
 def _fill(text: str, row: Mapping[str, Any], template: Template, eos_token: str, bos_token: str | None) -> list[str]:
     # The template is split at its placeholders before they are filled, so braces in a row's text stay text.
+    texts = {"{instruction}": row["instruction"], "{input}": row.get("input", "")}
+    filled = texts | {"{bos}": Special(bos_token or ""), "{eos}": Special(eos_token)}
     pieces: list[str] = []
     for part in PLACEHOLDER.split(text):
-        if part == "{instruction}":
-            pieces.append(row["instruction"])
-        elif part == "{input}":
-            pieces.append(row.get("input", ""))
-        elif part == "{eos}":
-            pieces.append(Special(eos_token))
-        elif part == "{bos}":
-            if bos_token is None:
-                raise UserError(f"--template {template.name}: it has {{bos}}, but this tokenizer has no BOS token")
-            pieces.append(Special(bos_token))
-        elif part:
-            pieces.append(part)
+        if part == "{bos}" and bos_token is None:
+            raise UserError(f"--template {template.name}: it has {{bos}}, but this tokenizer has no BOS token")
+        if part:
+            pieces.append(filled.get(part, part))
     return pieces
+
+
+def blanks_of(row: Mapping[str, Any], template: Template, marker: str = "") -> str:
+    """Return the blanks that a row's completion begins with and that are cut off an answer.
+
+    They come from the template, or from the marker of a `text` row.
+    """
+    if is_text_row(row):
+        return trailing_blanks(marker)
+    return template.cut(row)[1] if uses_template(row) else ""
 
 
 # ---- which fields of a row are used ----
@@ -160,13 +164,3 @@ def uses_template(row: Mapping[str, Any]) -> bool:
 def is_text_row(row: Mapping[str, Any]) -> bool:
     """Return whether to use the row's "text": some data sets also keep rendered copies of their instructions there."""
     return "text" in row and not any(name in row for name in ("instruction", "prompt"))
-
-
-def blanks_of(row: Mapping[str, Any], template: Template, marker: str = "") -> str:
-    """Return the blanks that a row's completion begins with and that are cut off an answer.
-
-    They come from the template, or from the marker of a `text` row.
-    """
-    if is_text_row(row):
-        return trailing_blanks(marker)
-    return template.cut(row)[1] if uses_template(row) else ""

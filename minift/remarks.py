@@ -11,7 +11,7 @@ from minift.errors import UserError
 from minift.prompts import Template, is_text_row, question_fields, question_of, uses_template
 from minift.tokenizer import Special, Tokenizer
 
-NAMED_LOCATIONS = 5  # how many rows a summary names for each remark
+NAMED_LOCATIONS = 5  # how many rows a message names
 # Fields that often hold a part of the question and are not read. An "input" belongs to an instruction, not to a prompt.
 UNREAD = ("system", "system_prompt", "context", "question", "query", "history", "input")
 MAX_CATEGORIES = 20  # with more distinct values, the field is not a category
@@ -57,8 +57,8 @@ class Encoded(Generic[Item]):
         """Return a line for each remark, then likely causes."""
         lines = []
         for remark, locations in self.remarks.items():
-            named = ", ".join(locations[:NAMED_LOCATIONS]) + (", …" if len(locations) > NAMED_LOCATIONS else "")
-            lines.append(f"  {len(locations):,} {self.noun}{'s' if len(locations) > 1 else ''} {remark} ({named})")
+            noun = self.noun + ("s" if len(locations) > 1 else "")
+            lines.append(f"  {len(locations):,} {noun} {remark} ({name_first(locations)})")
         return [*lines, *(f"    {cause}" for cause in self.causes)]
 
     def keep(self, item: Item, row: Mapping[str, Any], index: int) -> None:
@@ -84,6 +84,11 @@ class Encoded(Generic[Item]):
             reasons = self.remark_lines[: len(self.remarks)] + self.causes[:1]
             listed = "; ".join(reason.strip() for reason in reasons)
             raise UserError(f"{self.source}: none of its {self.num_rows} {self.noun}s {wanted}: {listed}")
+
+
+def name_first(locations: Sequence[str]) -> str:
+    """Return the first locations as text, with … if there are more."""
+    return ", ".join([*locations[:NAMED_LOCATIONS], *(["…"] if len(locations) > NAMED_LOCATIONS else [])])
 
 
 def location_of(row: Mapping[str, Any], index: int) -> str:

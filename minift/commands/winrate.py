@@ -15,7 +15,7 @@ from minift.files.pretrained import LanguageModel, find_model, load_judge, load_
 from minift.files.text import say, to_json, write_json_lines
 from minift.generate import Options
 from minift.prompts import blanks_of, question_of
-from minift.remarks import NAMED_LOCATIONS
+from minift.remarks import name_first
 from minift.run.device import pick_device
 from minift.scoring import Judge, score_rows, win_rate
 
@@ -113,7 +113,7 @@ def _encode_pairs(judge: Judge, rows: Sequence[Row], columns: dict[str, list[Any
         except ValueError as error:
             left_out.append(f"{row.location} ({error})")
     if left_out:
-        named = ", ".join(left_out[:NAMED_LOCATIONS]) + (", …" if len(left_out) > NAMED_LOCATIONS else "")
+        named = name_first(left_out)
         say(f"{len(left_out):,} of {len(rows):,} prompts left out, an answer is too long: {named}", sys.stderr)
     return encoded
 
