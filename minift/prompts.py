@@ -109,7 +109,7 @@ def render(
 
 def _fill(text: str, row: Mapping[str, Any], template: Template, eos_token: str, bos_token: str | None) -> list[str]:
     # The template is split at its placeholders before they are filled, so braces in a row's text stay text.
-    texts = {"{instruction}": row["instruction"], "{input}": row.get("input", "")}
+    texts: dict[str, str] = {"{instruction}": row["instruction"], "{input}": row.get("input", "")}
     filled = texts | {"{bos}": Special(bos_token or ""), "{eos}": Special(eos_token)}
     pieces: list[str] = []
     for part in PLACEHOLDER.split(text):
