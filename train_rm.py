@@ -12,7 +12,7 @@ from minift.batching import Loader
 from minift.commands import terminal
 from minift.commands.flags import parse
 from minift.files.datasets import PAIR_SCHEMAS
-from minift.files.pretrained import new_reward_model
+from minift.files.pretrained import load_for_rm
 from minift.files.templates import load_template
 from minift.lora import merge
 from minift.losses import bradley_terry, completion_cross_entropy, preference_metrics
@@ -32,7 +32,7 @@ def main() -> None:
 
     # 1. A language model's body with a fresh head of one output, and its tokenizer.
     base = run.find_model()
-    model, tokenizer = new_reward_model(base, seed=config.seed, dtype=run.weights_dtype)
+    model, tokenizer = load_for_rm(base, seed=config.seed, dtype=run.weights_dtype)
     model = prepare(model, run)  # device, dropout, LoRA
 
     # 2. Pairs to train on, and pairs held out.

@@ -13,7 +13,7 @@ from minift.commands import terminal
 from minift.commands.flags import parse
 from minift.encode import encode_rows
 from minift.files.datasets import TRAINING_SCHEMAS
-from minift.files.pretrained import load_base_model
+from minift.files.pretrained import load_for_sft
 from minift.files.templates import load_template
 from minift.lora import merge
 from minift.losses import completion_cross_entropy
@@ -31,7 +31,7 @@ def main() -> None:
 
     # 1. A pre-trained model and its tokenizer.
     base = run.find_model()
-    model, tokenizer = load_base_model(base, dtype=run.weights_dtype)
+    model, tokenizer = load_for_sft(base, dtype=run.weights_dtype)
     model = prepare(model, run)  # device, dropout, LoRA
 
     # 2. Rows to train on, and rows held out.

@@ -50,3 +50,13 @@ Glossary:
     reward          the number that a reward model gives a response
     remark          what a user should know about some rows of a data set, printed once with their locations
 """
+
+import argparse
+import sys
+
+# `python -m minift.generate` would run a file of definitions: nothing happens, with status 0. While Python looks for
+# the module that -m names, argv[0] is "-m".
+if sys.argv[:1] == ["-m"]:
+    _module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+    if _module.startswith("minift.") and not _module.endswith("__main__"):
+        argparse.ArgumentParser().exit(2, f"error: {_module} is not a command: `python -m minift` lists them\n")

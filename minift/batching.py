@@ -90,7 +90,9 @@ class Loader(Generic[AnyBatch]):
             yield self.collate([self.examples[index] for index in indices])
 
     def indices_of(self, step: int) -> Iterator[list[int]]:
-        """Yield the indices of the examples in each micro-batch of a step."""
+        """Yield the indices of the examples in each micro-batch of a step. Raises ValueError without examples."""
+        if not self.examples:
+            raise ValueError("no examples, so there is no optimiser step")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         count = len(self.examples)
         generator = torch.Generator().manual_seed(self.seed + epoch)

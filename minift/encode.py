@@ -21,7 +21,7 @@ JOINED = (
 
 
 class Example(NamedTuple):
-    """One row as a model sees it: two lists of equal length. `labels` is `input_ids` where supervised, else -100.
+    """One row as a model sees it: two lists of equal length. A label is the id if supervised, else IGNORE_INDEX.
 
     Labels are not shifted: labels[t] is what the hidden state at t - 1 should predict.
     """

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minift.errors import UserError
+
 
 def penalise_repetition(scores: Tensor, rows: Sequence[Sequence[int]], penalty: float) -> Tensor:
     """Lower the scores of tokens that occur in their row: divide positive ones by `penalty`, multiply negative ones."""
@@ -59,9 +61,11 @@ def sample(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
 
 
 def check_scores(best: Tensor) -> None:
-    """Raise ValueError unless each row has a token that may follow."""
+    """Raise ValueError unless each row has a token that may follow; UserError if its score is NaN or infinite."""
+    if not (best < math.inf).all():
+        raise UserError("the model's logits are NaN or infinite: its weights do not suit this dtype")
     if not best.isfinite().all():
-        raise ValueError("no token can follow: all are banned (no_repeat_ngram_size), or the model's logits are NaN")
+        raise ValueError("no token can follow: all are banned (no_repeat_ngram_size)")
 
 
 def _pad(rows: Sequence[Sequence[int]], scores: Tensor) -> Tensor:

@@ -69,11 +69,6 @@ class Judge:
         reward_a, reward_b = self.scores([(question, a), (question, b)])
         return sigmoid(reward_a - reward_b)
 
-    def win_rate(self, pairs: Sequence[tuple[str | None, str, str]]) -> WinRate:
-        """Return how often `a` has the higher reward in (question, a, b)s."""
-        rewards = self.scores([(question, response) for question, *responses in pairs for response in responses])
-        return win_rate(a - b for a, b in zip(rewards[::2], rewards[1::2], strict=True))
-
     def best_of(self, question: str | None, responses: Sequence[str]) -> int:
         """Return the index of the highest reward, the first of equal ones. Raises ValueError without responses."""
         if not responses:

@@ -71,7 +71,11 @@ class Recorder(Protocol):
 
 
 class DivergedError(UserError):
-    """A loss or gradient that is not finite."""
+    """A loss or gradient that is not finite after some optimiser steps."""
+
+    def __init__(self, lr: float, value: float, steps: int) -> None:
+        self.problem, self.steps = f"the loss or its gradient is {value}", steps
+        super().__init__(f"--lr {lr}: {self.problem} after step {steps}, try a lower one")
 
 
 def train(task: Task, config: Config, recorder: Recorder) -> None:
@@ -110,7 +114,7 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
             is_best = False
             if is_last or _is_due(config.eval_every, progress.step):
                 means = evaluate(task)
-                _check_finite(config, step, means.get("loss", 0.0))
+                _check_finite(config, progress.step, means.get("loss", 0.0))
                 _log(recorder, task, progress, "eval", means)
                 if means:
                     shown = ", ".join(f"{name} {means[name]:.3f}" for name in SHOWN if name in means)
@@ -120,6 +124,7 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
 
             stop = bool(signals)  # read once: a signal during `save` stops after the next step
             if stop or is_last or is_best or _is_due(config.save_every, progress.step):
+                _check_finite(config, progress.step, _loss_after(task, optimizer, step))
                 recorder.save(task, optimizer, progress, is_best=is_best)
             if stop:
                 break
@@ -174,6 +179,19 @@ def evaluate(task: Task) -> dict[str, float]:
     return _means(sums)
 
 
+@torch.no_grad()
+def _loss_after(task: Task, optimizer: torch.optim.Optimizer, step: int) -> float:
+    """Return the loss of a step's first micro-batch after the update; NaN if a parameter or a moment is not finite.
+
+    A checkpoint for which this is not finite must not be saved: at no learning rate could a run continue from it.
+    """
+    tensors = [*task.model.parameters(), *(moment for state in optimizer.state.values() for moment in state.values())]
+    are_finite = all(bool(limit.isfinite()) for tensor in tensors for limit in tensor.aminmax())
+    with eval_mode(task.model):
+        loss, _ = _losses_of(task, next(task.train_batches.micro_batches(step)))
+    return float(loss) if are_finite else math.nan
+
+
 def _losses_of(task: Task, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a batch's summed loss, and that value with the count and the metrics by name."""
     device = next(task.model.parameters()).device
@@ -209,9 +227,7 @@ def _log(recorder: Recorder, task: Task, progress: Progress, split: str, values:
         recorder.log({"step": progress.step, "split": split, **values, **counters})
 
 
-def _check_finite(config: Config, step: int, value: float) -> None:
+def _check_finite(config: Config, steps: int, value: float) -> None:
     # Checked before anything is written, so that the last checkpoint stays a good one.
     if not math.isfinite(value):
-        raise DivergedError(
-            f"--lr {config.lr}: the loss or its gradient is {value} in step {step + 1}, try a lower one"
-        )
+        raise DivergedError(config.lr, value, steps)

@@ -126,6 +126,12 @@ def test_a_step_s_examples_depend_on_seed_and_step_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_loader_without_examples_has_no_steps():
+    assert list(numbers(0, 2, 3)) == [] and numbers(0, 2, 3).steps_per_epoch == 0
+    with pytest.raises(ValueError, match="no examples"):
+        next(numbers(0, 2, 3).micro_batches(0))
+
+
 def test_accumulation_does_not_change_what_a_step_sees():
     loaders = [numbers(21, batch_size, 8 // batch_size, seed=3) for batch_size in (1, 2, 4, 8)]
     for step in range(7):

@@ -10,6 +10,9 @@ from unittest import mock
 
 import pytest
 
+from minift.files.adapters import save_adapters
+from minift.files.pretrained import find_model, load_for_sft
+from minift.lora import add_lora
 from tests.compare import Check, Difference, Setting
 from tests.compare import __main__ as command
 from tests.compare.faults import FAULTS, Fault
@@ -129,6 +132,15 @@ def test_page_draws_both_curves_over_each_other() -> None:
     assert 'path class="trl"' in html and 'path class="minift"' in html
     assert html.index('path class="trl"') < html.index('path class="minift"')
     assert "a &amp; b" in html
+
+
+def test_adapters_are_merged_for_the_other_libraries(tmp_path: Path) -> None:
+    model, _ = load_for_sft(find_model(DATA / "model"))
+    add_lora(model, 2, 4.0, 0.0, ["q_proj"])
+    save_adapters(model, tmp_path / "adapters", str(DATA / "model"))
+    found = command._setting(tmp_path / "adapters", None, False, tmp_path, lambda text: None)
+    assert found.model == tmp_path / "merged"
+    assert {"config.json", "model.safetensors", "vocab.json"} <= {path.name for path in found.model.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ WRONG = [
     ("d.jsonl", GOOD + '\n{"text": "a"}', "d.jsonl:2: this row has 'text'", "'instruction' and 'output'"),
     ("d.jsonl", '{"text": "ab\\ud800"}', "d.jsonl:1: field 'text' has a lone surrogate at character 3", "Unicode"),
     ("d.json", '[{"text": "\\udc00"}]', "d.json: row 1: field 'text' has a lone surrogate at character 1", "Unicode"),
-    ("d.jsonl", '{"text": "a", "score": NaN}', "d.jsonl:1: malformed JSON: NaN", "expected an array"),
+    ("d.jsonl", '{"text": "a", "score": NaN}', "d.jsonl:1:24: malformed JSON: NaN", "expected an array"),
     ("d.jsonl", GOOD + "\n[]", "d.jsonl:2: [], expected an object", ""),
     ("d.jsonl", "[" * 100_000, "d.jsonl: malformed JSON", "recursion"),
     ("d.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', "d.jsonl:2: not UTF-8", "0xe9"),
@@ -107,7 +107,14 @@ WRONG = [
     ("d.json", f"[{GOOD}]\n]", "d.json:2:1: malformed JSON: Extra data", ""),
     ("d.json", '[\n{"instruction": "a",\n "output" "b"}]', "d.json:3:11: malformed JSON", ""),
     ("d.json", f"[\n{GOOD},\n[1]]", "d.json: row 2: [1], expected", ""),
-    ("d.json", "[\nInfinity]", "d.json: malformed JSON: Infinity", "expected an array"),
+    ("d.json", "[\nInfinity]", "d.json:2:1: malformed JSON: Infinity", "expected an array"),
+    (
+        "d.json",
+        '[\n{"text": "NaN \\\\\\"NaN"},\n{"text": "a", "score": [1e9, NaN]}]',
+        "d.json:3:30: malformed JSON: NaN is not a JSON value",
+        "",
+    ),
+    ("d.json", '[{"text": "a"},\n{"text": "b", "score": -1e999}]', "d.json:2:24: malformed JSON: -1e999 is too", ""),
     (
         "d.json",
         '{\n "data": [{}]\n}',
@@ -116,7 +123,7 @@ WRONG = [
     ),
     ("d.json", '{"data": [{}]}', "d.json:1: no field of a row", "the list in 'data' should be the whole file"),
     ("d.json", f"{{\n{GOOD}\n}}", "d.json:2:1: malformed JSON", "array of objects, or one object a line"),
-    ("d.jsonl", '{"text": "a", "score": 1e999}', "d.jsonl:1: malformed JSON: 1e999 is too large a number", ""),
+    ("d.jsonl", '{"text": "a", "score": 1e999}', "d.jsonl:1:24: malformed JSON: 1e999 is too large a number", ""),
     ("d.jsonl", '{"text": "a", "kind": "b\\ud800"}', "d.jsonl:1: field 'kind' has a lone surrogate at character 2", ""),
     ("d.jsonl", '{"text": "a", "kind": ["\\ud800"]}', "d.jsonl:1: field 'kind' has a lone surrogate", ""),
     (
@@ -153,6 +160,19 @@ def test_wrong_files_are_named_by_line_and_field(tmp_path, name, content, start,
         load_rows(path)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/{start}") and also in message and "\n" not in message
+
+
+def test_objects_over_several_lines_one_after_the_other(tmp_path):
+    """As `jq .` prints them."""
+    rows = [{"instruction": "a", "output": text} for text in ("b", "{\n}", "\u2028")]
+    path = tmp_path / "data.jsonl"
+    for blank in ("\n", "", "\r\n\n"):
+        path.write_text(blank.join(json.dumps(row, indent=2) for row in rows) + blank)
+        loaded = load_rows(path)
+        assert loaded == rows and [row.location for row in loaded] == ["row 1", "row 2", "row 3"]
+    path.write_text("\n".join(json.dumps(row, indent=2) for row in rows)[:-1])
+    with pytest.raises(UserError, match="data.jsonl:12:.*malformed JSON: Expecting"):
+        load_rows(path)
 
 
 def test_null_is_absent_everywhere(tmp_path):

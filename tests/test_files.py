@@ -18,7 +18,7 @@ from minift.errors import UserError
 from minift.files import text as text_files
 from minift.files.adapters import save_adapters
 from minift.files.datasets import load_rows
-from minift.files.pretrained import find_model, load_base_model, load_language_model
+from minift.files.pretrained import find_model, load_for_sft, load_language_model
 from minift.files.templates import load_template
 from minift.files.text import (
     atomic_write,
@@ -54,7 +54,7 @@ def test_a_failed_write_keeps_the_earlier_file(tmp_path):
 def test_a_git_lfs_pointer_is_named_wherever_a_file_is_opened(tmp_path):
     """Weights, their index, adapters, tokenizer, configs, templates and rows, in turn."""
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-    model, tokenizer = load_base_model(find_model(SHIPPED))
+    model, tokenizer = load_for_sft(find_model(SHIPPED))
     save_model(model, tmp_path / "model")
     save_tokenizer(tokenizer, tmp_path / "model")
     add_lora(model, 2, 4.0, 0.0, ["q_proj"])
@@ -157,7 +157,7 @@ def test_json_lines_are_numbered_as_in_an_editor():
     for text, message in (
         ('1\n{"a": }\n', "f:2:7: malformed JSON: Expecting value; expected one JSON object a line"),
         ("1 2", "f:1:3: malformed JSON: Extra data"),
-        ("1\nNaN", "f:2: malformed JSON: NaN is not a JSON value; expected one JSON object a line"),
+        ("1\nNaN", "f:2:1: malformed JSON: NaN is not a JSON value; expected one JSON object a line"),
         ("[" * 100_000, "f:1: malformed JSON: maximum recursion"),
     ):
         with pytest.raises(UserError, match=message):

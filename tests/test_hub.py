@@ -428,6 +428,13 @@ def test_json_as_in_code_alpaca(hub):
     assert len([request for request in hub.requests if "GET /api/" in request]) == 1, "looked up more than once"
 
 
+def test_a_download_s_file_name_is_escaped(hub, capsys):
+    hub.add("datasets/some/rows", {"\x1b[2J.json": b'[{"text": "a"}]'})
+    load_rows("some/rows")
+    shown = capsys.readouterr().err
+    assert "\\x1b[2J.json: 100%" in shown and "\x1b[2J" not in shown
+
+
 def test_parquet_as_in_synthetic_instruct(hub):
     files = {
         ".gitattributes": b"",

@@ -546,11 +546,11 @@ def test_files_that_are_absent_or_damaged(folder, tmp_path):
 
 
 def test_adapters_of_the_other_model_class_or_on_top_of_others(folder, tmp_path):
-    assert_refused(small_model(RewardModel), folder, "1 missing, first base_model.model.score.weight")
+    assert_refused(small_model(RewardModel), folder, "no score.weight: these adapters are of a language model")
     rewarding = small_model(RewardModel)
     add_lora(rewarding, 3, 8, 0.0, TARGETS)
     save_adapters(rewarding, tmp_path / "rewarding")
-    assert_refused(small_model(), tmp_path / "rewarding", "1 unexpected, first base_model.model.score.weight")
+    assert_refused(small_model(), tmp_path / "rewarding", "has score.weight: these adapters are of a reward model")
     adapted = small_model()
     add_lora(adapted, 3, 8, 0.0, TARGETS)
     assert_refused(adapted, folder, "adapters already")

@@ -62,6 +62,21 @@ def test_runs_as_a_module() -> None:
     assert result.returncode == 2 and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("flag", [["-m", "minift.generate"], ["-mminift.bleu"], ["-m", "minift.files.hub"]])
+def test_a_module_is_not_a_command(flag: list[str]) -> None:
+    """The old form of a command would do nothing, with status 0."""
+    result = subprocess.run([sys.executable, *flag, "--prompts", "x"], capture_output=True, text=True)
+    name = flag[-1].removeprefix("-m")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: {name} is not a command: `python -m minift` lists them\n"
+
+
+@pytest.mark.parametrize("flag", [["-m", "minift"], ["-m", "minift.__main__"]])
+def test_arguments_may_look_like_a_module(flag: list[str]) -> None:
+    result = subprocess.run([sys.executable, *flag, "minift.generate"], capture_output=True, text=True)
+    assert result.returncode == 2 and "minift.generate: not a command, did you mean" in result.stderr
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize(
     ("arguments", "unread"),

@@ -19,7 +19,7 @@ from minift.commands import generate, preview, score
 from minift.errors import UserError
 from minift.files import hub, pretrained, weights
 from minift.files.adapters import save_adapters
-from minift.files.pretrained import find_model, load_judge, load_language_model, new_reward_model
+from minift.files.pretrained import find_model, load_for_rm, load_judge, load_language_model
 from minift.files.templates import save_template
 from minift.files.text import sha256
 from minift.files.tokenizer import load_tokenizer, save_tokenizer
@@ -211,7 +211,7 @@ def test_what_a_run_saves_has_the_tokenizers_special_ids(tmp_path, script):
 
 def test_a_reward_model_whose_pad_is_its_eos_is_saved_without_a_pad(tmp_path):
     """transformers would score each row at the token before its EOS."""
-    model, _ = new_reward_model(find_model(with_other_ids(tmp_path / "model", pad="<other end>")), seed=0)
+    model, _ = load_for_rm(find_model(with_other_ids(tmp_path / "model", pad="<other end>")), seed=0)
     weights.save_model(model, tmp_path / "saved")
     reference = OPTForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
     row = [2, 5, 6, 4096]
@@ -242,14 +242,14 @@ def test_an_eos_beyond_the_embedding_is_refused(tmp_path):
 
 
 def test_a_new_reward_model_on_a_tuned_language_model(language):
-    found, tokenizer = new_reward_model(find_model(language.adapters), seed=SEED)
+    found, tokenizer = load_for_rm(find_model(language.adapters), seed=SEED)
     assert_same_weights(found, weights.new_reward_model(language.merged, seed=SEED))
     assert torch.equal(found.score.weight, weights.new_reward_model(SHIPPED, seed=SEED).score.weight)
     assert tokenizer.files == load_tokenizer(SHIPPED).files
 
 
 def test_a_new_reward_model_that_continues_from_another(reward):
-    found, _ = new_reward_model(find_model(reward.adapters), seed=SEED)
+    found, _ = load_for_rm(find_model(reward.adapters), seed=SEED)
     assert_same_weights(found, weights.load_reward_model(reward.merged))
 
 
@@ -339,7 +339,7 @@ def command(module, *names: str):
 
 OF_LANGUAGE_MODELS = {
     "load_language_model": lambda model, files: load_language_model(model),
-    "new_reward_model": lambda model, files: new_reward_model(find_model(model), seed=SEED),
+    "load_for_rm": lambda model, files: load_for_rm(find_model(model), seed=SEED),
     "generate": command(generate, "--prompts", "prompts.jsonl", "--max-new-tokens", "1"),
     "preview": command(preview, "--data", "rows.jsonl"),
     "train_sft.py": lambda model, files: train("sft", model, files / "rows.jsonl"),
@@ -413,9 +413,13 @@ def test_a_folder_of_adapters_in_other_layouts_is_a_model(plain, tmp_path, layou
 
 
 def test_adapters_that_do_not_suit_the_command_or_their_base(plain, reward, tmp_path):
-    with pytest.raises(UserError, match="adapter_model.safetensors: .* 1 missing, first .*score.weight"):
+    with pytest.raises(
+        UserError, match="adapter_model.safetensors: no score.weight: these adapters are of a language model"
+    ):
         load_judge(plain.adapters)
-    with pytest.raises(UserError, match="adapter_model.safetensors: .* 1 unexpected, first .*score.weight"):
+    with pytest.raises(
+        UserError, match="has score.weight: these adapters are of a reward model, expected a language model"
+    ):
         load_language_model(reward.adapters)
     folder = copied(plain, tmp_path / "adapters", target_modules=["query"])
     with pytest.raises(UserError, match="adapter_config.json: .*no linear is named query"):
@@ -426,6 +430,6 @@ def test_adapters_that_do_not_suit_the_command_or_their_base(plain, reward, tmp_
     with pytest.raises(UserError, match="1 missing"):
         load_language_model(folder)
     (folder / "adapter_model.safetensors").unlink()
-    for load in (load_language_model, load_judge, lambda model: new_reward_model(find_model(model), seed=SEED)):
+    for load in (load_language_model, load_judge, lambda model: load_for_rm(find_model(model), seed=SEED)):
         with pytest.raises(UserError, match="adapter_model.safetensors: no such file"):
             load(folder)

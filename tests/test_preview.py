@@ -124,7 +124,8 @@ def test_bad_input_ends_in_one_line(tokenizer, data, tmp_path):
             "--max-length 65: more than the model's 64 positions",
         ),
         ({}, {"vocab_size": 100}, "doesn't fit"),
-        ({}, {"vocab_size": "many"}, "expected a whole number"),
+        ({}, {"vocab_size": "many"}, "config.json: vocab_size is 'many', expected a whole number"),
+        ({}, {"model_type": "gpt2"}, "config.json: model_type is 'gpt2', expected 'opt'"),
         ({"--out": str(tmp_path / "nowhere" / "out.jsonl")}, None, "expected a file name in an existing directory"),
         ({"--out": str(data)}, None, "this is the file that --data names"),
     ):

@@ -226,8 +226,21 @@ def test_a_model_s_template_is_the_default(tmp_path):
     path = tmp_path / "template.json"
     for damaged in ("{", "{}", "3", '{"with_input": "", "without_input": ""}'):
         path.write_text(damaged)
-        with pytest.raises(UserError, match=f"^--template {path}:"):
+        with pytest.raises(UserError, match=f"^{path}:"):
             template_of(None, tmp_path, "course")
+
+
+def test_a_run_without_a_template_json_says_which_template_is_used(tmp_path, capsys):
+    """As runs of earlier versions are."""
+    (tmp_path / "run.json").write_text("{}")
+    assert template_of(None, tmp_path, "dialogue", "--judge-template") is TEMPLATES["dialogue"]
+    remark = capsys.readouterr().err
+    assert remark.startswith(f"{tmp_path}: no template.json, so the template is dialogue: if it was ")
+    assert remark.endswith(" --judge-template\n") and remark.count("\n") == 1
+    template_of("dialogue", tmp_path, "course")
+    save_template(TEMPLATES["none"], tmp_path)
+    template_of(None, tmp_path, "course")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,7 @@ def write_run(folder: Path, metrics=METRICS) -> Path:
         ("run.json", "[" * 200000, "run.json: malformed JSON"),
         ("run.json", b"\xff{}", "run.json:1: not UTF-8 text"),
         ("metrics.jsonl", None, "metrics.jsonl: no such file"),
+        ("run.json", None, "run.json: no such file, expected the folder of a run, such as runs/sft"),
         ("metrics.jsonl", '{"step": 1, "split": "train"}\n{"step": 2, "sp', "metrics.jsonl:2:13: malformed JSON"),
         (
             "metrics.jsonl",

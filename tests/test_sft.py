@@ -183,6 +183,8 @@ def test_resume_refuses_another_run(tmp_path):
     for damaged in ("{", "[]", '{"values": 1}'):
         (folder / "run.json").write_text(damaged)
         assert f"--resume: {folder}/run.json is damaged" in refused("sft", *flags)
+    (folder / "run.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    assert f"{folder}/run.json: a Git LFS pointer" in refused("sft", *flags)
 
 
 def test_fingerprints_decide_and_not_the_spelling_of_a_path(tmp_path, monkeypatch):
@@ -232,6 +234,19 @@ def test_a_run_that_diverged_continues_at_a_lower_rate(tmp_path, data):
     assert [line["step"] for line in lines] == [*range(1, 9)] and all(0 < line["lr"] <= 1e-4 for line in lines[4:])
     assert json.loads((tmp_path / "run" / "run.json").read_text())["values"]["lr"] == 1e-4
     assert "--lr was 0.0001" in refused("sft", *flags, "--max-steps", 8, "--resume")  # only its flag may change it
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [(0, "is nan before training: numbers above 65,504 overflow"), (1, "the model's logits are NaN or infinite")],
+)
+def test_weights_that_overflow_in_float16(tmp_path, data, samples, message):
+    shutil.copytree(SHIPPED, tmp_path / "model")
+    tensors = load_file(SHIPPED / "model.safetensors")
+    tensors = {name: tensor * 1e4 if name.endswith("fc1.weight") else tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    flags = ["--model", tmp_path / "model", *data, "--out", tmp_path / "run", *SMALL, "--bleu-samples", samples]
+    assert message in refused("sft", *flags, "--base-dtype", "float16", "--lora-rank", 1)
 
 
 def test_folders_that_are_not_a_run(tmp_path):
@@ -297,6 +312,17 @@ def test_a_file_system_without_locks(tmp_path, data, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", fail)
     flags = [*SMALL, *data, "--bleu-samples", 0, "--max-steps", 1, "--out", tmp_path / "run"]
     assert "can't be locked (Operation not supported): do not start another run in it" in run("sft", *flags)
+
+
+def test_a_system_without_fcntl(tmp_path, data, monkeypatch):
+    """As Windows: everything can be imported, and a run says that its folder is not locked."""
+    modules = "import sys; sys.modules['fcntl'] = None; import train_sft, train_rm, minift.commands.winrate"
+    subprocess.run([sys.executable, "-c", modules], cwd=ROOT, check=True)
+    monkeypatch.setattr("minift.run.folder.fcntl", None)
+    flags = [*SMALL, *data, "--bleu-samples", 0, "--max-steps", 1, "--out", tmp_path / "run"]
+    for _ in range(2):  # the second one renames the first one's folder
+        assert f"{tmp_path / 'run'} can't be locked on this system" in run("sft", *flags)
+    assert (tmp_path / "run-1" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("left", [[], [".lock"], [".run.json.unfinished"], [".lock", ".run.json.unfinished"]])

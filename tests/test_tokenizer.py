@@ -164,6 +164,18 @@ def test_a_token_that_is_special_by_name_only_stays_safe(gpt2_tokenizer_director
     assert 0 not in load_tokenizer(tmp_path).encode("a<|endoftext|>b")
 
 
+def test_dropout_is_off(gpt2_tokenizer_directory, tmp_path):
+    """A tokenizer.json with BPE dropout would encode a text differently each time; it is saved as it is."""
+    shutil.copytree(gpt2_tokenizer_directory, tmp_path, dirs_exist_ok=True)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["model"]["dropout"] = 0.5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    text = "def add(first, second):\n    return first + second\n"
+    tokenizer, plain = load_tokenizer(tmp_path), load_tokenizer(gpt2_tokenizer_directory)
+    assert all(tokenizer.encode(text) == plain.encode(text) for _ in range(20))
+    assert tokenizer.files["tokenizer.json"] == (tmp_path / "tokenizer.json").read_bytes()
+
+
 def broken_copies(opt: Path, gpt2: Path, target: Path):
     """Damage the folder `target` in many ways; yield each damage and the message expected."""
 

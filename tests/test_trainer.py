@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import OPTForCausalLM, get_linear_schedule_with_warmup
 
+from minift import trainer
 from minift.batching import Loader, collate
 from minift.config import Config
 from minift.encode import IGNORE_INDEX
@@ -244,7 +245,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at,
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
-    with pytest.raises(UserError, match="--lr 1e\\+20: the loss or its gradient is nan in step 2"):
+    with pytest.raises(UserError, match="--lr 1e\\+20: the loss or its gradient is nan after step 1"):
         run(tmp_path / "run", lr=1e20, steps=20, log_every=20, schedule="constant")
     assert not (tmp_path / "run" / "checkpoints").exists()
     with pytest.raises(UserError, match="--lr 1e\\+30"):
@@ -252,6 +253,58 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     assert not (tmp_path / "short" / "checkpoints").exists()
     lines = read_metrics(tmp_path / "run") + read_metrics(tmp_path / "short")
     assert all(math.isfinite(line["loss"]) for line in lines)
+
+
+@pytest.mark.parametrize("fault", ["parameter", "moment", "overflow"])
+def test_a_diverged_state_is_never_saved(tmp_path, monkeypatch, fault):
+    """Parameters or moments that are not finite, or so large that every loss overflows, without an evaluation."""
+    step = torch.optim.AdamW.step
+
+    def fail_in_step_3(optimizer, *arguments):
+        step(optimizer, *arguments)
+        parameter = optimizer.param_groups[0]["params"][0]
+        state = optimizer.state[parameter]
+        if state["step"] == 3:
+            broken = state["exp_avg"] if fault == "moment" else parameter.data
+            broken.view(-1)[0] = math.inf if fault == "moment" else math.nan
+            if fault == "overflow":
+                broken.fill_(3e38)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", fail_in_step_3)
+    with pytest.raises(
+        UserError, match=r"^--lr 0.001: the loss or its gradient is (nan|inf) after step 3, try a lower"
+    ):
+        run(tmp_path / "run", save_every=1)
+    monkeypatch.undo()
+    assert checkpoint.find(tmp_path / "run" / "checkpoints").name == "step-000002"
+    run(tmp_path / "run", resume=True)
+
+
+def test_a_diverged_run_that_was_saved_at_each_step_continues_at_a_lower_rate(tmp_path):
+    run(tmp_path / "run", steps=2, save_every=1)
+    values = {"save_every": 1, "steps": 4, "schedule": "constant", "resume": True}
+    with pytest.raises(UserError, match="--lr 1e.20: .* after step 3, try a lower one, from the last checkpoint on"):
+        run(tmp_path / "run", lr=1e20, **values)
+    _, lines = run(tmp_path / "run", lr=1e-4, **values)
+    assert lines[-1]["step"] == 4 and math.isfinite(lines[-1]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "--model data/model: the loss or its gradient is nan before training: its weights are damaged"),
+        ({"base_dtype": "float16"}, "before training: .* overflow in --base-dtype float16, expected float32 or bf"),
+        ({"resume": True}, "--resume: .* is nan at the checkpoint: start afresh, at a lower --lr"),
+    ],
+)
+def test_a_first_loss_that_is_not_finite_is_not_blamed_on_the_rate(tmp_path, monkeypatch, values, message):
+    if "resume" in values:
+        run(tmp_path / "run", steps=1)
+    accumulate = trainer.accumulate_gradient
+    monkeypatch.setattr(trainer, "accumulate_gradient", lambda *given: accumulate(*given) | {"loss": math.nan})
+    with pytest.raises(UserError, match=message) as caught:
+        run(tmp_path / "run", steps=2, **values)
+    assert "--lr 0.001" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_resume_says_what_is_wrong_with_a_checkpoint(tmp_path):

@@ -405,7 +405,10 @@ def one_entry(value: float) -> torch.Tensor:
     [
         (change(FC1, None), "1 missing, first decoder.layers.1.fc1.weight"),
         (change(EMBEDDING, None), "1 missing, first decoder.embed_tokens.weight"),
-        (change("score.weight", torch.ones(1, 8)), "1 unexpected, first score.weight"),
+        (
+            change("score.weight", torch.ones(1, 8)),
+            "has score.weight: this is a reward model, expected a language model",
+        ),
         (change(FC1.removeprefix("model."), torch.ones(24, 16)), "1 unexpected"),  # there under both prefixes
         # One prefix is stripped, not two.
         (lambda state: {f"model.{name}": state[name] for name in state}, "36 unexpected, first model.model.decoder."),

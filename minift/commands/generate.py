@@ -1,5 +1,6 @@
 """`minift generate`: prompts in, completions out, in the prompts' order."""
 
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -136,4 +137,9 @@ def _options(args: Namespace) -> Options:
 
 def _name_flag(error: ValueError) -> UserError:
     name, rest = str(error).split(" ", 1)
-    return UserError(f"--{name.replace('_', '-')} {rest}" if hasattr(Options, name) else str(error))
+    rest = re.sub("[a-z]+(_[a-z]+)+", lambda option: _flag(option[0]), rest)
+    return UserError(f"{_flag(name)} {rest}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}" if hasattr(Options, name) else name

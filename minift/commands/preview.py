@@ -5,12 +5,12 @@ import sys
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, check_out, whole_number
 from minift.encode import encode_rows
-from minift.errors import UserError
 from minift.files.datasets import load_rows
 from minift.files.pretrained import find_model
 from minift.files.templates import template_of
-from minift.files.text import read_json, say, write_json_lines
+from minift.files.text import say, write_json_lines
 from minift.files.tokenizer import check_fits, load_tokenizer
+from minift.files.weights import read_config
 from minift.prompts import TEMPLATES
 
 
@@ -20,20 +20,17 @@ def main(arguments: list[str] | None = None) -> None:
     check_out(args.out, "--data", args.data)
     files = find_model(args.model, fetch_weights=False)
     tokenizer = load_tokenizer(files.tokenizer_folder)
-    path = files.folder / "config.json"
-    # A folder with only a tokenizer is fine too: then nothing limits a row's length.
-    config = read_json(path, "an OPT's config.json") if path.is_file() else {}
-    for name in ("vocab_size", "max_position_embeddings"):
-        if not isinstance(config.get(name, 0), int):
-            raise UserError(f"{path}: {name} is {config[name]!r}, expected a whole number")
-    if "vocab_size" in config:
-        check_fits(tokenizer, config["vocab_size"], args.model)
+    max_positions = None  # a folder with only a tokenizer is fine too: then nothing limits a row's length
+    if (files.folder / "config.json").is_file():
+        config, _ = read_config(files.folder)
+        check_fits(tokenizer, config.vocab_size, args.model)
+        max_positions = config.max_position_embeddings
     encoded = encode_rows(
         load_rows(args.data),
         tokenizer,
         template_of(args.template, files.own, "course"),
         max_length=args.max_length,
-        max_positions=config.get("max_position_embeddings"),
+        max_positions=max_positions,
         response_template=args.response_template,
         supervise=args.supervise,
         source=args.data,

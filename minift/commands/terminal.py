@@ -104,12 +104,13 @@ def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer
     """Print how many of `num_pairs` pairs grouping dropped, the first rankings, and how many tokens are saved."""
     if any(ranking.best_only for ranking in rankings):
         repeated = num_pairs - sum(len(ranking.responses) - 1 if ranking.best_only else 1 for ranking in rankings)
-        say(f"  {len(rankings):,} prompts with all their pairs, {repeated} pairs dropped: they repeat another one")
+        kept = f"{len(rankings):,} prompts with all their pairs"
+        say(f"training: {kept}, {repeated} pairs dropped: they repeat another one")
     measured = rankings[:MEASURED_RANKINGS]
     tokens = sum(len(response) for ranking in measured for response in ranking.responses)
     saved = 1 - sum(len(collate_rankings([ranking]).input_ids) for ranking in measured) / tokens
     note = f" (measured on the first {len(measured):,})" if len(measured) < len(rankings) else ""
-    say(f"  {saved:.0%} of the tokens saved: a prefix that responses share is computed once for all{note}")
+    say(f"training: {saved:.0%} of the tokens saved: a prefix that responses share is computed once for all{note}")
     say("\nWhat the loss compares: rewards, read at each response's last token; the chosen one's should be higher.")
     for number, ranking in enumerate(rankings[:SHOWN], start=1):
         shared = len(commonprefix(ranking.responses))

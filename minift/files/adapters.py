@@ -17,12 +17,12 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 LAYOUTS = (ADAPTER_WEIGHTS, "adapter_model.bin")  # the first of these that a folder or repository holds
 EXPECTED = "a folder that peft wrote"
 
-# peft has dozens of settings. These are read:
+# Of the dozens of settings in peft's adapter_config.json, these are read:
 READ = ("peft_type", "use_rslora", "r", "lora_alpha", "lora_dropout", "target_modules")
-# These don't change the function computed (which modules were trained whole shows in the weights):
+# These do not change what the adapters compute. (The weights show which modules were trained as a whole.)
 WITHOUT_EFFECT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "modules_to_save",
     "peft_version", "qalora_group_size", "revision", "task_type")  # fmt: skip
-# Nor do these values; other initialisations would, as they alter the frozen weights. Everything else must be off.
+# These values do not change it either. Other initialisations alter the frozen weights. All other settings must be off.
 PLAIN = (["bias", "none"], *(["init_lora_weights", start] for start in (True, "gaussian", "orthogonal")))
 
 

@@ -136,7 +136,7 @@ def _read_values(path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
         return "row", enumerate(parse(), start=1)
     first = text.lstrip().split("\n")[0].rstrip()
     if first[:1] == "{" and first[-1] in "{[,":
-        return "row", [(1, parse())]  # one object over several lines
+        return "row", enumerate(parse(several=True), start=1)  # objects over several lines, as jq prints them
     return "line", parse_json_lines(text, path, LINES_OR_ARRAY, object_hook=_without_nulls)
 
 

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, constants, errors, hf_hub_download, snapshot_download
+from huggingface_hub.utils import tqdm
 
 from minift.errors import UserError
-from minift.files.text import write_text
+from minift.files.text import printable, write_text
 
 TIMEOUT = 10  # seconds for the hub's first answer; huggingface_hub itself would wait forever
 DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
@@ -42,6 +43,13 @@ class Repository(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} at {self.commit[:12]}" + (" in the cache" if constants.is_offline_mode() else "")
+
+
+class PrintableBar(tqdm):
+    """A download's progress bar, whose description is the name of a file: escaped."""
+
+    def __init__(self, *, desc: str, **settings: Any) -> None:
+        super().__init__(desc=printable(desc), **settings)
 
 
 def model_folder(model: str | Path, revision: str | None = None) -> Path:
@@ -126,7 +134,8 @@ def fetch(repository: Repository, files: Iterable[str]) -> list[Path]:
     paths = []
     for file in files:
         with _translate_errors(name, repo_type, revision, file):
-            paths.append(Path(hf_hub_download(name, file, repo_type=repo_type, revision=commit)))
+            path = hf_hub_download(name, file, repo_type=repo_type, revision=commit, tqdm_class=PrintableBar)
+            paths.append(Path(path))
     if not constants.is_offline_mode() and revision != commit:
         # Record the branch's commit, by which it is found offline. Last: an incomplete set of files must not be found.
         folder = f"{repo_type}s--{name.replace('/', '--')}"
@@ -172,7 +181,7 @@ def _files_of_split(repository: Repository, split: str | None) -> list[str]:
 def _translate_errors(name: str, repo_type: str, revision: str | None, file: str | None = None) -> Iterator[None]:
     """Translate huggingface_hub's errors: UserError for the user's mistakes, ConnectionError for the rest.
 
-    `file` is the file requested, None while the repository is looked up.
+    `file` is the requested file; None means that the repository is being looked up.
     """
     try:
         yield

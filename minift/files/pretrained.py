@@ -1,4 +1,7 @@
-"""Load a model, its tokenizer and template from a folder, hub id or peft adapters. Each name is resolved once."""
+"""Load a model, its tokenizer and template from a folder, hub id or peft adapters. Each name is resolved once.
+
+To use a model: `load_language_model`, `load_judge`. To train one: `load_for_sft`, `load_for_rm`.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -92,11 +95,11 @@ def load_language_model(
     """
     files = model if isinstance(model, ModelFiles) else find_model(model)
     own_template = template_of(template, files.own, "course")
-    loaded, tokenizer = load_base_model(files, dtype=dtype)
+    loaded, tokenizer = load_for_sft(files, dtype=dtype)
     return LanguageModel(loaded.to(device), tokenizer, own_template)
 
 
-def load_base_model(files: ModelFiles, *, dtype: torch.dtype = torch.float32) -> tuple[OPT, Tokenizer]:
+def load_for_sft(files: ModelFiles, *, dtype: torch.dtype = torch.float32) -> tuple[OPT, Tokenizer]:
     """Load a language model to train, and its tokenizer; adapters are merged. Raises like `load_language_model`."""
     return _load(files, weights.load_model, dtype)
 
@@ -124,10 +127,8 @@ def load_judge(
     return Judge(loaded.to(device).eval(), tokenizer, own_template, batch_size)
 
 
-def new_reward_model(
-    files: ModelFiles, *, seed: int, dtype: torch.dtype = torch.float32
-) -> tuple[RewardModel, Tokenizer]:
-    """Return a reward model to train, and its tokenizer: a language model's body with a fresh head drawn with `seed`.
+def load_for_rm(files: ModelFiles, *, seed: int, dtype: torch.dtype = torch.float32) -> tuple[RewardModel, Tokenizer]:
+    """Load a reward model to train, and its tokenizer: a language model's body with a fresh head drawn with `seed`.
 
     If the model already has a reward head, that is kept. Raises UserError like `load_language_model`.
     """

@@ -1,9 +1,10 @@
 """Prompt templates: built in, in a file of the user's, or beside the model that was trained with one."""
 
+import sys
 from pathlib import Path
 
 from minift.errors import UserError
-from minift.files.text import read_json, read_text, write_json
+from minift.files.text import read_json, read_text, say, write_json
 from minift.prompts import TEMPLATES, Template
 
 TEMPLATE_FILE = "template.json"  # beside a model: the template that it was trained with
@@ -17,9 +18,16 @@ def template_of(name_or_path: str | None, folder: Path, default: str, flag: str 
     Raises UserError like `load_template`.
     """
     own = folder / TEMPLATE_FILE
-    if name_or_path is None and own.is_file():
-        name_or_path = str(own)
-    return load_template(name_or_path or default, flag)
+    if name_or_path is not None:
+        return load_template(name_or_path, flag)
+    if own.is_file():
+        return load_template(str(own), flag="")
+    if (folder / "run.json").is_file():  # a run of a version that did not write the file
+        problem = f"no {TEMPLATE_FILE}, so the template is {default}"
+        say(
+            f"{folder}: {problem}: if it was trained with another one (see run.json), name that with {flag}", sys.stderr
+        )
+    return TEMPLATES[default]
 
 
 def load_template(name_or_path: str, flag: str = "--template") -> Template:
@@ -28,7 +36,8 @@ def load_template(name_or_path: str, flag: str = "--template") -> Template:
     A file ending in .json holds an object with both forms, "with_input" and "without_input". Any other file is one form
     for all rows, in which {input} may be empty; the line end at the end of the file does not belong to it.
 
-    Raises UserError naming `flag`: unknown name or file, not exactly one {response}, no {instruction} before it.
+    Raises UserError, which begins with `flag`: unknown name or file, not exactly one {response}, no {instruction}
+    before it.
     """
     if name_or_path in TEMPLATES:
         return TEMPLATES[name_or_path]
@@ -40,8 +49,8 @@ def load_template(name_or_path: str, flag: str = "--template") -> Template:
             text = read_text(name_or_path, expected).replace("\r\n", "\n").removesuffix("\n")
             forms = dict.fromkeys(FORMS, text)
     except UserError as error:
-        raise UserError(f"{flag} {error}") from None
-    subject = f"{flag} {name_or_path}"
+        raise UserError(f"{flag} {error}".lstrip()) from None
+    subject = f"{flag} {name_or_path}".lstrip()
     if sorted(forms) != sorted(FORMS) or not all(isinstance(form, str) for form in forms.values()):
         raise UserError(f'{subject}: expected a JSON object of two strings, "with_input" and "without_input"')
     for form in forms.values():

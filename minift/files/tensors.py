@@ -60,8 +60,14 @@ def read_state(
         raise UserError(f"{where}: lm_head.weight differs from embed_tokens.weight, expected a tied head")
     state = {**fresh, **state}
     missing = shapes.keys() - state.keys() - misshapen.keys() - {HEAD}
-    if missing == {SCORE}:
-        raise UserError(f"{where}: no {SCORE}: this is a language model; train a reward model from it with train_rm.py")
+    odd = missing | unexpected
+    if len(odd) == 1 and min(odd).endswith(SCORE) and not misshapen:
+        subject = "these adapters are of" if min(odd).startswith("base_model.") else "this is"
+        if missing:
+            problem = f"no {SCORE}: {subject} a language model; train a reward model from it with train_rm.py"
+        else:
+            problem = f"has {SCORE}: {subject} a reward model, expected a language model"
+        raise UserError(f"{where}: {problem}")
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": {*misshapen.values()}}
     found = [f"{len(names)} {problem}, first {min(names)}" for problem, names in problems.items() if names]
     if found:

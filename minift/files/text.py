@@ -83,17 +83,29 @@ def parse_json(
     expected: str,
     *,
     line: int | None = None,
+    several: bool = False,
     allow_nan: bool = False,
     object_hook: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Any:
     """Parse the JSON value that is a whole file, or its line number `line`; `object_hook` is that of `json.loads`.
 
-    Raises UserError with file, line and column for malformed JSON, and without `allow_nan` for numbers that are not
-    finite: Python's NaN and Infinity, and 1e999.
+    With `several`, return the list of the values in the text, one after the other. Raises UserError with file, line and
+    column for malformed JSON, and without `allow_nan` for numbers that are not finite: Python's NaN and Infinity, and
+    1e999.
     """
-    number = None if allow_nan else _finite
+
+    def finite(number: str) -> float:
+        if math.isfinite(value := float(number)):
+            return value
+        problem = f"{number} is not a JSON value" if number[-1].isalpha() else f"{number} is too large a number"
+        # The first one outside a string: the parser reads from left to right.
+        found = re.finditer(rf'"(?:[^"\\]+|\\.)*"|({re.escape(number)})', text)
+        raise json.JSONDecodeError(problem, text, next(match.start() for match in found if match[1]))
+
+    number = None if allow_nan else finite
+    decoder = json.JSONDecoder(object_hook=object_hook, parse_constant=number, parse_float=number)
     try:
-        return json.loads(text, object_hook=object_hook, parse_constant=number, parse_float=number)
+        return [*_values(decoder, text)] if several else decoder.decode(text)
     except json.JSONDecodeError as error:
         where, problem = f"{path}:{line or error.lineno}:{error.colno}", error.msg
     except (ValueError, RecursionError) as error:
@@ -213,7 +225,8 @@ def sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _finite(number: str) -> float:
-    if not math.isfinite(value := float(number)):
-        raise ValueError(f"{number} is not a JSON value" if number[-1].isalpha() else f"{number} is too large a number")
-    return value
+def _values(decoder: json.JSONDecoder, text: str) -> Iterator[Any]:
+    end = 0
+    while start := re.compile(r"[^ \t\n\r]").search(text, end):
+        value, end = decoder.raw_decode(text, start.start())
+        yield value

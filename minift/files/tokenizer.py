@@ -35,8 +35,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         if "tokenizer.json" in files:
             _check_algorithm(json.loads(files["tokenizer.json"]))
             backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+            backend.model.dropout = None  # with BPE dropout, a text would have other ids each time
         else:
-            backend = _byte_level_bpe(folder, settings, set(named.values()))
+            backend = _byte_level_bpe(folder, files, settings, set(named.values()))
         if "eos_token" not in named:
             eos_token_id = (_read_object(folder / "config.json") | settings).get("eos_token_id")
             by_id = {token_id: token for token, token_id in backend.get_vocab().items()}
@@ -111,9 +112,20 @@ def _check_algorithm(values: Any) -> None:
         raise ValueError(f"tokenizer.json: the algorithm is {name}, expected byte-level BPE, as of OPT or GPT-2")
 
 
-def _byte_level_bpe(folder: Path, settings: dict[str, Any], named: set[str]) -> tokenizers.Tokenizer:
+def _byte_level_bpe(
+    folder: Path, files: dict[str, bytes], settings: dict[str, Any], named: set[str]
+) -> tokenizers.Tokenizer:
     """Build a tokenizer from vocab.json, merges.txt and the list of added tokens, if there is one."""
-    model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    lines = files["merges.txt"].decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    merges: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.startswith("#version"):
+            first, space, second = line.partition(" ")
+            if not space or " " in second:
+                raise UserError(f"{folder / 'merges.txt'}:{number}: expected two tokens with a blank between them")
+            merges.append((first, second))
+    # Not from_file(): the library cannot open every path that Python can.
+    model = models.BPE(json.loads(files["vocab.json"]), merges)
     absent = [symbol for symbol in pre_tokenizers.ByteLevel.alphabet() if model.token_to_id(symbol) is None]
     if absent:
         problem = f"{len(absent)} of the 256 byte symbols are missing, so text would be lost"

@@ -21,6 +21,7 @@ Model = TypeVar("Model", OPT, RewardModel)
 # The first of these that a folder or repository holds is its weights.
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 REWARD_ARCHITECTURE = "OPTForSequenceClassification"
+TYPES = {bool: "true or false", float: "a number", int: "a whole number", str: "a text"}
 HARMLESS = 2**24  # this many weights may be claimed by a config.json without files of that size
 
 
@@ -36,7 +37,7 @@ def parse_config(values: dict[str, Any]) -> OPTConfig:
     for name, default in defaults.items():
         value, expected = values.get(name, default), type(default)
         if type(value) not in ((int, float) if expected is float else (expected,)):
-            raise ValueError(f"{name} is {value!r}, expected {expected.__name__}")
+            raise ValueError(f"{name} is {value!r}, expected {TYPES[expected]}")
         if expected is int and value < (0 if name.endswith("_token_id") else 1):
             raise ValueError(f"{name} is {value}, expected a positive number")
     config = OPTConfig(**{name: value for name, value in values.items() if name in defaults})

@@ -9,7 +9,6 @@ checkpoints/    see checkpoint.py
 .lock           locked by the process that trains; a killed one leaves it behind, unlocked
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -33,6 +32,7 @@ from minift.files.hub import at_commit, commit_of, data_files
 from minift.files.pretrained import ModelFiles, find_model
 from minift.files.text import (
     MACHINE_ERRORS,
+    check_not_pointer,
     parse_json_lines,
     read_json,
     read_text,
@@ -47,6 +47,11 @@ from minift.run import checkpoint, interrupts
 from minift.run.device import pick_device, pick_dtype, weights_dtype
 from minift.run.report import write_report
 from minift.trainer import DivergedError, Progress, Task
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 PACKAGES = ("minift", "torch", "tokenizers", "safetensors", "numpy", "huggingface_hub")
 # Options that may differ on --resume: what is learned does not depend on them, or fingerprints decide.
@@ -130,6 +135,7 @@ class Run:
             complete = text[: text.rfind("\n") + 1]  # a kill can cut the last line
             self.metrics = [line for line in _parse_metrics(complete, metrics_file) if line["step"] <= progress.step]
         write_json_lines(metrics_file, self.metrics)
+        self.first_step = progress.step
         return progress
 
     def log(self, line: dict[str, Any]) -> None:
@@ -153,6 +159,8 @@ class Run:
             try:
                 yield received
             except DivergedError as error:
+                if error.steps == self.first_step:  # the learning rate has not been used yet
+                    raise self._not_the_rate(error.problem) from None
                 if checkpoint.find(self.folder / "checkpoints") is None:
                     raise
                 lower = interrupts.command("--resume", "--lr", f"{self.config.lr / 10:g}")
@@ -180,6 +188,14 @@ class Run:
         _release(self.folder)
         return results
 
+    def _not_the_rate(self, problem: str) -> UserError:
+        if self.config.resume:
+            return UserError(f"--resume: {problem} at the checkpoint: start afresh, at a lower --lr")
+        cause = "its weights are damaged"
+        if self.config.base_dtype == "float16":
+            cause = "numbers above 65,504 overflow in --base-dtype float16, expected float32 or bfloat16"
+        return UserError(f"--model {self.config.model}: {problem} before training: {cause}")
+
     def _has_own_lr(self) -> bool:
         return self.config.origins.get("lr") == "flag"
 
@@ -190,10 +206,11 @@ def read_run(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]], 
     Raises UserError if run.json or metrics.jsonl is missing, or a file is not what a run writes.
     """
     folder = Path(folder)
+    record = read_json(folder / "run.json", A_RUN)  # first: without it, the folder is not a run's
     metrics_file, samples_file = folder / "metrics.jsonl", folder / "samples.jsonl"
     metrics = _parse_metrics(read_text(metrics_file, A_RUN), metrics_file)
     samples = _parse_objects(read_text(samples_file, A_RUN), samples_file) if samples_file.exists() else []
-    return read_json(folder / "run.json", A_RUN), metrics, [sample for _, sample in samples]
+    return record, metrics, [sample for _, sample in samples]
 
 
 def _parse_metrics(text: str, path: Path) -> list[dict[str, Any]]:
@@ -244,7 +261,7 @@ def _make_folder(folder: Path) -> None:
             say(f"the earlier run is kept in {previous}")
             folder.mkdir()
             _hold(folder)
-            (previous / LOCK).unlink()
+            (previous / LOCK).unlink(missing_ok=True)
     except OSError as error:
         if error.errno in MACHINE_ERRORS:
             raise
@@ -255,6 +272,9 @@ def _hold(folder: Path) -> None:
     """Lock a folder until `_release` or the end of this process; raise UserError if another process holds it."""
     if earlier := _held.pop(folder.resolve(), None):  # of an earlier run of this process
         earlier.close()
+    if fcntl is None:
+        say(f"{folder} can't be locked on this system: do not start another run in it")
+        return
     path = folder / LOCK
     file = path.open("a", encoding="utf-8")
     is_free = True
@@ -286,6 +306,7 @@ def _check_same_run(folder: Path, record: dict[str, Any], may_differ: set[str]) 
         missing = f"{folder} has no checkpoint to continue from" if path.exists() else f"{path} does not exist"
         test = f"$(test -e {shlex.quote(str(folder / 'checkpoints' / checkpoint.STEPS))} && echo --resume)"
         raise UserError(f"--resume: {missing}; {start}, or write {test} to resume where possible")
+    check_not_pointer(path)
     try:
         earlier = read_json(path, A_RUN)
         parts = {part: dict(earlier[part]) for part in ("values", "fingerprints", "template")}

@@ -39,7 +39,9 @@ def main() -> None:
     """Compare, or plant faults; exit with status 1 if anything disagrees."""
     parser = CommandParser("python -m tests.compare", description="compare minift with the packages it replaces")
     parser.add_argument("--only", metavar="SECTIONS", help=f"some of {','.join(SECTIONS)}, with commas between them")
-    parser.add_argument("--model", type=Path, help="folder of an OPT language model (default: the one in data/)")
+    parser.add_argument(
+        "--model", type=Path, help="folder of an OPT language model, or of adapters (default: the one in data/)"
+    )
     parser.add_argument("--data", type=Path, help="JSON or JSONL rows, or pairs (default: those in data/)")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for report.html")
     parser.add_argument("--quick", action="store_true", help="use as few rows as still exercise everything")
@@ -76,12 +78,19 @@ def _setting(
 ) -> Setting:
     """Return the shipped model and data, or the user's own, whose fields show whether they are pairs."""
     from minift.files.datasets import PAIR_SCHEMAS, TRAINING_SCHEMAS, load_rows
-    from minift.files.tokenizer import check_fits, load_tokenizer
-    from minift.files.weights import read_config, weight_files
+    from minift.files.pretrained import find_model, load_for_sft
+    from minift.files.tokenizer import check_fits, load_tokenizer, save_tokenizer
+    from minift.files.weights import read_config, save_model, weight_files
 
     if model is not None and not model.is_dir():
         raise UserError(f"--model {model}: no such folder, expected one with config.json and weights")
     model = model or DATA / "model"
+    files = find_model(model)
+    if files.are_adapters:  # the other libraries get the model that they make
+        merged, tokenizer = load_for_sft(files)
+        model = scratch / "merged"
+        save_model(merged, model)
+        save_tokenizer(tokenizer, model)
     config, _ = read_config(model)
     weight_files(model)
     check_fits(load_tokenizer(model), config.vocab_size, str(model))
