@@ -78,6 +78,7 @@ class Run:
         self.dtype = pick_dtype(config, self.device)  # of the forward pass
         self.weights_dtype = weights_dtype(config)
         self.metrics: list[dict[str, Any]] = []
+        self.first_step = 0  # optimiser steps done before this process
         self._commits = _recorded_commits(self.folder, to_dict(config, script)) if config.resume else {}
         files = {"data": config.data, "eval_data": config.eval_data}
         self.data = {name: at_commit(file, self._commits.get(name)) for name, file in files.items() if file}
