@@ -48,6 +48,13 @@ def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert "expected one of generate, preview" in capsys.readouterr().err
 
 
+def test_a_message_names_flags_as_they_are_typed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(monkeypatch, "generate", "--model", "x", "--prompts", "y", "--min-new-tokens", "129") == 2
+    assert capsys.readouterr().err == "error: --min-new-tokens is 129, expected 0 to --max-new-tokens\n"
+
+
 def test_ctrl_c_during_an_import_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def interrupt(module: str) -> None:
         raise KeyboardInterrupt

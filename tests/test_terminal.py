@@ -39,6 +39,7 @@ def test_a_script_prints_no_control_characters(script: str, tmp_path: Path) -> N
     printed = run(script, *run_of(script, tmp_path))
     assert not CONTROL.search(printed)
     assert printed.count("\\x1b[2J") > 10 and "results" not in printed
+    assert not re.search(r"\n\n  \d+(%| prompts)", printed)  # an indented line belongs to the line above it
 
 
 def test_commands_print_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
