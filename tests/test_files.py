@@ -158,7 +158,7 @@ def test_json_lines_are_numbered_as_in_an_editor():
         ('1\n{"a": }\n', "f:2:7: malformed JSON: Expecting value; expected one JSON object a line"),
         ("1 2", "f:1:3: malformed JSON: Extra data"),
         ("1\nNaN", "f:2:1: malformed JSON: NaN is not a JSON value; expected one JSON object a line"),
-        ("[" * 100_000, "f:1: malformed JSON: maximum recursion"),
+        ("[" * 100_000, "f:1: malformed JSON: nested too deeply"),
     ):
         with pytest.raises(UserError, match=message):
             list(parse_json_lines(text, "f"))

@@ -73,7 +73,8 @@ def read_json(path: str | Path, expected: str) -> dict[str, Any]:
     """Return the JSON object in a file; raise UserError like `read_text`, and for anything else than an object."""
     value = parse_json(read_text(path, expected), path, "a JSON object", allow_nan=True)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        names = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
+        raise UserError(f"{path}: expected a JSON object, found {names.get(type(value), 'a number')}")
     return value
 
 
@@ -110,6 +111,10 @@ def parse_json(
         where, problem = f"{path}:{line or error.lineno}:{error.colno}", error.msg
     except (ValueError, RecursionError) as error:
         where, problem = f"{path}:{line}" if line else f"{path}", str(error)
+        if isinstance(error, RecursionError):
+            problem = "nested too deeply"
+        elif "int_max_str_digits" in problem:
+            problem = "a number has too many digits"
     raise UserError(f"{where}: malformed JSON: {problem}; expected {expected}")
 
 
