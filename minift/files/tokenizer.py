@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from minift.errors import UserError
-from minift.files.text import atomic_write, read_bytes, read_json
+from minift.files.text import atomic_write, parse_json, read_bytes, read_json
 from minift.tokenizer import Tokenizer
 
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
@@ -31,10 +31,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     files, settings = _read_files(folder)
     try:
-        named = {key: _content(settings[key]) for key in NAMED_TOKENS if settings.get(key)}
+        named = {key: _content(key, settings[key]) for key in NAMED_TOKENS if settings.get(key)}
         if "tokenizer.json" in files:
-            _check_algorithm(json.loads(files["tokenizer.json"]))
-            backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode("utf-8"))
+            text = files["tokenizer.json"].decode("utf-8")
+            _check_algorithm(parse_json(text, folder / "tokenizer.json", "a tokenizer", allow_nan=True))
+            backend = tokenizers.Tokenizer.from_str(text)
             backend.model.dropout = None  # with BPE dropout, a text would have other ids each time
         else:
             backend = _byte_level_bpe(folder, files, settings, set(named.values()))
@@ -135,7 +136,10 @@ def _byte_level_bpe(
     backend.decoder = decoders.ByteLevel()
 
     if "added_tokens_decoder" in settings:
-        added = {int(token_id): AddedToken(**token) for token_id, token in settings["added_tokens_decoder"].items()}
+        decoder = settings["added_tokens_decoder"]
+        if not isinstance(decoder, dict) or not all(name.isdecimal() for name in decoder):
+            raise ValueError(f"added_tokens_decoder is {decoder!r:.60}, expected an object from ids to tokens")
+        added = {int(token_id): AddedToken(**token) for token_id, token in decoder.items()}
     else:
         added = {
             token_id: AddedToken(token, special=token in named, normalized=token not in named)
@@ -173,9 +177,9 @@ def _read_object(path: Path) -> dict[str, Any]:
     return read_json(path, "a tokenizer's file") if path.is_file() else {}
 
 
-def _content(token: str | dict[str, Any]) -> str:
+def _content(key: str, token: str | dict[str, Any]) -> str:
     """Return a token's text: the files hold either the text itself or an object with it as "content"."""
-    text = token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
-        raise ValueError(f"a special token is {token!r}, expected its text")
+        raise ValueError(f"{key} is {token!r}, expected its text")
     return text
