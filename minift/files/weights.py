@@ -49,7 +49,7 @@ def parse_config(values: dict[str, Any]) -> OPTConfig:
         ("dropout", 0 <= config.dropout <= 1, "a probability"),
         ("attention_dropout", 0 <= config.attention_dropout <= 1, "a probability"),
         ("pad_token_id", config.pad_token_id < config.vocab_size, f"a number below vocab_size {config.vocab_size}"),
-        ("activation_function", config.activation_function in ACTIVATIONS, f"one of {[*ACTIVATIONS]}"),
+        ("activation_function", config.activation_function in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}"),
         ("hidden_size", config.hidden_size % num_heads == 0, f"a number divisible by num_attention_heads {num_heads}"),
     ):
         if not holds:
