@@ -169,7 +169,7 @@ def likely_cause(text: str, marker: str) -> str:
     """Return a likely reason, in one line, why a text does not contain a marker."""
     unescaped = marker.replace("\\n", "\n").replace("\\t", "\t")
     if unescaped != marker and unescaped in text:
-        seen = "the response template has a backslash and a letter where the row has a line end or tab"
+        seen = "the template has a backslash and a letter where the row has a line end or tab"
         return f"{seen}; in a shell, write $'…\\n'"
     words = marker.split()
     bare_words = re.findall(r"\w+", marker)

@@ -91,7 +91,8 @@ def load(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
             raise
         earlier = [path for path in _folders(checkpoints) if path != folder]
         way = f"delete {folder} to continue from {earlier[-1].name}" if earlier else "start afresh without --resume"
-        raise UserError(f"--resume: {file} is damaged ({error}); {way}") from None
+        problem = isinstance(error, OSError) and error.strerror or error
+        raise UserError(f"--resume: {file} is damaged ({problem}); {way}") from None
     for name, parameter in trained.items():
         parameter.data.copy_(tensors[f"parameter.{name}"])
         optimizer.state[parameter] = states[name]
@@ -104,7 +105,7 @@ def _read_progress(path: Path) -> Progress:
     try:
         values = read_json(path, "how far a run is")
     except UserError as error:
-        raise ValueError(str(error).removeprefix(f"{path}: ")) from None
+        raise ValueError(str(error).removeprefix(f"{path}:").strip()) from None
     if values.keys() != {field.name for field in fields(Progress)}:
         raise ValueError(f"its names are {', '.join(values) or 'missing'}")
     progress = Progress(**values)
@@ -124,7 +125,7 @@ def _check_model(folder: Path, trained: dict[str, nn.Parameter], tensors: dict[s
     found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter.")}
     if expected != found:
         odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise UserError(f"--resume: {folder} is of another model: {len(odd)} parameters differ, first {odd[0]}")
+        raise UserError(f"--resume: {folder} is of another model: {len(odd)} of its parameters differ, first {odd[0]}")
 
 
 def _read_moments(name: str, parameter: nn.Parameter, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

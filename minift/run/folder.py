@@ -228,10 +228,11 @@ def _parse_metrics(text: str, path: Path) -> list[dict[str, Any]]:
 
 def _parse_objects(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Return the number and object of each line; UserError for a line that a run does not write."""
-    lines = list(parse_json_lines(text, path, "a JSON object, as a run writes it", allow_nan=True))
+    expected = "a JSON object, as a run writes it; correct or remove it"
+    lines = list(parse_json_lines(text, path, expected, allow_nan=True))
     for number, value in lines:
         if not isinstance(value, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, as a run writes it; correct or remove it")
+            raise UserError(f"{path}:{number}: expected {expected}")
     return lines
 
 
@@ -313,6 +314,8 @@ def _check_same_run(folder: Path, record: dict[str, Any], may_differ: set[str]) 
         parts = {part: dict(earlier[part]) for part in ("values", "fingerprints", "template")}
     except (UserError, ValueError, KeyError, TypeError):
         raise UserError(f"--resume: {path} is damaged; {start}") from None
+    if earlier.get("task") != record["task"]:
+        raise UserError(f"--resume: {folder} is not a run of this script: its task is {earlier.get('task')!r:.40}")
     files = parts["fingerprints"]
     record = record | {"fingerprints": dict.fromkeys(files) | record["fingerprints"]}
     skipped = {"values": MAY_DIFFER | may_differ, "fingerprints": NEWER - files.keys(), "template": {"name"}}
@@ -321,7 +324,10 @@ def _check_same_run(folder: Path, record: dict[str, Any], may_differ: set[str]) 
             if name not in skipped[part] and recorded.get(name) != value:
                 owner = {"fingerprints": "the fingerprint of ", "template": "the template's "}
                 subject = flag_of(name) if part == "values" else owner[part] + name
-                raise UserError(f"--resume: {subject} was {recorded.get(name)} in {folder}, and is now {value}")
+                was, now = (
+                    text if len(text) <= 64 else f"{text:.60}…" for text in map(str, (recorded.get(name), value))
+                )
+                raise UserError(f"--resume: {subject} was {was} in {folder}, and is now {now}")
     try:
         _hold(folder)
     except OSError as error:
