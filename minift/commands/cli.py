@@ -1,6 +1,7 @@
 """The command line's error contract: one line on stderr; status 2 for a user's mistake, 1 for a machine's fault."""
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -14,16 +15,21 @@ from minift.errors import UserError
 from minift.files.text import say, target_of
 from minift.run.interrupts import interrupt_with, leave, on_signals
 
+LONGEST_WORD = 340  # characters of a value or path in a message; of a longer one only the beginning is printed
+
 
 class CommandParser(argparse.ArgumentParser):
     """An argparse parser whose errors are one-line `UserError`s and whose flags cannot be abbreviated."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
         super().__init__(prog, allow_abbrev=False, **settings)
+        # argparse takes -1e-4 and -inf for flags, so that the value of the flag before them would be missing.
+        self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError; argparse would print its usage and exit."""
-        raise UserError(message.removeprefix("argument ").rstrip(".") + f" (see {self.prog} --help)")
+        message = message.removeprefix("argument ").replace("ignored explicit argument", "expected no value, got")
+        raise UserError(message.rstrip(".") + f" (see {self.prog} --help)")
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -54,6 +60,8 @@ def check_out(path: str | None, flag: str, input_path: str, *, hint: str = "") -
     """
     if path is None:
         return
+    if not path:
+        raise UserError("--out '': expected a file's name")
     try:
         target_of(path)
     except UserError as error:
@@ -92,6 +100,8 @@ def run_command(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            _exit(2, f"error: {error.filename}: {error.strerror}")
         _exit(1, f"error: the machine failed: {error or type(error).__name__}")
     except Exception as error:
         # torch raises RuntimeErrors for memory: OutOfMemoryError on a GPU, "DefaultCPUAllocator: …" on a CPU.
@@ -104,5 +114,6 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _exit(status: int, line: str) -> NoReturn:
-    say(re.sub(r"\s*[\n\r]\s*", " ", line.strip()), sys.stderr)
+    line = re.sub(r"\s*[\n\r]\s*", " ", line.strip())
+    say(re.sub(rf"(\S{{60}})\S{{{LONGEST_WORD},}}?(?=[:,;]?(\s|$))", r"\1…", line), sys.stderr)
     sys.exit(status)

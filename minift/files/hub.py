@@ -58,13 +58,14 @@ def model_folder(model: str | Path, revision: str | None = None) -> Path:
     Raises UserError when `model` is neither, and like `look_up`.
     """
     folder = Path(model)
-    if folder.is_dir():
+    if folder.is_dir() and str(model):
         if revision not in (None, commit_of(folder)):
             raise UserError(f"--revision {revision}: {model} is a folder, which has no revisions: leave the flag out")
         return folder
     if not NAME.fullmatch(str(model)) or folder.parent.is_dir():
         # Where the parent folder exists, this is a mistyped path, such as runs/stf, and not a hub id.
-        raise UserError(f"{model}: no such folder, expected one with config.json and weights, or a hub id (owner/name)")
+        expected = "one with config.json and weights, or a hub id (owner/name)"
+        raise UserError(f"{model or repr(model)}: no such folder, expected {expected}")
     repository = look_up(str(model), "model", revision)
     if not {"config.json", "adapter_config.json"} & {*repository.files}:
         raise UserError(f"{repository}: no config.json in it, expected a model's repository")
