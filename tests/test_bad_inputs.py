@@ -838,7 +838,7 @@ def words_of(command: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, run_in: Callable[..., Ended]) -> Path:
-    """A folder with all that the commands read, each without a fault."""
+    """Make a folder with all that the commands read, each without a fault."""
     folder = tmp_path_factory.mktemp("start")
     config = OPTConfig(vocab_size=480, max_position_embeddings=128, **SIZES)
     for name, model in {"model": OPT(config), "judge": RewardModel(config), "adapters": OPT(config)}.items():
