@@ -195,7 +195,7 @@ def broken_copies(opt: Path, gpt2: Path, target: Path):
     yield "merges of another vocabulary", "can't be read"
     fresh(opt)
     (target / "vocab.json").write_text((opt / "vocab.json").read_text()[:500])
-    yield "cut vocab.json", "can't be read"
+    yield "cut vocab.json", "vocab.json:1:"
     fresh(opt)
     vocabulary = json.loads((opt / "vocab.json").read_text())
     (target / "vocab.json").write_text(json.dumps({k: v for k, v in vocabulary.items() if k != "Ā"}))

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from minift.errors import UserError
-from minift.files.text import atomic_write, parse_json, read_bytes, read_json
+from minift.files.text import atomic_write, parse_json, read_bytes, read_json, read_text
 from minift.tokenizer import Tokenizer
 
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
@@ -38,7 +38,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
             backend.model.dropout = None  # with BPE dropout, a text would have other ids each time
         else:
-            backend = _byte_level_bpe(folder, files, settings, set(named.values()))
+            backend = _byte_level_bpe(folder, settings, set(named.values()))
         if "eos_token" not in named:
             eos_token_id = (_read_object(folder / "config.json") | settings).get("eos_token_id")
             by_id = {token_id: token for token, token_id in backend.get_vocab().items()}
@@ -113,11 +113,12 @@ def _check_algorithm(values: Any) -> None:
         raise ValueError(f"tokenizer.json: the algorithm is {name}, expected byte-level BPE, as of OPT or GPT-2")
 
 
-def _byte_level_bpe(
-    folder: Path, files: dict[str, bytes], settings: dict[str, Any], named: set[str]
-) -> tokenizers.Tokenizer:
+def _byte_level_bpe(folder: Path, settings: dict[str, Any], named: set[str]) -> tokenizers.Tokenizer:
     """Build a tokenizer from vocab.json, merges.txt and the list of added tokens, if there is one."""
-    lines = files["merges.txt"].decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    vocabulary, text = _read_object(folder / "vocab.json"), read_text(folder / "merges.txt", "merges", "utf-8")
+    if not all(type(token_id) is int and 0 <= token_id < 2**32 for token_id in vocabulary.values()):
+        raise UserError(f"{folder / 'vocab.json'}: expected an object from tokens to ids")
+    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
     merges: list[tuple[str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line.startswith("#version"):
@@ -126,7 +127,7 @@ def _byte_level_bpe(
                 raise UserError(f"{folder / 'merges.txt'}:{number}: expected two tokens with a blank between them")
             merges.append((first, second))
     # Not from_file(): the library cannot open every path that Python can.
-    model = models.BPE(json.loads(files["vocab.json"]), merges)
+    model = models.BPE(vocabulary, merges)
     absent = [symbol for symbol in pre_tokenizers.ByteLevel.alphabet() if model.token_to_id(symbol) is None]
     if absent:
         problem = f"{len(absent)} of the 256 byte symbols are missing, so text would be lost"
