@@ -17,14 +17,14 @@ from minift.files.pretrained import load_for_sft
 from minift.files.templates import load_template
 from minift.lora import merge
 from minift.losses import completion_cross_entropy
-from minift.run.exam import compare_bleu, complete_greedily, held_out_prompts
+from minift.run.exam import compare_answers, held_out_prompts, sit_exam
 from minift.run.folder import Run
 from minift.run.setup import export, load_splits, max_length_for, prepare
 from minift.trainer import Task, train
 
 
 def main() -> None:
-    """Fine-tune a language model on instructions; measure held-out loss and BLEU before and after."""
+    """Fine-tune a language model on instructions; measure held-out loss, BLEU and pass rate before and after."""
     config = parse("sft")
     terminal.print_values(config, "sft")
     run = Run("sft", config)  # nothing on disk yet
@@ -60,11 +60,11 @@ def main() -> None:
         hidden = model(batch.input_ids, batch.positions, batch.rows)  # (N, E), no logits: the loss computes these
         return *completion_cross_entropy(hidden, model.head, batch.labels, batch.positions), {}  # (), ()
 
-    # 5. The examination: held-out prompts, answered greedily before and after.
-    run.open(template)  # run.json: values, template, versions, fingerprints, commits
+    # 5. The examination: held-out prompts, answered greedily before and after; answers to rows with checks are run.
     questions = held_out_prompts(eval_set.rows, tokenizer, template, config, model.config.max_position_embeddings)
+    run.open(template)  # run.json: values, template, versions, fingerprints, commits
     terminal.print_plan(train_batches, config)
-    before = run.once(lambda: complete_greedily(model, tokenizer, questions, "before"), len(questions))
+    before = run.once(lambda: sit_exam(model, tokenizer, questions, "before"), len(questions))
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, base)
@@ -74,9 +74,9 @@ def main() -> None:
 
     # 7. What it learned.
     merge(model)  # adapters, if any: a plain model answers faster
-    after = complete_greedily(model, tokenizer, questions, "after")
+    after = sit_exam(model, tokenizer, questions, "after")
     samples = [question.sample(b, a) for question, b, a in zip(questions, before, after, strict=True)]
-    results = run.finish(compare_bleu(questions, before, after), samples)
+    results = run.finish(compare_answers(questions, before, after), samples)
     terminal.print_samples(samples)
     terminal.print_results(results, run.folder, samples)
 

@@ -128,6 +128,8 @@ class Config:
     eval_every: int = _option(0, _whole(0), RECORD, "steps between two evaluations; 0 evaluates only at the end")
     save_every: int = _option(0, _whole(0), RECORD, "steps between two checkpoints; 0 saves only at the end")
     bleu_samples: int = _option(100, _whole(0), RECORD, "held-out rows answered for BLEU; 0 generates nothing", SFT)
+    run_checks: bool = _option(False, SWITCH, RECORD, "run the answers to held-out rows that have checks, and count "
+                               "those that pass; only for rows that you trust", SFT)
     # fmt: on
 
     # name → flag, recipe or default, filled in by commands/flags.py

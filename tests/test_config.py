@@ -19,7 +19,7 @@ BOTH = """recipe model revision data eval-data out template epochs max-steps bat
     warmup-steps weight-decay max-grad-norm max-length dropout eval-fraction eval-every save-every log-every seed device
     dtype base-dtype lora-rank lora-alpha lora-dropout lora-targets resume order""".split()
 ONLY = {
-    "sft": ["response-template", "no-input-only", "bleu-samples", "supervise"],
+    "sft": ["response-template", "no-input-only", "bleu-samples", "run-checks", "supervise"],
     "rm": ["margin-field", "center-rewards", "group-prompts", "lm-weight", "shuffle-labels"],
 }
 

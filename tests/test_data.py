@@ -17,6 +17,7 @@ import pytest
 from data.make.families import KNOWN, UNSEEN
 from data.make.families.common import Check
 from data.make.instructions import DATA, Row, generate, passes
+from minift.run.sandbox import check_answers, checks_of
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,13 @@ def test_the_script_writes_the_committed_files_byte_for_byte(tmp_path: Path) -> 
         assert path.read_bytes() == (DATA / path.name).read_bytes(), path.name
 
 
+def test_held_out_answers_pass_the_checks_of_their_rows(held_out: list[dict]) -> None:
+    checks = [checks_of(row, "a row") for row in held_out]
+    assert check_answers([row["output"] for row in held_out], checks) == [True] * len(held_out)
+    assert not any(check_answers(["pass"] * len(held_out), checks))
+    assert (DATA / "heldout.jsonl").stat().st_size < 400_000
+
+
 def test_another_seed_gives_other_rows(rows: list[Row]) -> None:
     mine = {row.instruction for row in rows}
     others = [row.instruction for row in generate(1)]
@@ -66,7 +74,7 @@ def test_every_answer_passes_its_checks(rows: list[Row]) -> None:
 
 def test_fields_and_sizes(training: list[dict], held_out: list[dict]) -> None:
     assert all(list(row) == ["instruction", "input", "output", "family"] for row in training)
-    assert all(list(row) == ["instruction", "input", "output", "family", "kind"] for row in held_out)
+    assert all(list(row) == ["instruction", "input", "output", "family", "kind", "checks"] for row in held_out)
     assert 7_500 <= len(training) <= 8_500
     assert (DATA / "instructions.jsonl").stat().st_size < 2_500_000
     for row in training + held_out:
@@ -227,9 +235,7 @@ def test_cut_off_answers_fail(rows: list[Row]) -> None:
     ],
 )
 def test_passes_returns_false_for(code: str, capsys: pytest.CaptureFixture) -> None:
-    tracer = sys.gettrace()
     assert not passes(code, [Check("f(0)", 1)])
-    assert sys.gettrace() is tracer
     assert capsys.readouterr() == ("", "")
 
 

@@ -122,6 +122,13 @@ def test_samples_are_shown_unchanged_and_cannot_break_out(tmp_path):
     assert sum(a.get("class") == "same" for _, a in page.tags) == 1  # the second answer is its reference
 
 
+def test_answers_that_pass_are_marked(tmp_path):
+    samples = [SAMPLES[0] | {"passed": {"before": False, "after": True}}, SAMPLES[1], {"passed": "no", "after": "x"}]
+    html = html_of(tmp_path, samples=samples)
+    assert "Before <span" not in html and html.count("✗ fails") == html.count("✓ passes") == 1
+    assert 'before <span class="fails">✗ fails' in html and 'after <span class="same">✓ passes' in html
+
+
 def test_every_text_is_escaped(tmp_path):
     nasty = "<script>'\"&</script>"
     record = {"task": nasty, nasty: {nasty: nasty}, "results": {nasty: {"after": nasty}}}

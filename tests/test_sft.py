@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, OPTForCausalLM
 
 import train_sft
 from minift.commands import terminal
+from minift.commands.flags import parse
 from minift.encode import Example
 from minift.errors import UserError
 from minift.files.templates import load_template
@@ -29,6 +30,7 @@ from minift.files.text import write_json
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model
 from minift.prompts import TEMPLATES
+from minift.run import exam, sandbox
 from minift.run.folder import _make_folder
 from tests.reference import difference, logits_of, reference_logits
 from tests.runs import (
@@ -65,7 +67,7 @@ def data(tmp_path_factory) -> list:
 def finished(tmp_path_factory, data) -> tuple[Path, str]:
     """Return the folder of a short run on the shipped rows, a few of them held out, and what it printed."""
     out = tmp_path_factory.mktemp("sft") / "run"
-    return out, execute("sft", *SMALL, *data[2:], "--out", out)
+    return out, execute("sft", *SMALL, *data[2:], "--run-checks", "--out", out)
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +102,16 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert record["versions"]["torch"].startswith("2.13.0")
     assert all(len(record["fingerprints"][name]) == 64 for name in ("weights", "data", "eval_data"))
     assert record["commits"] == {"weights": None, "data": None, "eval_data": None}
-    assert record["results"].keys() == {"eval_loss", "bleu"}
+    assert record["results"].keys() == {"eval_loss", "bleu", "pass_rate", "pass_interval", "checked"}
     assert record["results"]["eval_loss"] == {"before": lines[0]["loss"], "after": lines[-1]["loss"]}
     for when in ("before", "after"):
-        assert record["results"]["bleu"][when].keys() == {"all", "new combination", "new family"}
+        for measure in ("bleu", "pass_rate", "pass_interval", "checked"):
+            assert record["results"][measure][when].keys() == {"all", "new combination", "new family"}
 
     samples = read_lines(out / "samples.jsonl")
     assert len(samples) == 6
-    assert all(sample.keys() == {"kind", "prompt", "reference", "before", "after"} for sample in samples)
+    assert all(sample.keys() == {"kind", "prompt", "reference", "before", "after", "passed"} for sample in samples)
+    assert all(type(sample["passed"][when]) is bool for sample in samples for when in ("before", "after"))
     assert "⟦" in printed and "eval loss" in printed and "BLEU" in printed
     assert f"\n{STEPS} optimiser steps of about " in printed
     assert load_template(str(out / "template.json")).without_input == TEMPLATES["course"].without_input
@@ -355,8 +359,8 @@ def test_resume_does_not_ask_the_base_model_again(tmp_path, data, monkeypatch):
     out = tmp_path / "run"
     flags = [*SMALL, *data, "--out", out]
     asked = []
-    ask = train_sft.complete_greedily
-    monkeypatch.setattr(train_sft, "complete_greedily", lambda *given: asked.append(given[3]) or ask(*given))
+    ask = exam.complete_greedily
+    monkeypatch.setattr(exam, "complete_greedily", lambda *given: asked.append(given[3]) or ask(*given))
     run("sft", *flags, "--bleu-samples", 2)
     samples = (out / "samples.jsonl").read_bytes()
     run("sft", *flags, "--bleu-samples", 2, "--resume")
@@ -374,6 +378,104 @@ def test_resume_does_not_ask_the_base_model_again(tmp_path, data, monkeypatch):
         assert asked.pop(-2) == "before" and (out / "before.json").read_text() == kept
     run("sft", *flags, "--bleu-samples", 3, "--resume")
     assert asked[-2:] == ["before", "after"] and len(read_lines(out / "samples.jsonl")) == 3
+
+
+# -------------------------------------------------------------------------------------------------------- pass rates
+
+
+def answer_with(monkeypatch: pytest.MonkeyPatch, texts: dict[str, list[str]]) -> None:
+    """Let the model's answers be `texts`, by the exam that asks for them."""
+    monkeypatch.setattr(exam, "complete_greedily", lambda model, tokenizer, questions, description: texts[description])
+
+
+ADD = "def f(a):\n    return a + 1"
+CHECKED = [
+    {"instruction": "Add.", "output": ADD, "kind": "a", "checks": [{"expression": "f(1)", "expected": "2"}]},
+    {"instruction": "Say x.", "output": "x", "kind": "a", "checks": [{"expression": "ANSWER", "expected": "'x'"}]},
+    {"instruction": "Do.", "output": "y", "kind": "b"},
+    {"instruction": "Set.", "output": "z = 1", "kind": "c", "checks": [{"expression": "z", "expected": "1"}]},
+]
+
+
+@pytest.fixture
+def checked(tmp_path: Path, data: list) -> list:
+    """Flags of a short run whose held-out rows have checks, except for one."""
+    rows = write_lines(tmp_path / "checked.jsonl", CHECKED)
+    return [*SMALL, "--max-steps", 1, *data[:2], "--eval-data", rows, "--out", tmp_path / "run", "--recipe", "tiny"]
+
+
+def test_answers_that_pass_are_counted_and_marked(tmp_path, checked, monkeypatch):
+    answer_with(monkeypatch, {"before": ["", "y", "y", "z = 2"], "after": [ADD, "x", "y", "import os\nz = 1"]})
+    printed = run("sft", *checked, "--run-checks")
+    results = json.loads((tmp_path / "run" / "run.json").read_text())["results"]
+    assert results["pass_rate"] == {
+        "before": {"all": 0.0, "a": 0.0, "c": 0.0}, "after": {"all": 2 / 3, "a": 1.0, "c": 0.0},
+    }  # fmt: skip
+    assert results["checked"]["after"] == {"all": 3, "a": 2, "c": 1}
+    assert results["pass_interval"]["after"]["all"] == pytest.approx([0.2077, 0.9385], abs=1e-4)  # Wilson, 2 of 3
+    passed = [sample.get("passed") for sample in read_lines(tmp_path / "run" / "samples.jsonl")]
+    right, wrong = {"before": False, "after": True}, {"before": False, "after": False}
+    assert passed == [right, right, None, wrong]
+
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
+    assert "pass rate, 3 answers 0.0% (0.0%-56.1%) 66.7% (20.8%-93.9%)" in lines
+    assert "a, 2 answers 0.0% (0.0%-65.8%) 100.0% (34.2%-100.0%)" in lines
+    assert lines.index("pass rate, 3 answers 0.0% (0.0%-56.1%) 66.7% (20.8%-93.9%)") > next(
+        index for index, line in enumerate(lines) if line.startswith("BLEU")
+    )
+    assert printed.count("── after: passes its checks") == 2 and printed.count("── before: fails its checks") == 2
+    assert "── after\n" in printed  # the row without checks
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("✓ passes") == 2 and page.count("✗ fails") == 4
+    assert "pass rate · a" in page and "passed" not in page
+
+
+@pytest.mark.parametrize("origin", ["a recipe with the user's rows", "no recipe", "rows without checks", "no answers"])
+def test_without_the_flag_or_checks_nothing_is_run_or_said(origin, tmp_path, checked, monkeypatch):
+    monkeypatch.setattr(sandbox, "Sandbox", mock.Mock(side_effect=AssertionError))
+    none = [*checked, "--run-checks", "--bleu-samples", 0]
+    flags = {"no recipe": checked[:-2], "no answers": none}.get(origin, checked)
+    if origin == "rows without checks":
+        write_lines(tmp_path / "checked.jsonl", [{"instruction": "Do.", "output": "y", "kind": "b"}])
+        flags = [*flags, "--run-checks"]
+    printed = run("sft", *flags)
+    assert ("pass rate" in printed, "checks" in printed.replace("--run-checks", "")) == (False, False)
+    for name in ("samples.jsonl", "report.html"):
+        path = tmp_path / "run" / name
+        assert not path.exists() or "pass" not in path.read_text()
+    assert "pass_rate" not in json.loads((tmp_path / "run" / "run.json").read_text())["results"]
+
+
+def test_a_recipe_runs_its_own_rows_only():
+    assert parse("sft", []).run_checks and parse("sft", ["--recipe", "tiny"]).run_checks
+    assert parse("sft", ["--recipe", "tiny", "--model", "x"]).run_checks
+    assert not parse("sft", ["--model", "x"]).run_checks
+    for flags in (["--data", "x"], ["--eval-data", "x"], ["--eval-fraction", "0.1"]):
+        assert not parse("sft", flags).run_checks and not parse("sft", ["--recipe", "tiny", *flags]).run_checks
+        assert parse("sft", [*flags, "--run-checks"]).run_checks
+
+
+def test_resume_keeps_which_answers_passed(tmp_path, checked, monkeypatch):
+    answers = {"before": [ADD, "", "", ""], "after": [ADD, "x", "", ""]}
+    answer_with(monkeypatch, answers)
+    run("sft", *checked, "--run-checks")
+    samples, kept = ((tmp_path / "run" / name).read_bytes() for name in ("samples.jsonl", "before.json"))
+    answers["before"] = ["changed"] * 4
+    run("sft", *checked, "--run-checks", "--resume")
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == samples
+    assert (tmp_path / "run" / "before.json").read_bytes() == kept
+    run("sft", *checked, "--resume")  # without the flag: another exam, so it is asked again
+    assert "pass_rate" not in json.loads((tmp_path / "run" / "run.json").read_text())["results"]
+
+
+def test_checks_that_cannot_be_run_are_refused_before_training(tmp_path, checked, monkeypatch):
+    write_lines(tmp_path / "checked.jsonl", [*CHECKED, {"instruction": "A", "output": "a", "checks": [{}]}])
+    message = refused("sft", *checked, "--run-checks")
+    assert message.startswith(f"{tmp_path / 'checked.jsonl'}: line 5: check 1: expected an object with 'expression'")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(sandbox, "IS_AVAILABLE", False)
+    assert refused("sft", *checked, "--run-checks").startswith("--run-checks: this system has no fork")
+    assert not (tmp_path / "run").exists()
 
 
 # -------------------------------------------------------------------------------------------------- Ctrl-C and SIGTERM

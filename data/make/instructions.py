@@ -3,18 +3,14 @@
     python -m data.make.instructions [--seed 0] [--out data]
 
 Training rows have the fields instruction, input, output and family. Held-out rows also have `kind`: "new combination"
-(a family of the training rows with other parameters) or "new family" (not in the training rows). `generate` returns the
-rows with their checks; `passes` runs code against checks.
+(a family of the training rows with other parameters) or "new family" (not in the training rows), and `checks`, as
+minift/run/sandbox.py reads them. `generate` returns all rows with their checks; `passes` runs code against checks.
 """
 
-import ast
-import builtins
-import contextlib
-import dataclasses  # noqa: F401  (imported here, so that the import in an answer does not count as traced steps)
-import io
+import atexit
 import json
-import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -23,6 +19,7 @@ from data.make.families import KNOWN, UNSEEN
 from data.make.families.common import Check, Task
 from minift.commands.cli import CommandParser, run_command
 from minift.files.text import write_text
+from minift.run.sandbox import Sandbox
 
 DATA = Path(__file__).resolve().parent.parent
 TRAINING_ROWS_PER_FAMILY = 62
@@ -43,95 +40,34 @@ class Row(NamedTuple):
 
 # ---------------------------------------------------------------- running answers
 
-STEPS_ALLOWED = 20_000  # traced lines and calls; right answers need a few hundred
-MODULES_ALLOWED = {"dataclasses", "math", "re", "string", "collections", "itertools", "functools", "datetime", "typing"}
-NOT_ALLOWED = {"open", "input", "exec", "compile", "breakpoint", "exit", "quit", "help", "BaseException"}
+
+@cache
+def sandbox() -> Sandbox:
+    """Return the sandbox of this process; starting one for each answer would take too long."""
+    started = Sandbox()
+    atexit.register(started.close)
+    return started
 
 
-class TooLong(BaseException):
-    """The answer took too many steps. Not an Exception: `except Exception` in the answer must not catch it."""
-
-
-def limited_import(name: str, *args: Any) -> Any:
-    if name not in MODULES_ALLOWED:
-        raise ImportError(name)
-    return __import__(name, *args)
-
-
-BUILTINS = {name: value for name, value in vars(builtins).items() if name not in NOT_ALLOWED}
-BUILTINS["__import__"] = limited_import
-
-
-def printed(function: Callable) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as captured:
-        function()
-    return captured.getvalue()
-
-
-def error_of(function: Callable) -> str:
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
+@cache
+def verdict(code: str, checks: tuple[tuple[tuple[str, str], ...], ...]) -> bool:
+    return sandbox().passes(code, [dict(check) for check in checks])
 
 
 def passes(code: str, checks: list[Check]) -> bool:
-    """Return True if the answer `code` meets every check.
+    """Return True if the answer `code` meets every check, in the sandbox that also checks a model's answers."""
+    return verdict(code, tuple(tuple(as_fields(check).items()) for check in checks))
 
-    The answer runs in a fresh namespace, without output to the terminal, and again whenever a check has another
-    `before`. More than `STEPS_ALLOWED` steps fail. This guards against accidents such as endless loops, not against
-    malice: a single huge computation still runs.
-    """
-    answer = code.strip()
-    compiled = None
-    if any(check.expression != "ANSWER" for check in checks):
-        try:
-            tree = ast.parse(code)
-            compiled = compile(tree, "<answer>", "exec")
-        except (SyntaxError, ValueError):
-            return False
-        if any(isinstance(node, ast.ExceptHandler) and node.type is None for node in ast.walk(tree)):
-            return False  # a bare except in an endless loop would catch TooLong too
-    steps = 0
 
-    def count_steps(*_: Any) -> Callable:
-        nonlocal steps
-        steps += 1
-        if steps > STEPS_ALLOWED:
-            raise TooLong
-        return count_steps
+def as_fields(check: Check) -> dict[str, str]:
+    """Return a check as rows have it, without an empty `before`."""
+    fields = {"expression": check.expression, "expected": literal(check.expected), "before": check.before}
+    return {name: text for name, text in fields.items() if text}
 
-    helpers = {
-        "__builtins__": BUILTINS,
-        "__name__": "answer",
-        "ANSWER": answer,
-        "printed": printed,
-        "error_of": error_of,
-    }
-    names, names_before = {}, None
-    tracer = sys.gettrace()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            for check in checks:
-                if check.expression == "ANSWER":
-                    if answer != check.expected:
-                        return False
-                    continue
-                steps = 0
-                sys.settrace(count_steps)
-                if check.before != names_before:
-                    names, names_before = dict(helpers), check.before
-                    exec(check.before, names)
-                    exec(compiled, names)
-                value = eval(check.expression, names)
-                if type(value) is not type(check.expected) or not bool(value == check.expected):
-                    return False
-    except (Exception, TooLong, SystemExit):
-        return False
-    finally:
-        sys.settrace(tracer)
-    return True
+
+def literal(value: Any) -> str:
+    """Return a value as Python text, always the same; the order of a set's repr changes from process to process."""
+    return "{" + ", ".join(sorted(map(repr, value))) + "}" if isinstance(value, set) and value else repr(value)
 
 
 # ---------------------------------------------------------------- rows and splits
@@ -183,7 +119,8 @@ def as_lines(rows: list[Row], held_out: bool) -> str:
         if (row.split == "training") == held_out:
             continue
         fields = {"instruction": row.instruction, "input": row.input, "output": row.output, "family": row.family}
-        lines.append(json.dumps(fields | ({"kind": row.split} if held_out else {}), ensure_ascii=False) + "\n")
+        added = {"kind": row.split, "checks": [as_fields(check) for check in row.checks]} if held_out else {}
+        lines.append(json.dumps(fields | added, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 

@@ -77,7 +77,11 @@ def runs(code: str, checks: list[Check]) -> bool:
     """Return True if the code parses without a warning and its top level runs."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", SyntaxWarning)
-        return passes(code, [Check("True", True, before) for before in dict.fromkeys(check.before for check in checks)])
+        try:
+            compile(code, "<answer>", "exec")
+        except (SyntaxError, ValueError):
+            return False
+    return passes(code, [Check("True", True, before) for before in dict.fromkeys(check.before for check in checks)])
 
 
 # ---------------------------------------------------------------- subtle bugs: each rule lists edits of the whole code

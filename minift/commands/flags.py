@@ -13,6 +13,7 @@ from minift.commands.cli import CommandParser
 from minift.commands.recipes import DROPPED_BY, RECIPES
 from minift.config import GROUPS, SWITCH, TEXT, Config, defaults_of, flag_of, options_of, to_dict
 from minift.errors import UserError
+from minift.run.sandbox import check_available
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sft": "train_sft.py", "rm": "train_rm.py"}
@@ -139,6 +140,8 @@ def _check_together(values: dict[str, Any]) -> None:
         raise UserError(f"--base-dtype {base_dtype}: it also sets the dtype of the forward pass, so omit --dtype")
     if values.get("shuffle_labels") and values["group_prompts"]:
         raise UserError("--group-prompts: with --shuffle-labels there is no chosen response to group by")
+    if values.get("run_checks"):
+        check_available()
 
 
 def _explain_unknown(text: str, script: str) -> str:

@@ -13,7 +13,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "tiny": {
             "model": "data/model", "data": "data/instructions.jsonl", "eval_data": "data/heldout.jsonl",
             "out": "runs/sft", "max_length": 256, "max_steps": 400, "batch_size": 16,
-            "lr": 1e-3, "warmup_steps": 20, "dropout": 0.0, "eval_every": 100, "bleu_samples": 402,
+            "lr": 1e-3, "warmup_steps": 20, "dropout": 0.0, "eval_every": 100, "bleu_samples": 402, "run_checks": True,
         },
         # The course lab's run. lr: the default of the trl version that the lab used. Evaluated and saved once an epoch:
         # 7,811 rows in batches of two.
@@ -43,11 +43,13 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 }
 # fmt: on
 
-# Values of a recipe that are ignored if a flag is given. data: they describe the recipe's own data. shuffle_labels:
-# they use which side was chosen. epochs and eval_fraction: they contradict the flag.
+# Values of a recipe that are ignored if a flag is given. data, eval_data: they describe the recipe's own data, and the
+# checks of a user's rows are run only if a flag says so. shuffle_labels: they use which side was chosen. epochs and
+# eval_fraction: they contradict the flag.
 DROPPED_BY = {
-    "data": ("eval_data", "no_input_only", "group_prompts"),
+    "data": ("eval_data", "no_input_only", "group_prompts", "run_checks"),
     "shuffle_labels": ("group_prompts", "lm_weight"),
     "epochs": ("max_steps",),
-    "eval_fraction": ("eval_data",),
+    "eval_data": ("run_checks",),
+    "eval_fraction": ("eval_data", "run_checks"),
 }

@@ -22,6 +22,8 @@ from minift.trainer import num_steps
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 MAX_NGRAM = 4  # of BLEU: a text with fewer words has none
 SHOWN, MAX_LINES = 3, 12  # examples or samples printed, and lines of each of their texts
+COUNTED = {"pass_rate": ("checked", "pass_interval", "answers"), "accuracy": ("pairs", "interval", "pairs")}
+PASSED = {True: ": passes its checks", False: ": fails its checks"}
 MEASURED_STEPS, MEASURED_RANKINGS = 50, 1000  # how many are collated to measure tokens
 
 
@@ -129,8 +131,9 @@ def print_samples(samples: Sequence[dict[str, Any]]) -> None:
     """Print the first samples of a run: prompt, answers and reference, or responses and their rewards."""
     for sample in samples[:SHOWN]:
         if "rewards_after" not in sample:
+            marks = {exam: PASSED[passed] for exam, passed in sample.get("passed", {}).items()}
             for part in ("prompt", "before", "after", "reference"):
-                print_text(part, sample[part])
+                print_text(part + marks.get(part, ""), sample[part])
             continue
         print_text("prompt", sample.get("prompt", "(in the responses)"))
         names = name_responses(len(sample["rewards_after"]))
@@ -148,16 +151,17 @@ def print_results(results: dict[str, dict[str, Any]], folder: Path, samples: Seq
 def print_table(results: dict[str, dict[str, Any]], samples: Sequence[dict[str, Any]] = ()) -> None:
     """Print one row per measure (and category) and one column per exam ("before", "after").
 
-    `results` maps a measure (`eval_loss`, `bleu`, those of `scoring.examine`) to its value in each exam. `samples` have
-    the answers that BLEU is of: it is 0 if none of them has four words.
+    `results` maps a measure (`eval_loss`, those of `exam.compare_answers` or `scoring.examine`) to its value in each
+    exam. `samples` have the answers that BLEU is of: it is 0 if none of them has four words.
     """
     rows: list[tuple[str, list[str]]] = []
-    for measure, label in (("bleu", "BLEU"), ("accuracy", "accuracy")):
+    for measure, label in (("bleu", "BLEU"), ("pass_rate", "pass rate"), ("accuracy", "accuracy")):
         exams = results.get(measure, {})
         for category in [*exams.values()][-1] if exams else []:
             name = label if category == "all" else f"  {category}"
-            if measure == "accuracy":
-                name += f", {[*results['pairs'].values()][-1][category]:,} pairs"
+            if measure in COUNTED:
+                counts, _, noun = COUNTED[measure]
+                name += f", {[*results[counts].values()][-1][category]:,} {noun}"
             rows.append((name, [_cell(results, measure, exam, category, samples) for exam in exams]))
     for measure, label, form in (
         ("ties", "ties, counted as wrong", ","),
@@ -185,7 +189,7 @@ def _cell(
         answers = [sample[exam] for sample in samples if category in ("all", sample["kind"])]
         is_short = value == 0 and answers and all(len(words(answer)) < MAX_NGRAM for answer in answers)
         return f"{value:.1f}" + (" (too few words)" if is_short else "")
-    low, high = results["interval"][exam][category]
+    low, high = results[COUNTED[measure][1]][exam][category]
     return f"{value:.1%} ({low:.1%}-{high:.1%})"
 
 

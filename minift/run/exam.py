@@ -1,4 +1,4 @@
-"""The examination of a tuned model: held-out prompts, greedy answers, BLEU by category; and the samples of a run."""
+"""The examination of a tuned model: held-out prompts, greedy answers, BLEU and pass rate; and the samples of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,9 +11,12 @@ from minift.model import OPT
 from minift.pairs import name_responses, responses_of
 from minift.progress import progress_bar
 from minift.prompts import Template, is_text_row, question_of
-from minift.remarks import by_category, category_of
-from minift.scoring import examine
+from minift.remarks import by_category, category_of, location_of
+from minift.run.sandbox import Check, check_answers, checks_of
+from minift.scoring import examine, wilson_interval
 from minift.tokenizer import Special, Tokenizer
+
+Answer = tuple[str, bool | None]  # a text, and if it passes the checks of its question; None: not checked
 
 
 class Question(NamedTuple):
@@ -25,11 +28,14 @@ class Question(NamedTuple):
     reference_length: int  # in tokens, with BOS and EOS
     category: str | None
     blanks: str  # the template's, before the answer
+    checks: list[Check] | None  # None: the answer is not run
 
-    def sample(self, before: str, after: str) -> dict[str, Any]:
-        """Return the line of samples.jsonl: the prompt, its reference, and the answers before and after training."""
-        texts = {"prompt": self.prompt, "reference": self.reference, "before": before, "after": after}
-        return {"kind": self.category, **texts}
+    def sample(self, before: Answer, after: Answer) -> dict[str, Any]:
+        """Return the line of samples.jsonl: prompt and reference, the answers before and after, and if they pass."""
+        (text_before, passed_before), (text_after, passed_after) = before, after
+        texts = {"prompt": self.prompt, "reference": self.reference, "before": text_before, "after": text_after}
+        passed = {"passed": {"before": passed_before, "after": passed_after}} if self.checks else {}
+        return {"kind": self.category, **texts, **passed}
 
 
 def held_out_prompts(
@@ -41,10 +47,11 @@ def held_out_prompts(
 ) -> list[Question]:
     """Return questions for the first --bleu-samples rows whose prompt and reference fit into `max_positions`.
 
-    With `--supervise all`, `text` rows are learned as a whole, so they do not have a prompt.
+    With `--supervise all`, `text` rows are learned as a whole, so they do not have a prompt. With --run-checks, raises
+    UserError for malformed checks.
     """
     questions: list[Question] = []
-    for row in rows:
+    for index, row in enumerate(rows):
         if len(questions) == config.bleu_samples:
             break
         if config.supervise == "all" and is_text_row(row):
@@ -53,8 +60,20 @@ def held_out_prompts(
         length = len(tokenizer.encode([blanks + reference, Special(tokenizer.eos_token)]))
         if prompt_ids and len(prompt_ids) + length <= max_positions:
             prompt = tokenizer.decode(prompt_ids)
-            questions.append(Question(prompt_ids, prompt, reference, length, category_of(row), blanks))
+            where = f"{config.eval_data or config.data}: {location_of(row, index)}"
+            checks = checks_of(row, where) if config.run_checks else None
+            questions.append(Question(prompt_ids, prompt, reference, length, category_of(row), blanks, checks))
     return questions
+
+
+def sit_exam(model: OPT, tokenizer: Tokenizer, questions: Sequence[Question], description: str) -> list[Answer]:
+    """Return the model's greedy answers, and which of them pass the checks. Raises like `check_answers`."""
+    texts = complete_greedily(model, tokenizer, questions, description)
+    checks = [question.checks for question in questions]
+    if not any(checks):
+        return [(text, None) for text in texts]
+    with progress_bar(len(texts), f"{description}: checks", "answer") as bar:
+        return list(zip(texts, check_answers(texts, checks, bar.update), strict=True))
 
 
 def complete_greedily(model: OPT, tokenizer: Tokenizer, questions: Sequence[Question], description: str) -> list[str]:
@@ -82,11 +101,31 @@ def bleu_by_category(questions: Sequence[Question], answers: Sequence[str]) -> d
     }
 
 
-def compare_bleu(questions: Sequence[Question], before: Sequence[str], after: Sequence[str]) -> dict[str, Any]:
-    """Return BLEU by category of the answers before and after training, as run.json has it; {} without questions."""
+def pass_rates(questions: Sequence[Question], passed: Sequence[bool | None]) -> dict[str, dict[str, Any]]:
+    """Return how many answers have checks, how many of these pass, and the 95% interval, by category; {} if none has.
+
+    The intervals treat answers as independent.
+    """
+    checked = [index for index, mark in enumerate(passed) if mark is not None]
+    if not checked:
+        return {}
+    groups = by_category([bool(passed[index]) for index in checked], [questions[index].category for index in checked])
+    return {
+        "pass_rate": {name: sum(marks) / len(marks) for name, marks in groups.items()},
+        "pass_interval": {name: list(wilson_interval(sum(marks), len(marks))) for name, marks in groups.items()},
+        "checked": {name: len(marks) for name, marks in groups.items()},
+    }
+
+
+def compare_answers(questions: Sequence[Question], before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Any]:
+    """Return BLEU and pass rates before and after training, as run.json has them; {} without questions."""
     if not questions:
         return {}
-    return {"bleu": {"before": bleu_by_category(questions, before), "after": bleu_by_category(questions, after)}}
+    exams = {}
+    for name, answers in (("before", before), ("after", after)):
+        texts, passed = zip(*answers, strict=True)
+        exams[name] = {"bleu": bleu_by_category(questions, texts)} | pass_rates(questions, passed)
+    return {measure: {name: exam[measure] for name, exam in exams.items()} for measure in exams["after"]}
 
 
 def compare_rewards(

@@ -3,7 +3,7 @@
 run.json        resolved values, template, versions, fingerprints, commits; after training, the results
 metrics.jsonl   one object per logged step or evaluation
 samples.jsonl   held-out rows with the model's answers or rewards before and after
-before.json     the answers or rewards before training, for --resume
+before.json     the answers or rewards before training, and which answers passed, for --resume
 report.html     all of this as one page
 checkpoints/    see checkpoint.py
 .lock           locked by the process that trains; a killed one leaves it behind, unlocked
@@ -56,7 +56,7 @@ except ImportError:  # Windows
 PACKAGES = ("minift", "torch", "tokenizers", "safetensors", "numpy", "huggingface_hub")
 # Options that may differ on --resume: what is learned does not depend on them, or fingerprints decide.
 MAY_DIFFER = {"recipe", "out", "resume", "device", "log_every", "eval_every", "save_every", "bleu_samples"} | {
-    "model", "revision", "data", "eval_data", "template"}  # fmt: skip
+    "run_checks", "model", "revision", "data", "eval_data", "template"}  # fmt: skip
 NEWER = {"config", "tokenizer"}  # fingerprints that runs of earlier versions lack
 A_RUN = "the folder of a run, such as runs/sft"
 LOCK = ".lock"
@@ -118,12 +118,14 @@ class Run:
         """Return what `exam` returns for `count` rows before training; a resumed run reads it from before.json."""
         path = self.folder / "before.json"
         if self.config.resume:
-            with suppress(UserError, KeyError, TypeError):  # of another --bleu-samples, or damaged: asked again
+            # With other --bleu-samples or --run-checks, or damaged, it is asked again.
+            with suppress(UserError, KeyError, TypeError):
                 kept = read_json(path, A_RUN)
-                if len(kept["before"]) == count and kept["sha256"] == _digest(kept["before"]):
+                is_same = len(kept["before"]) == count and kept["run_checks"] == self.config.run_checks
+                if is_same and kept["sha256"] == _digest(kept["before"]):
                     return kept["before"]
         before = exam()
-        write_json(path, {"before": before, "sha256": _digest(before)})
+        write_json(path, {"before": before, "run_checks": self.config.run_checks, "sha256": _digest(before)})
         return before
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:

@@ -109,8 +109,14 @@ def _show(value: object) -> str:
 
 
 def _sample(sample: dict[str, Any]) -> str:
-    """Return a card: one line with the category and all values that are not text, the prompt, the texts in columns."""
-    notes = [f"{_title(key)}: {_show(value)}" for key, value in sample.items() if not isinstance(value, str)]
+    """Return a card: one line with the category and all values that are not text, the prompt, the texts in columns.
+
+    A text is marked if it equals the reference, and if it passes or fails the checks.
+    """
+    passed = sample.get("passed")
+    passed = passed if isinstance(passed, dict) else {}
+    values = {key: value for key, value in sample.items() if not isinstance(value, str) and value is not passed}
+    notes = [f"{_title(key)}: {_show(value)}" for key, value in values.items()]
     notes = [_show(sample["kind"]), *notes] if isinstance(sample.get("kind"), str) else notes
     texts = {key: value for key, value in sample.items() if isinstance(value, str) and key not in ("kind", "prompt")}
     prompt = f"<pre>{escape(sample['prompt'])}</pre>" if isinstance(sample.get("prompt"), str) else ""
@@ -118,6 +124,8 @@ def _sample(sample: dict[str, Any]) -> str:
     for key, value in texts.items():
         same = key != "reference" and value.strip() == texts.get("reference", "").strip() != ""
         mark = ' <span class="same">= reference</span>' if same else ""
+        if isinstance(passed.get(key), bool):
+            mark += ' <span class="same">✓ passes</span>' if passed[key] else ' <span class="fails">✗ fails</span>'
         columns.append(f"<div><h4>{_title(key)}{mark}</h4><pre>{escape(value)}</pre></div>")
     return f"<article><p>{' · '.join(notes)}</p>{prompt}<div class='beside'>{''.join(columns)}</div></article>"
 
@@ -184,5 +192,6 @@ article { background: var(--card); border-radius: 8px; padding: .6rem 1rem; marg
 article p { margin: 0; color: var(--dim); } h4 { margin: .4rem 0 0; color: var(--dim); font-weight: normal; }
 pre { margin: .2rem 0; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.4 ui-monospace, monospace; }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 0 1.2rem;
-  border-top: 1px solid var(--line); } .same { color: var(--good); } summary { cursor: pointer; margin: 0 0 1rem; }
+  border-top: 1px solid var(--line); } .same { color: var(--good); } .fails { color: var(--eval); }
+summary { cursor: pointer; margin: 0 0 1rem; }
 """

@@ -1,0 +1,204 @@
+"""Run the answers of a model against the checks of their rows.
+
+An answer is a program that nobody has read. What keeps it from doing harm, from the outside in:
+
+1. A process for each answer, forked by an interpreter that holds nothing but the standard library: one answer cannot
+   influence the next. It has an empty environment, a scratch directory, no input, and no file descriptor but the pipe
+   for its report. It is killed, with its session, after its report or after `MAX_SECONDS`.
+2. Limits of the kernel (`LIMITS`): processor time, memory, no file descriptor (so no file, no network, no further
+   module), no byte in a file, no new process. Root is exempt from the last one, so a process of root's becomes the user
+   nobody before. Where a container forbids that, the allow-list alone forbids forking.
+3. An allow-list for every syntax node and name (`is_allowed`): nothing with an underscore but the usual methods of a
+   class, no import but `math` and `dataclass`, no open, exec, eval, getattr, type, no `str.format`, no way to a frame.
+   An answer that uses anything else has failed and does not run.
+4. The process of an answer does not know what its checks expect. It reports the values; they are compared here, as
+   text. So an answer that did forge its report would still need the right values. No class of an answer's has a say in
+   the comparison.
+
+Promised: an answer within the allow-list cannot read or write files, reach the network, start processes, outlive its
+limits, or pass without the right values. Not promised: that Python itself has no bug which lets an answer past the
+allow-list. Such an answer would still be bound by 1, 2 and 4, but it could delete files and signal processes of the
+user, unless the user is root. What a row's own `before` and `expression` do is trusted; modules that `before` imports
+are within the answer's reach. macOS does not limit memory. Systems without fork (Windows) are refused.
+
+A check is {"expression": "f(2)", "expected": "4"}, optionally with "before": code to run before the answer. The
+expression's value must equal the literal `expected` and have its type. `ANSWER` compares the answer's stripped text
+and runs nothing; `printed(f)` is what calling f prints, `error_of(f)` the error that it raises, as `Name: message`.
+An expression's builtins are Python's own: an answer cannot replace `len`, and a row cannot ask for a function `len`.
+"""
+
+import ast
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+from minift.errors import UserError
+
+try:
+    from minift.run.sandbox_child import MAX_SECONDS, line_of
+except ImportError:  # Windows has no `resource`
+    IS_AVAILABLE = False
+else:
+    IS_AVAILABLE = hasattr(os, "fork")
+
+Check = Mapping[str, str]
+FOLDER = Path(__file__).resolve().parent
+# -I -S: no user's packages, variables or start-up code; the path to this folder comes last.
+START = "import sys; sys.path.append(sys.argv[1]); import sandbox_child; sandbox_child.serve()"
+KEPT_VARIABLES = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # for a Python that needs them to start; removed after that
+
+
+def check_available() -> None:
+    """Raise UserError on a system that cannot confine answers."""
+    if not IS_AVAILABLE:
+        raise UserError("--run-checks: this system has no fork and no limits to confine answers with: leave it out")
+
+
+def checks_of(row: Mapping[str, Any], where: str) -> list[Check] | None:
+    """Return a row's checks, None if it has no such field; UserError, beginning with `where`, if they are malformed."""
+    checks = row.get("checks")
+    if checks is None:
+        return None
+    if not isinstance(checks, list) or not checks:
+        raise UserError(f"{where}: field 'checks', expected a list of one or more objects")
+    for number, check in enumerate(checks, start=1):
+        named = f"{where}: check {number}"
+        if not isinstance(check, dict) or not {"expression", "expected"} <= check.keys():
+            raise UserError(f"{named}: expected an object with 'expression' and 'expected'")
+        for name in ("expression", "expected", "before"):
+            if not isinstance(check.get(name, ""), str):
+                raise UserError(f"{named}: '{name}' is {json.dumps(check[name]):.40}, expected a string")
+        try:
+            _expected_line(check["expected"])
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            raise UserError(f"{named}: 'expected' is {check['expected']!r:.40}, expected a Python literal") from None
+        for name, mode in (("expression", "eval"), ("before", "exec")):
+            try:
+                compile(check.get(name, ""), name, mode)
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise UserError(f"{named}: '{name}' is not Python: {error}") from None
+    return checks
+
+
+def check_answers(
+    answers: Sequence[str],
+    checks: Sequence[Sequence[Check] | None],
+    on_progress: Callable[[int], object] | None = None,
+) -> list[bool | None]:
+    """Return whether each answer passes all its checks, None where it has none.
+
+    `on_progress` is called with 1 after each answer. Raises UserError like `check_available`, OSError if the sandbox
+    does not start.
+    """
+    passed: list[bool | None] = []
+    with Sandbox() as sandbox:
+        for answer, own in zip(answers, checks, strict=True):
+            passed.append(None if own is None else sandbox.passes(answer, own))
+            if on_progress:
+                on_progress(1)
+    return passed
+
+
+class Sandbox:
+    """The interpreter that runs answers, started for the first of them; to be closed, or used in `with`."""
+
+    def __init__(self) -> None:
+        check_available()
+        self._scratch = TemporaryDirectory(prefix="minift-")
+        self._interpreter: _Interpreter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def passes(self, answer: str, checks: Sequence[Check]) -> bool:
+        """Return True if an answer passes all its checks. Raises OSError if the sandbox does not start."""
+        text = line_of(answer.strip())
+        to_run, expected = [], []
+        for check in checks:
+            line = _expected_line(check["expected"])
+            if check["expression"] != "ANSWER":
+                to_run.append([check["expression"], check.get("before", "")])
+                expected.append(line)
+            elif line != text:
+                return False
+        return not to_run or self._report(answer, to_run) == "\n".join(expected).encode()
+
+    def close(self) -> None:
+        """Stop the interpreter and delete the scratch directory."""
+        if self._interpreter is not None:
+            self._interpreter.stop()
+        self._scratch.cleanup()
+
+    def _report(self, answer: str, checks: list[list[str]]) -> bytes:
+        """Return the report of an answer, b"" if it failed; if the interpreter is lost, the next one gets another."""
+        if self._interpreter is None:
+            self._interpreter = _Interpreter(self._scratch.name)
+        try:
+            return self._interpreter.ask(answer, checks)
+        except OSError:
+            self._interpreter.stop()
+            self._interpreter = None
+            return b""
+
+
+class _Interpreter:
+    """sandbox_child.py in an interpreter of its own, which has the other end of a socket as standard input and output.
+
+    It runs one right answer at the start: on a machine where nothing runs, every answer would seem wrong. Raises
+    OSError if that fails.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(2 * MAX_SECONDS)  # it stops answers itself; this is for one that stopped it instead
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", START, str(FOLDER)],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
+                start_new_session=True,
+            )
+        try:
+            runs = self.ask("x = 1", [["x", ""]]) == line_of(1).encode()
+        except OSError:
+            runs = False
+        if not runs:
+            self.stop()
+            raise OSError("the sandbox of --run-checks cannot run an answer here: leave the flag out")
+
+    def ask(self, answer: str, checks: list[list[str]]) -> bytes:
+        """Return the report of an answer. Raises OSError if the interpreter is lost, or silent for too long."""
+        self._socket.sendall(json.dumps({"answer": answer, "checks": checks}).encode() + b"\n")
+        return self._receive(int.from_bytes(self._receive(4), "little"))
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._socket.close()
+
+    def _receive(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            chunk = self._socket.recv(size - len(data))
+            if not chunk:
+                raise ConnectionResetError
+            data += chunk
+        return data
+
+
+@lru_cache(maxsize=10_000)
+def _expected_line(literal: str) -> str:
+    return line_of(ast.literal_eval(literal))
