@@ -1,25 +1,26 @@
 """Run the answers of a model against the checks of their rows.
 
-An answer is a program that nobody has read. What keeps it from doing harm, from the outside in:
+An answer is a program that nobody has read. Four layers keep it from doing harm:
 
-1. A process for each answer, forked by an interpreter that holds nothing but the standard library: one answer cannot
-   influence the next. It has an empty environment, a scratch directory, no input, and no file descriptor but the pipe
-   for its report. It is killed, with its session, after its report or after `MAX_SECONDS`.
-2. Limits of the kernel (`LIMITS`): processor time, memory, no file descriptor (so no file, no network, no further
-   module), no byte in a file, no new process. Root is exempt from the last one, so a process of root's becomes the user
-   nobody before. Where a container forbids that, the allow-list alone forbids forking.
-3. An allow-list for every syntax node and name (`is_allowed`): nothing with an underscore but the usual methods of a
-   class, no import but `math` and `dataclass`, no open, exec, eval, getattr, type, no `str.format`, no way to a frame.
-   An answer that uses anything else has failed and does not run.
-4. The process of an answer does not know what its checks expect. It reports the values; they are compared here, as
-   text. So an answer that did forge its report would still need the right values. No class of an answer's has a say in
-   the comparison.
+1. An allow-list of syntax nodes and names (sandbox_child.py). No name begins with an underscore, except for the usual
+   methods of a class. Nothing is imported but `math` and `dataclass`. There is no open, exec, eval, getattr or type, no
+   `str.format`, and no way to a frame. An answer that uses anything else fails, and does not run.
+2. A process for each answer, forked by an interpreter that holds nothing but the standard library, so that one answer
+   cannot influence the next. Its environment and its input are empty, its folder is a scratch directory. Its only file
+   descriptors are the null device and the pipe for its report. It is killed, with its session, after that report or
+   after `MAX_SECONDS`.
+3. Limits of the kernel (`LIMITS`): processor time, memory, no new file descriptor (so no file, no socket, no other
+   module), no byte in a file, no new process. Root is exempt from the last one: as root, the process first becomes the
+   user nobody. Where a container forbids that, only layer 1 forbids forking.
+4. The process does not know what its checks expect. It reports values, and they are compared outside of it, as text. To
+   forge a report, an answer would still need the right values. No method of the answer is called for the comparison.
 
-Promised: an answer within the allow-list cannot read or write files, reach the network, start processes, outlive its
-limits, or pass without the right values. Not promised: that Python itself has no bug which lets an answer past the
-allow-list. Such an answer would still be bound by 1, 2 and 4, but it could delete files and signal processes of the
-user, unless the user is root. What a row's own `before` and `expression` do is trusted; modules that `before` imports
-are within the answer's reach. macOS does not limit memory. Systems without fork (Windows) are refused.
+Promised: an answer that the allow-list accepts cannot read or write files, reach the network, start processes, exceed
+its limits, or pass without the right values.
+Not promised: that neither Python nor the allow-list has a hole. Layers 2 to 4 would still hold for an answer that finds
+one, but it could delete or rename files of the user's and signal the user's processes. If it was started by root, it is
+the user nobody, who cannot do that. macOS does not limit memory. Windows, which has no fork, is refused.
+Trusted: the row's own `before` and `expression`. An answer can use the modules that `before` imports.
 
 A check is {"expression": "f(2)", "expected": "4"}, optionally with "before": code to run before the answer. The
 expression's value must equal the literal `expected` and have its type. `ANSWER` compares the answer's stripped text
