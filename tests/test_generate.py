@@ -404,7 +404,7 @@ def model_directory(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFacto
 PROMPTS = [
     {"prompt": "def add(first", "id": 7},
     {"instruction": "Write a list.", "input": "1, 2", "id": 8},
-    {"instruction": "Write a function.", "output": "from the data set"},
+    {"instruction": "Write a function.", "output": "from the data set", "checks": [{"expression": "1 / 0"}]},
 ]
 
 

@@ -514,7 +514,7 @@ def test_a_signal_after_training_says_how_to_continue_too(data, tmp_path, monkey
             os.kill(os.getpid(), signal.SIGINT)
         return [""] * len(questions)
 
-    monkeypatch.setattr(train_sft, "complete_greedily", answer)
+    monkeypatch.setattr(exam, "complete_greedily", answer)
     with pytest.raises(KeyboardInterrupt) as caught:
         run("sft", *TINY, *data, "--out", tmp_path / "run")
     number, message = caught.value.args
