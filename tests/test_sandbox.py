@@ -193,7 +193,7 @@ ATTACKS = [
     "def g(c):\n    c.co_consts", "def g(c):\n    c.ag_frame", "'{0.__class__}'.format(1)", "'{a}'.format_map({})",
     "str.format('{0.__class__}', 1)", "map(str.format, ['{0.a}'])", "f'{().__class__}'", "f'{1:{().__class__}}'",
     "f'{__builtins__}'", "(y := ().__class__)", "y = lambda: ().__class__", "def g(y=().__class__):\n    pass",
-    "@().__class__\ndef g():\n    pass", "class A:\n    y = ().__class__", "class A(metaclass=int):\n    pass",
+    "@().__class__\ndef g():\n    pass", "class A:\n    y = ().__class__", "class A(metaclass=lambda *_: 1):\n    pass",
     "class A(y=1):\n    pass", "class A(().__class__):\n    pass", "class A:\n    def __del__(self):\n        pass",
     "class A:\n    def __getattr__(self, name):\n        pass",
     "class A:\n    def __getattribute__(self, name):\n        pass",
@@ -262,6 +262,19 @@ ENDLESS = [
 def test_time_memory_and_output_have_limits(code: str, box: Sandbox) -> None:
     assert not box.passes(code, [{"expression": "f(0)", "expected": "'" + "x" * 2_000_000 + "'"}])
     assert box.passes(RIGHT, CHECKS)
+
+
+@pytest.mark.parametrize(
+    "code, inside, outside",
+    [
+        ("def f(x):\n    for _ in range({}):\n        pass\n    return 1", 1_000, 30_000),  # steps
+        ("def f(x):\n    return len(bytes({})) // {}", 10**7, 300 * 2**20),  # bytes
+        ("def f(x):\n    return 1\n\n\ny = 'x' * {}", 10**5, 10**9),
+    ],
+)
+def test_a_right_answer_has_limits_too(code: str, inside: int, outside: int, box: Sandbox) -> None:
+    assert box.passes(code.replace("{}", str(inside)), CHECKS)
+    assert not box.passes(code.replace("{}", str(outside)), CHECKS)
 
 
 @pytest.mark.parametrize("code", ["10**10**10", "sum(range(10**12))", "max(iter(int, 1))"])
@@ -444,5 +457,5 @@ def test_an_answer_that_hangs_is_ended_by_the_clock(tmp_path: Path, monkeypatch:
     with Sandbox() as opened:
         assert opened.passes(RIGHT, CHECKS)
         interpreter = opened._interpreter
-        assert not opened.passes("import time\ntime.sleep(600)\n" + RIGHT, CHECKS)
+        assert not opened.passes("import signal, time\nsignal.alarm(0)\ntime.sleep(600)\n" + RIGHT, CHECKS)
         assert opened.passes(RIGHT, CHECKS) and opened._interpreter is interpreter
