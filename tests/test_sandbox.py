@@ -41,7 +41,7 @@ def box() -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="module")
 def open_box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    """A sandbox whose allow-list allows everything: only processes and limits are left."""
+    """Open a sandbox whose allow-list allows everything: only processes and limits are left."""
     folder = tmp_path_factory.mktemp("child")
     (folder / "sandbox_child.py").write_text(UNGUARDED, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch, Sandbox() as opened:

@@ -399,7 +399,7 @@ CHECKED = [
 
 @pytest.fixture
 def checked(tmp_path: Path, data: list) -> list:
-    """Flags of a short run whose held-out rows have checks, except for one."""
+    """Return the flags of a short run whose held-out rows have checks, except for one."""
     rows = write_lines(tmp_path / "checked.jsonl", CHECKED)
     return [*SMALL, "--max-steps", 1, *data[:2], "--eval-data", rows, "--out", tmp_path / "run", "--recipe", "tiny"]
 
@@ -446,13 +446,15 @@ def test_without_the_flag_or_checks_nothing_is_run_or_said(origin, tmp_path, che
     assert "pass_rate" not in json.loads((tmp_path / "run" / "run.json").read_text())["results"]
 
 
-def test_a_recipe_runs_its_own_rows_only():
+def test_a_recipe_runs_its_own_rows_only(monkeypatch):
     assert parse("sft", []).run_checks and parse("sft", ["--recipe", "tiny"]).run_checks
     assert parse("sft", ["--recipe", "tiny", "--model", "x"]).run_checks
     assert not parse("sft", ["--model", "x"]).run_checks
     for flags in (["--data", "x"], ["--eval-data", "x"], ["--eval-fraction", "0.1"]):
         assert not parse("sft", flags).run_checks and not parse("sft", ["--recipe", "tiny", *flags]).run_checks
         assert parse("sft", [*flags, "--run-checks"]).run_checks
+    monkeypatch.setattr(sandbox, "IS_AVAILABLE", False)
+    assert not parse("sft", []).run_checks
 
 
 def test_resume_keeps_which_answers_passed(tmp_path, checked, monkeypatch):

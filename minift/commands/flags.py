@@ -13,7 +13,7 @@ from minift.commands.cli import CommandParser
 from minift.commands.recipes import DROPPED_BY, RECIPES
 from minift.config import GROUPS, SWITCH, TEXT, Config, defaults_of, flag_of, options_of, to_dict
 from minift.errors import UserError
-from minift.run.sandbox import check_available
+from minift.run import sandbox
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sft": "train_sft.py", "rm": "train_rm.py"}
@@ -66,6 +66,7 @@ def _resolve(script: str, given: dict[str, Any]) -> Config:
     name = given.get("recipe", None if own else "tiny")
     recipe = {} if name is None else {"recipe": name, **RECIPES[script][name]}
     dropped = {option for flag in DROPPED_BY.keys() & given.keys() for option in DROPPED_BY[flag]}
+    dropped |= set() if sandbox.IS_AVAILABLE else {"run_checks"}  # as a flag it is refused
     recipe = {option: value for option, value in recipe.items() if option not in dropped}
 
     values = defaults_of(script) | recipe | given
@@ -141,7 +142,7 @@ def _check_together(values: dict[str, Any]) -> None:
     if values.get("shuffle_labels") and values["group_prompts"]:
         raise UserError("--group-prompts: with --shuffle-labels there is no chosen response to group by")
     if values.get("run_checks"):
-        check_available()
+        sandbox.check_available()
 
 
 def _explain_unknown(text: str, script: str) -> str:
