@@ -11,6 +11,7 @@ PYTHON ?= python3
 READ_sft = RECIPE MODEL DATA ARGS
 READ_rm = $(READ_sft)
 READ_compare = $(READ_sft) ONLY
+READ_improve = ARGS
 READ_bench = ARGS
 READ = PYTHON SHELL MAKEFLAGS $(foreach goal,$(MAKECMDGOALS),$(READ_$(goal)))
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
@@ -30,7 +31,7 @@ PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check
 PATH_FILES = $(patsubst %,minift/%.py,prompts encode batching model losses optim trainer)
 HEART_FILES = $(PATH_FILES) $(patsubst %,minift/%.py,generate processors beam bleu pairs scoring lora)
 
-.PHONY: help sft rm compare bench test lines clean
+.PHONY: help sft rm improve compare bench test lines clean
 
 help:
 	@echo "make sft                 tune the model in data/ on the instructions in data/; writes runs/sft/"
@@ -38,6 +39,8 @@ help:
 	@echo "make sft MODEL=… DATA=… ARGS=\"--lr 1e-4\"   your own run; ARGS takes every flag of train_sft.py"
 	@echo "make sft ARGS=--help     list these flags"
 	@echo "make rm                  train a reward model on the pairs in data/; writes runs/rm/; takes RECIPE, MODEL, DATA, ARGS"
+	@echo "make improve             let runs/rm choose among answers of runs/sft, train runs/sft on its favourites;"
+	@echo "                         writes runs/improved/; ARGS takes flags of train_sft.py"
 	@echo "make compare             compare minift with trl, transformers, peft and sacreBLEU; writes runs/compare/;"
 	@echo "                         ONLY=bleu,sft runs some sections; MODEL=… DATA=… take your own;"
 	@echo "                         ARGS=--faults plants ten faults and checks that each is noticed"
@@ -54,6 +57,16 @@ sft: .venv/installed
 rm: .venv/installed
 	@if [ '$(RECIPE)' = course ]; then $(PIP_INSTALL) -e '.[parquet]'; fi
 	@$(FLAGS); printf '%s\n' ".venv/bin/python train_rm.py $$*"; exec .venv/bin/python train_rm.py "$$@"
+
+# Best-of-n distillation, or rejection-sampling fine-tuning: sample answers to training prompts, keep the judge's
+# favourite of each, train on these; train_sft.py prints the pass rate of held-out prompts before and after.
+improve: .venv/installed
+	@for run in sft rm; do test -f runs/$$run/config.json || \
+		{ echo "error: make improve starts from runs/sft and runs/rm: run make sft and make rm first" >&2; exit 2; }; done
+	.venv/bin/python -m minift best-of --model runs/sft --judge runs/rm --prompts data/instructions.jsonl --limit 1000 \
+		--samples 8 --out runs/best-of-training.jsonl --rows runs/favourites.jsonl
+	.venv/bin/python train_sft.py --recipe tiny --model runs/sft --data runs/favourites.jsonl \
+		--eval-data data/heldout.jsonl --run-checks --lr 1e-4 --max-steps 60 --eval-every 20 --out runs/improved $(ARGS)
 
 compare: .venv/installed-for-tests
 	@$(FLAGS); if [ -n '$(ONLY)' ]; then set -- "$$@" --only '$(ONLY)'; fi; \

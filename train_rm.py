@@ -90,6 +90,7 @@ def main() -> None:
     results = run.finish(compare_rewards(before, after, eval_set.categories), samples)
     terminal.print_samples(samples)
     terminal.print_results(results, run.folder)
+    terminal.print_best_of(run.folder, config.recipe)
 
 
 if __name__ == "__main__":

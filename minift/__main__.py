@@ -15,6 +15,7 @@ COMMANDS = {
     "bleu": ("minift.commands.bleu", "compute BLEU as sacreBLEU does, as JSON"),
     "score": ("minift.commands.score", "score responses or preference pairs with a reward model"),
     "winrate": ("minift.commands.winrate", "compare two models' answers with a reward model"),
+    "best-of": ("minift.commands.best_of", "sample answers; a reward model chooses the best of n"),
     "report": ("minift.commands.report", "write a run's report.html again"),
 }
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -111,11 +112,35 @@ def win_rate(differences: Iterable[float]) -> WinRate:
     return WinRate(wins, ties, len(differences), wins / len(differences), *wilson_interval(wins, len(differences)))
 
 
-def wilson_interval(wins: int, n: int) -> tuple[float, float]:
+def mean_best_of(values: Sequence[float], rewards: Sequence[float], k: int) -> float:
+    """Return the value of the best of k samples, averaged over all subsets of k of the n samples, in closed form.
+
+    The best sample of a subset has its highest reward, the first of equal ones. Let v₁ … vₙ be the values, best sample
+    first. vᵢ is a subset's best if the k − 1 others come after it, which C(n − i, k − 1) of the C(n, k) subsets do:
+
+        Σᵢ vᵢ C(n − i, k − 1) / C(n, k)
+
+    So n samples say without bias what k ≤ n of them give, and none is wasted (Nakano et al. 2021, arXiv 2112.09332,
+    appendix I). With the values themselves as rewards this is pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1).
+    """
+    n = len(values)
+    ranked = sorted(range(n), key=lambda sample: rewards[sample], reverse=True)  # stable: equal ones stay in order
+    total = sum(values[sample] * math.comb(n - rank, k - 1) for rank, sample in enumerate(ranked, start=1))
+    return total / math.comb(n, k)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% interval of the mean of independent values, mean ± z·s / √n; infinite for a single one."""
+    radius = Z_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return fmean(values) - radius, fmean(values) + radius
+
+
+def wilson_interval(wins: float, n: int) -> tuple[float, float]:
     """Return the 95% interval of a proportion, given `wins` in `n` independent trials (Wilson 1927).
 
     It contains every p with |p − wins / n| ≤ z √(p(1 − p) / n). Unlike wins / n ± z·s it stays within 0 and 1, and it
-    has a width even if all or none won.
+    has a width even if all or none won. `wins` may be a sum of probabilities; the interval is then too wide, if
+    anything: a value between 0 and 1 with mean p has at most the variance p(1 − p).
     """
     proportion, z2 = wins / n, Z_95**2
     centre = (proportion + z2 / (2 * n)) / (1 + z2 / n)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.make import instructions
-from minift.commands import generate, preview, report, score, winrate
+from minift.commands import best_of, generate, preview, report, score, winrate
 from minift.commands.cli import check_out
 from minift.errors import UserError
 from minift.files.tensors import write_tensors
@@ -47,6 +47,7 @@ def commands(tmp_path: Path, reward_model: Path) -> dict[str, Callable[[Path], N
     rows = write_lines(tmp_path / "rows.jsonl", [{"instruction": "Add.", "output": "a + b"}])
     pairs = write_lines(tmp_path / "pairs.jsonl", [{"prompt": "Add.", "chosen": "a + b", "rejected": "a"}])
     short = ["--max-new-tokens", "2"]
+    sampled = ["--prompts", str(prompts), "--samples", "2", *short]
     return {
         "generate": lambda out: generate.main(
             ["--model", str(MODEL), "--prompts", str(prompts), *short, "--out", str(out)]
@@ -57,10 +58,13 @@ def commands(tmp_path: Path, reward_model: Path) -> dict[str, Callable[[Path], N
             ["--model-a", str(MODEL), "--model-b", str(MODEL), "--judge", str(reward_model)]
             + ["--prompts", str(prompts), *short, "--out", str(out)]
         ),
+        "best-of": lambda out: best_of.main(
+            ["--model", str(MODEL), "--judge", str(reward_model), *sampled, "--out", str(out)]
+        ),
     }
 
 
-COMMANDS = ("generate", "preview", "score", "winrate")
+COMMANDS = ("generate", "preview", "score", "winrate", "best-of")
 
 
 @pytest.fixture

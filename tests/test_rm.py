@@ -105,6 +105,8 @@ def test_a_run_leaves_what_the_design_says(finished):
     samples = read_lines(out / "samples.jsonl")
     fields = {"kind", "prompt", "chosen", "rejected", "rewards_before", "rewards_after"}
     assert len(samples) == 15 and all(sample.keys() == fields for sample in samples)
+    flags = f"--model runs/sft --judge {out} --prompts data/heldout.jsonl --run-checks --out runs/best-of.jsonl"
+    assert printed.rstrip().endswith(f"-m minift best-of {flags}")
     for expected in ("saved", "── chosen", "── rejected", "accuracy, 15 pairs", "eval loss", "Brier"):
         assert expected in printed
     assert f"\n{STEPS} optimiser steps of about " in printed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minift.commands import generate, preview, score, winrate
+from minift.commands import best_of, generate, preview, score, winrate
 from minift.commands.cli import run_command
 from minift.files.pretrained import find_model, load_for_rm
 from minift.files.tokenizer import save_tokenizer
@@ -57,6 +57,7 @@ def test_commands_print_no_control_characters(tmp_path: Path, capsys: pytest.Cap
         (preview, ["--model", folder, "--data", rows_file(tmp_path, INSTRUCTION)]),
         (generate, ["--model", folder, *short]),
         (winrate, ["--model-a", folder, "--model-b", folder, "--judge", judge, *short]),
+        (best_of, ["--model", folder, "--judge", judge, *short, "--samples", 2]),
     ):
         command.main([*map(str, flags)])
         printed = capsys.readouterr()

@@ -53,10 +53,11 @@ def add_device_flags(parser: argparse.ArgumentParser, *, half: bool = True) -> N
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="(default: %(default)s)")
 
 
-def check_out(path: str | None, flag: str, input_path: str, *, hint: str = "") -> None:
+def check_out(path: str | None, flag: str, input_path: str, *, hint: str = "", own_flag: str = "--out") -> None:
     """Raise UserError if --out cannot be written, or would overwrite `input_path`, the file that `flag` names.
 
-    Commands call this before any work, so that a wrong --out does not cost the results. `hint` ends the message.
+    Commands call this before any work, so that a wrong --out does not cost the results. `hint` ends the message;
+    `own_flag` is another name for --out.
     """
     if path is None:
         return
@@ -65,11 +66,11 @@ def check_out(path: str | None, flag: str, input_path: str, *, hint: str = "") -
     try:
         target_of(path)
     except UserError as error:
-        raise UserError(f"--out {error}{hint}") from None
+        raise UserError(f"{own_flag} {error}{hint}") from None
     if Path(path).resolve() == Path(input_path).resolve():
-        raise UserError(f"--out {path}: this is the file that {flag} names, expected another file")
+        raise UserError(f"{own_flag} {path}: this is the file that {flag} names, expected another file")
     if not Path(path).parent.is_dir():
-        raise UserError(f"--out {path}: expected a file name in an existing directory")
+        raise UserError(f"{own_flag} {path}: expected a file name in an existing directory")
 
 
 def leave_on_signals() -> None:

@@ -95,11 +95,20 @@ def complete(
         return search(language_model.model, prompts, options, bar.update)
 
 
+def texts_of(rows: Sequence[Row], completions: Completions, language_model: LanguageModel) -> list[list[str]]:
+    """Return completions of rows as text, without the template's blanks before them."""
+    _, tokenizer, template = language_model
+    return [
+        [tokenizer.decode(token_ids).removeprefix(blanks_of(row, template)) for token_ids in samples]
+        for row, samples in zip(rows, completions, strict=True)
+    ]
+
+
 def _lines(rows: Sequence[Row], completions: Completions, language_model: LanguageModel) -> Iterator[dict[str, Any]]:
-    for row, samples in zip(rows, completions, strict=True):
-        for number, token_ids in enumerate(samples):
-            text = language_model.tokenizer.decode(token_ids)
-            added = {"completion": text.removeprefix(blanks_of(row, language_model.template)), "token_ids": token_ids}
+    texts = texts_of(rows, completions, language_model)
+    for row, samples, its_texts in zip(rows, completions, texts, strict=True):
+        for number, (token_ids, text) in enumerate(zip(samples, its_texts, strict=True)):
+            added = {"completion": text, "token_ids": token_ids}
             yield row | added | ({"sample": number} if len(samples) > 1 else {})
 
 

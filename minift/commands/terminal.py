@@ -1,6 +1,7 @@
 """Printing for commands and scripts: labels in colour, pairs, samples, the table of results."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -146,6 +147,14 @@ def print_results(results: dict[str, dict[str, Any]], folder: Path, samples: Seq
     say("")
     print_table(results, samples)
     say(f"\nfiles in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def print_best_of(judge: Path, recipe: str | None) -> None:
+    """Print the command with which a new reward model chooses among the answers of a tuned model."""
+    prompts = "data/heldout.jsonl --run-checks" if recipe == "tiny" else "PROMPTS.jsonl"
+    command = f"{shlex.quote(sys.orig_argv[0])} -m minift best-of --model runs/sft --judge {shlex.quote(str(judge))}"
+    say(f"\nlet it choose among a tuned model's answers (of `make sft`, say):\n"
+        f"  {command} --prompts {prompts} --out runs/best-of.jsonl")  # fmt: skip
 
 
 def print_table(results: dict[str, dict[str, Any]], samples: Sequence[dict[str, Any]] = ()) -> None:

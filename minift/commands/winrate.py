@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
-from minift.commands.generate import complete, encode_prompts
+from minift.commands.generate import complete, encode_prompts, texts_of
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
 from minift.files.pretrained import LanguageModel, find_model, load_judge, load_language_model
 from minift.files.text import say, to_json, write_json_lines
 from minift.generate import Options
-from minift.prompts import blanks_of, question_of
+from minift.prompts import question_of
 from minift.remarks import name_first
 from minift.run.device import pick_device
 from minift.scoring import Judge, score_rows, win_rate
@@ -31,15 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.out is not None:
         check_added(rows, ADDED, args.prompts)
     judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **placement)
-    # Every prompt goes through the models' templates, as an instruction.
-    questions = [Row(question_of(row) or {}, row.location) for row in rows]
-
-    for row in questions:  # before any work
-        try:
-            judge.encode(row, "")
-        except (ValueError, UserError) as error:
-            raise UserError(f"{args.prompts}: {row.location}: the question alone: {error}") from None
-
+    questions = questions_of(rows, judge, args.prompts)
     models = {"a": find_model(args.model_a), "b": find_model(args.model_b)}
     columns: dict[str, list[Any]] = {}
 
@@ -60,9 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         model, _ = load(side)
         options = Options(args.max_new_tokens, eos_token_id=model.tokenizer.eos_token_id, batch_size=args.batch_size)
         completions = complete(model, prompts[side], options, f"--model-{side}")
-        blanks = [blanks_of(row, model.template) for row in questions]
-        answers = [model.tokenizer.decode(ids) for (ids,) in completions]
-        add(f"answer_{side}", [text.removeprefix(blank) for text, blank in zip(answers, blanks, strict=True)])
+        add(f"answer_{side}", [text for (text,) in texts_of(questions, completions, model)])
         del model
 
     encoded = _encode_pairs(judge, questions, columns)
@@ -76,6 +66,20 @@ def main(arguments: list[str] | None = None) -> None:
         add(f"score_{side}", [score_of.get(number) for number in range(len(rows))])  # None: left out
 
     _print_wins(args, scores_a, scores_b, len(rows))
+
+
+def questions_of(rows: Sequence[Row], judge: Judge, source: str) -> list[Row]:
+    """Return each row's question as an instruction, for the templates of the models and of the judge.
+
+    Raises UserError if the judge can't read one; `source` is what messages call the rows.
+    """
+    questions = [Row(question_of(row) or {}, row.location) for row in rows]
+    for row in questions:
+        try:
+            judge.encode(row, "")
+        except (ValueError, UserError) as error:
+            raise UserError(f"{source}: {row.location}: the question alone: {error}") from None
+    return questions
 
 
 def _print_wins(args: Namespace, scores_a: list[float], scores_b: list[float], num_prompts: int) -> None:

@@ -1,0 +1,195 @@
+"""`minift best-of`: sample answers to each prompt; a reward model chooses one, and checks say how often it passes."""
+
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TextIO
+
+import torch
+
+from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
+from minift.commands.generate import complete, encode_prompts, texts_of
+from minift.commands.winrate import questions_of
+from minift.errors import UserError
+from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
+from minift.files.pretrained import load_judge, load_language_model
+from minift.files.text import say, to_json_lines, write_json_lines
+from minift.generate import Options
+from minift.progress import progress_bar
+from minift.remarks import by_category, category_of
+from minift.run.device import pick_device
+from minift.run.sandbox import check_answers, check_available, checks_of
+from minift.scoring import Judge, mean_best_of, mean_interval, score_rows, wilson_interval
+
+ADDED = ("samples", "rewards", "best")  # to the rows
+CHECKED = ("passed", "greedy", "greedy_passed")  # too, with --run-checks; None in rows without checks
+MINUS_GREEDY = ", less greedy"  # ends the label of a difference
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Sample answers, let the judge score them, write them and the best one; print how often it passes its checks."""
+    args = _parser().parse_args(arguments)
+    placement = {"device": pick_device(args.device), "dtype": getattr(torch, args.dtype)}
+    _check_flags(args)
+    rows = load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)[: args.limit]
+    check_added(rows, (*ADDED, *(CHECKED if args.run_checks else ())), args.prompts)
+    checks: list[Any] = [None for _ in rows]
+    if args.run_checks:
+        check_available()
+        checks = [checks_of(row, f"{args.prompts}: {row.location}") for row in rows]
+        if not any(checks):
+            raise UserError(f"--run-checks: no row of {args.prompts} has 'checks', leave the flag out")
+
+    judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **placement)
+    questions = questions_of(rows, judge, args.prompts)
+    model = load_language_model(args.model, template=args.template, **placement)
+    prompts = encode_prompts(model, questions, args.prompts, args.max_new_tokens)
+
+    def answer(numbers: Sequence[int], temperature: float, num_samples: int) -> list[list[str]]:
+        """Return answers to the prompts with these numbers."""
+        options = Options(
+            args.max_new_tokens,
+            eos_token_id=model.tokenizer.eos_token_id,
+            temperature=temperature,
+            num_samples=num_samples,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+        completions = complete(model, [prompts[n] for n in numbers], options, "samples" if temperature else "greedy")
+        return texts_of([questions[n] for n in numbers], completions, model)
+
+    samples = answer(range(len(rows)), args.temperature, args.samples)
+    rewards = _rewards_of(judge, questions, samples)
+    lines: list[dict[str, Any]] = [
+        row | {"samples": texts, "rewards": its_rewards, "best": _best(texts, its_rewards)}
+        for row, texts, its_rewards in zip(rows, samples, rewards, strict=True)
+    ]
+    if args.rows is not None:
+        favourites = [question | {"output": line["best"]} for question, line in zip(questions, lines, strict=True)]
+        write_json_lines(args.rows, (row for row in favourites if row["output"] is not None))
+    if args.run_checks:
+        if args.out is not None:
+            write_json_lines(args.out, lines)  # whatever stops the command later, the samples are kept
+        examined = [number for number, its_checks in enumerate(checks) if its_checks]
+        answers = [[text, *samples[n]] for n, (text,) in zip(examined, answer(examined, 0.0, 1), strict=True)]
+        verdicts = _run(answers, [checks[number] for number in examined])
+        lines = [line | dict.fromkeys(CHECKED) for line in lines]
+        for number, (text, *_), (greedy_passed, *passed) in zip(examined, answers, verdicts, strict=True):
+            lines[number] |= {"passed": passed, "greedy": text, "greedy_passed": greedy_passed}
+
+    if args.out is not None:
+        write_json_lines(args.out, lines)
+    else:
+        for line in to_json_lines(lines):
+            say(line.rstrip())
+    if args.run_checks:  # where the lines are printed, standard output has nothing else
+        _print_table([lines[number] for number in examined], sys.stderr if args.out is None else sys.stdout)
+
+
+def _check_flags(args: Namespace) -> None:
+    if not 1e-9 <= args.temperature < math.inf:
+        raise UserError(f"--temperature {args.temperature}: expected a number of at least 1e-9: samples must differ")
+    check_out(args.out, "--prompts", args.prompts, hint="; without --out the lines are printed")
+    check_out(args.rows, "--prompts", args.prompts, own_flag="--rows")
+    if args.out is not None and args.rows is not None and Path(args.out).resolve() == Path(args.rows).resolve():
+        raise UserError(f"--rows {args.rows}: this is the file of --out, expected another one")
+
+
+def _rewards_of(judge: Judge, questions: Sequence[Row], samples: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Return the reward of each sample, -inf for one that is too long for the judge; say how many are."""
+    encoded: list[list[int] | None] = []
+    for question, texts in zip(questions, samples, strict=True):
+        for text in texts:
+            try:
+                encoded.append(judge.encode(question, text))
+            except ValueError:
+                encoded.append(None)
+    if too_long := encoded.count(None):
+        say(f"{too_long:,} of {len(encoded):,} samples are too long for the judge and never chosen", sys.stderr)
+    scored = iter(score_rows(judge.model, [ids for ids in encoded if ids is not None], judge.batch_size))
+    rewards = iter([-math.inf if ids is None else next(scored) for ids in encoded])
+    return [[next(rewards) for _ in texts] for texts in samples]
+
+
+def _best(texts: Sequence[str], rewards: Sequence[float]) -> str | None:
+    """Return the text with the highest reward, the first of equal ones; None if the judge could read none."""
+    highest = max(rewards)
+    return None if highest == -math.inf else texts[rewards.index(highest)]
+
+
+def _run(answers: Sequence[Sequence[str]], checks: Sequence[Any]) -> list[list[bool]]:
+    """Return which answers of each row pass its checks; equal answers to a row run once."""
+    distinct = list(dict.fromkeys((number, text) for number, texts in enumerate(answers) for text in texts))
+    with progress_bar(len(distinct), "checks", "answer") as bar:
+        found = check_answers([text for _, text in distinct], [checks[number] for number, _ in distinct], bar.update)
+    passed = dict(zip(distinct, found, strict=True))
+    return [[bool(passed[number, text]) for text in texts] for number, texts in enumerate(answers)]
+
+
+# ---- the table ----
+
+
+def _print_table(lines: Sequence[dict[str, Any]], stream: TextIO) -> None:
+    """Print the pass rates of the rows that were checked, of all and by category, each with its 95% interval."""
+    groups = by_category(lines, [category_of(line) for line in lines])
+    columns = {f"{name}, {len(group):,} prompts": pass_rates(group) for name, group in groups.items()}
+    cells = {
+        column: {label: _cell(values, label) for label, values in rates.items()} for column, rates in columns.items()
+    }
+    widths = {column: max(map(len, [column, *its.values()])) + 4 for column, its in cells.items()}
+    say(f"{'pass rate':30}" + "".join(f"{column:>{width}}" for column, width in widths.items()), stream)
+    for label in next(iter(cells.values())):
+        say(f"{label:30}" + "".join(f"{its[label]:>{widths[column]}}" for column, its in cells.items()), stream)
+
+
+def pass_rates(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Return the rows of the table: for each label one number per prompt, whose mean is the rate."""
+    num_samples = len(lines[0]["samples"])
+    greedy = [float(line["greedy_passed"]) for line in lines]
+    rates = {"greedy": greedy}
+    for k in sorted({2**power for power in range(num_samples.bit_length())} | {num_samples}):
+        best = [mean_best_of(line["passed"], line["rewards"], k) for line in lines]
+        rates["mean of the samples: best of 1" if k == 1 else f"best of {k}"] = best
+    rates[f"any of {num_samples}"] = [float(any(line["passed"])) for line in lines]
+    return rates | {f"best of {num_samples}{MINUS_GREEDY}": [a - b for a, b in zip(best, greedy, strict=True)]}
+
+
+def _cell(values: Sequence[float], label: str) -> str:
+    """Return a mean and its 95% interval; prompts are independent, and both sides of a difference answer the same."""
+    mean = fmean(values)
+    if label.endswith(MINUS_GREEDY):
+        low, high = mean_interval(values)
+        return f"{mean:+.1%} ({low:+.1%} to {high:+.1%})"
+    low, high = wilson_interval(sum(values), len(values))
+    return f"{mean:.1%} ({low:.1%}-{high:.1%})"
+
+
+def _parser() -> CommandParser:
+    about = "Sample several answers to each prompt; a reward model chooses one (best of n)."
+    parser = CommandParser("minift best-of", description=about)
+    add = parser.add_argument
+    add("--model", required=True, help="a language model's folder or hub id, such as runs/sft")
+    add("--judge", required=True, help="a reward model's folder or hub id, such as runs/rm")
+    add("--prompts", required=True, help='JSON or JSONL: {"prompt": …} or {"instruction": …, "input": …}; both go '
+        "through the templates")  # fmt: skip
+    add("--samples", type=whole_number(1), default=16, help="answers to each prompt (default: %(default)s)")
+    add("--temperature", type=float, default=0.7, help="of sampling (default: %(default)s)")
+    add(
+        "--out", help="JSONL: the prompts with `samples`, their `rewards` and the `best` one (default: standard output)"
+    )
+    add("--rows", help="JSONL: the prompts with the best sample as `output`: rows to train on")
+    add("--run-checks", action="store_true", help="run the samples, and a greedy answer, against the `checks` of rows "
+        "that have some, and print how often each passes; only for rows that you trust")  # fmt: skip
+    add("--limit", type=whole_number(1), help="only that many prompts, the first ones")
+    add("--template", help="template of the language model (default: that of its training run, or course)")
+    add("--judge-template", help="template of the reward model (default: that of its training run, or dialogue)")
+    add(
+        "--max-new-tokens", type=whole_number(1), default=128, help="tokens of an answer at most (default: %(default)s)"
+    )
+    add("--batch-size", type=whole_number(1), default=64, help="answers sampled at a time (default: %(default)s)")
+    add("--seed", type=whole_number(0), default=42, help="of sampling (default: %(default)s)")
+    add_device_flags(parser, half=False)
+    return parser
