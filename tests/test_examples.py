@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,11 @@ def test_examples(module: str) -> None:
 
 def test_every_expected_module_exists() -> None:
     assert set(EXPECTED) <= set(MODULES)
+
+
+def test_the_readme_imports_what_exists() -> None:
+    imports = re.findall(r"^from (minift\S*) import (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(imports) >= 6
+    for module, names in imports:
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), (module, name)
