@@ -75,7 +75,9 @@ def main() -> None:
     # 5. The examination: which response of each held-out pair, which is two rows, gets the higher reward.
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     terminal.print_plan(train_batches, config)
-    before = run.once(lambda: score_rankings(model, eval_set.examples, 2 * config.batch_size), len(eval_set.examples))
+    score = partial(score_rankings, model, eval_set.examples, 2 * config.batch_size)
+    # The model is the untrained one here, with --resume too: `train` restores the checkpoint.
+    before = run.before_training(score, len(eval_set.examples))
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, base)
@@ -85,7 +87,7 @@ def main() -> None:
 
     # 7. What it learned.
     merge(model)  # adapters, if any: a plain model scores faster
-    after = score_rankings(model, eval_set.examples, 2 * config.batch_size)
+    after = score()
     samples = [ranking_sample(row, b, a) for row, b, a in zip(eval_set.rows, before, after, strict=True)]
     results = run.finish(compare_rewards(before, after, eval_set.categories), samples)
     terminal.print_samples(samples)

@@ -64,7 +64,8 @@ def main() -> None:
     questions = held_out_prompts(eval_set.rows, tokenizer, template, config, model.config.max_position_embeddings)
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     terminal.print_plan(train_batches, config)
-    before = run.once(lambda: sit_exam(model, tokenizer, questions, "before"), len(questions))
+    # The model is the untrained one here, with --resume too: `train` restores the checkpoint.
+    before = run.before_training(lambda: sit_exam(model, tokenizer, questions, "before"), len(questions))
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, base)

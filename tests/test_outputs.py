@@ -24,7 +24,7 @@ from minift.files.tensors import write_tensors
 from minift.files.text import atomic_write, target_of, write_text
 from minift.files.tokenizer import load_tokenizer, save_tokenizer
 from minift.files.weights import new_reward_model, save_model
-from minift.run.folder import _make_folder
+from minift.run.lock import make_folder
 from tests.runs import write_lines
 
 MODEL = Path(__file__).parents[1] / "data" / "model"
@@ -139,7 +139,7 @@ def test_a_run_refuses_it_as_its_folder(name: str, make) -> None:
     out = make(name)
     before = identity(out)
     with pytest.raises(UserError, match=f"--out {out}: .*expected a folder"):
-        _make_folder(out)
+        make_folder(out)
     assert identity(out) == before
 
 

@@ -31,7 +31,7 @@ from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model
 from minift.prompts import TEMPLATES
 from minift.run import exam, sandbox
-from minift.run.folder import _make_folder
+from minift.run.lock import make_folder
 from tests.reference import difference, logits_of, reference_logits
 from tests.runs import (
     ROOT,
@@ -254,7 +254,9 @@ def test_weights_that_overflow_in_float16(tmp_path, data, samples, message):
 
 
 def test_folders_that_are_not_a_run(tmp_path):
-    message = refused("sft", *SMALL, "--out", tmp_path / "a run", "--resume")
+    """They are refused before the model, which does not exist here, is looked for."""
+    flags = [*SMALL, "--model", tmp_path / "no model", "--out"]
+    message = refused("sft", *flags, tmp_path / "a run", "--resume")
     assert "run.json does not exist" in message
     test = message.partition("or write ")[2].removesuffix(" to resume where possible")
     for is_there in (False, True):
@@ -265,7 +267,9 @@ def test_folders_that_are_not_a_run(tmp_path):
     shutil.rmtree(tmp_path / "a run")
     assert not [*tmp_path.iterdir()]
     (tmp_path / "holiday.jpg").write_text("not ours")
-    assert "not empty and not an earlier run" in refused("sft", *SMALL, "--out", tmp_path)
+    assert "not empty and not an earlier run" in refused("sft", *flags, tmp_path)
+    for name in ("holiday.jpg", "holiday.jpg/run"):
+        assert refused("sft", *flags, tmp_path / name).startswith(f"--out {tmp_path / name}: Not a directory")
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
@@ -287,7 +291,7 @@ def test_a_run_holds_its_folder(tmp_path, data):
         fcntl.flock(lock, fcntl.LOCK_EX)  # as another process does
         before = snapshot(tmp_path)
         for more in ([], ["--resume"]):
-            message = refused("sft", *flags, "--save-every", 1, *more)
+            message = refused("sft", *flags, "--save-every", 1, "--model", tmp_path / "no model", *more)
             assert message.startswith(f"--out {out}: another process is training in it")
         assert snapshot(tmp_path) == before
     run("sft", *flags, "--resume")  # a killed process leaves the file, not the lock
@@ -322,7 +326,7 @@ def test_a_system_without_fcntl(tmp_path, data, monkeypatch):
     """As Windows: everything can be imported, and a run says that its folder is not locked."""
     modules = "import sys; sys.modules['fcntl'] = None; import train_sft, train_rm, minift.commands.winrate"
     subprocess.run([sys.executable, "-c", modules], cwd=ROOT, check=True)
-    monkeypatch.setattr("minift.run.folder.fcntl", None)
+    monkeypatch.setattr("minift.run.lock.fcntl", None)
     flags = [*SMALL, *data, "--bleu-samples", 0, "--max-steps", 1, "--out", tmp_path / "run"]
     for _ in range(2):  # the second one renames the first one's folder
         assert f"{tmp_path / 'run'} can't be locked on this system" in run("sft", *flags)
@@ -333,7 +337,7 @@ def test_a_system_without_fcntl(tmp_path, data, monkeypatch):
 def test_a_start_that_was_killed_does_not_block_the_next(tmp_path, left):
     for name in left:
         (tmp_path / name).write_text("{")
-    _make_folder(tmp_path)
+    make_folder(tmp_path)
     write_json(tmp_path / "run.json", {})
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "run.json"}
 
@@ -346,10 +350,10 @@ def test_a_full_disk_is_not_the_users_mistake(finished, data, tmp_path, monkeypa
     def full(path, *_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
-    monkeypatch.setattr("minift.run.folder._hold", full)
+    monkeypatch.setattr("minift.run.lock.hold", full)
     with pytest.raises(OSError, match="No space left"):
         run("sft", *SMALL, *data[2:], "--out", tmp_path / "run", *flags)
-    monkeypatch.setattr("minift.run.folder._hold", lambda _: None)
+    monkeypatch.setattr("minift.run.lock.hold", lambda _: None)
     monkeypatch.setattr("minift.run.checkpoint.load_file", full)
     with pytest.raises(OSError, match="No space left"):  # not "is damaged: delete it"
         run("sft", *SMALL, *data[2:], "--out", tmp_path / "run", "--resume")

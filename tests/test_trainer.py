@@ -15,9 +15,10 @@ from transformers import OPTForCausalLM, get_linear_schedule_with_warmup
 
 from minift import trainer
 from minift.batching import Loader, collate
-from minift.config import Config
+from minift.config import Config, to_dict
 from minift.encode import IGNORE_INDEX
 from minift.errors import UserError
+from minift.files.text import write_json
 from minift.files.weights import save_model
 from minift.model import OPT, set_dropout
 from minift.progress import progress_bar
@@ -65,6 +66,8 @@ def run(
     recorder = MemoryRecorder()
     if folder is not None:
         folder.mkdir(exist_ok=True)
+        record = {"task": "sft", "values": to_dict(config, "sft"), "fingerprints": {}, "template": {}}
+        write_json(folder / "run.json", record)
         recorder = Run("sft", config)
     task = Task(
         model=model,

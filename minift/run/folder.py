@@ -10,29 +10,23 @@ checkpoints/    see checkpoint.py
 """
 
 import hashlib
-import itertools
 import json
-import os
 import platform
-import re
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
 
-from minift.config import Config, flag_of, to_dict
+from minift.config import Config, to_dict
 from minift.errors import UserError
 from minift.files.hub import at_commit, commit_of, data_files
 from minift.files.pretrained import ModelFiles, find_model
 from minift.files.text import (
-    MACHINE_ERRORS,
-    check_not_pointer,
     parse_json_lines,
     read_json,
     read_text,
@@ -43,31 +37,22 @@ from minift.files.text import (
     write_json_lines,
 )
 from minift.prompts import Template
-from minift.run import checkpoint, interrupts
+from minift.run import checkpoint, interrupts, lock, resume
 from minift.run.device import pick_device, pick_dtype, weights_dtype
 from minift.run.report import write_report
+from minift.run.resume import A_RUN
 from minift.trainer import DivergedError, Progress, Task
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 PACKAGES = ("minift", "torch", "tokenizers", "safetensors", "numpy", "huggingface_hub")
-# Options that may differ on --resume: what is learned does not depend on them, or fingerprints decide.
-MAY_DIFFER = {"recipe", "out", "resume", "device", "log_every", "eval_every", "save_every", "bleu_samples"} | {
-    "run_checks", "model", "revision", "data", "eval_data", "template"}  # fmt: skip
-NEWER = {"config", "tokenizer"}  # fingerprints that runs of earlier versions lack
-A_RUN = "the folder of a run, such as runs/sft"
-LOCK = ".lock"
-LEFT_BY_A_START = {LOCK, ".run.json.unfinished"}  # one that was killed before run.json was complete
-_held: dict[Path, TextIO] = {}  # the lock files that this process holds, by folder
 
 
 class Run:
     """A run of train_sft.py or train_rm.py; a `trainer.Recorder`. Nothing in its folder is touched before `open`.
 
     A resumed run uses the commits of model and data that it began with: the hub's branches may have moved since.
+
+    Raises UserError if the folder cannot be used, or if another process trains in it; with --resume, if there is no
+    checkpoint, or if values differ.
     """
 
     def __init__(self, script: str, config: Config) -> None:
@@ -79,7 +64,18 @@ class Run:
         self.weights_dtype = weights_dtype(config)
         self.metrics: list[dict[str, Any]] = []
         self.first_step = 0  # optimiser steps done before this process
-        self._commits = _recorded_commits(self.folder, to_dict(config, script)) if config.resume else {}
+        self._values = to_dict(config, script)
+        self._earlier: dict[str, Any] = {}  # the record of the run to resume
+        self._commits: dict[str, str] = {}
+        # Before the model is loaded, which can take minutes.
+        if config.resume:
+            self._earlier = resume.read_earlier(self.folder)
+            may_differ = {"lr"} if config.origins.get("lr") == "flag" else set()
+            resume.check_values(self.folder, self._earlier, script, self._values, may_differ)
+            self._commits = resume.recorded_commits(self._earlier, self._values)
+            lock.check_free(self.folder)
+        else:
+            lock.check_folder(self.folder)
         files = {"data": config.data, "eval_data": config.eval_data}
         self.data = {name: at_commit(file, self._commits.get(name)) for name, file in files.items() if file}
 
@@ -89,32 +85,35 @@ class Run:
         return self.model_files
 
     def open(self, template: Template) -> None:
-        """Make the run's folder and write run.json; with --resume, check that it is the same run instead.
+        """Make the run's folder and write run.json; with --resume, check that data, model and template are the same.
 
-        An earlier run in the folder is kept as `<folder>-1`, or with the first free number. Raises UserError if the
-        folder holds something else or cannot be made, or if another process trains in it; with --resume, if there is no
-        checkpoint, or if values, data, model or template differ.
+        An earlier run in the folder is kept as `<folder>-1`, or with the first free number. Raises UserError like
+        `Run`, and if they are not the same.
         """
         fingerprints = {name: sha256(data_files(file)) for name, file in self.data.items()}
+        fingerprints |= self.model_files.fingerprints()
         commits = {name: commit_of(data_files(file)[0]) for name, file in self.data.items()}
         self.record = {
             "task": self.script,
-            "values": to_dict(self.config, self.script),
+            "values": self._values,
             "template": asdict(template),
             "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-            "fingerprints": fingerprints | self.model_files.fingerprints(),
+            "fingerprints": fingerprints,
             "commits": commits | {"weights": commit_of(self.model_files.own)},
         }
         if self.config.resume:
-            earlier = _check_same_run(self.folder, self.record, may_differ={"lr"} if self._has_own_lr() else set())
-            if earlier.get("lr") == self.config.lr:
-                return
-            say(f"--lr was {earlier.get('lr')}; from the last checkpoint on it is {self.config.lr}")
+            resume.check_contents(self.folder, self._earlier, fingerprints, asdict(template))
+            with lock.name_errors(f"--resume: {self.folder}", "expected a folder that can be written"):
+                lock.hold(self.folder)
+            earlier_lr = self._earlier["values"].get("lr")
+            if earlier_lr == self.config.lr:
+                return  # run.json stays as it is until `finish`
+            say(f"--lr was {earlier_lr}; from the last checkpoint on it is {self.config.lr}")
         else:
-            _make_folder(self.folder)
+            lock.make_folder(self.folder)
         write_json(self.folder / "run.json", self.record)
 
-    def once(self, exam: Callable[[], list[Any]], count: int) -> list[Any]:
+    def before_training(self, exam: Callable[[], list[Any]], count: int) -> list[Any]:
         """Return what `exam` returns for `count` rows before training; a resumed run reads it from before.json."""
         path = self.folder / "before.json"
         if self.config.resume:
@@ -188,7 +187,7 @@ class Run:
         write_json(self.folder / "run.json", self.record)
         write_report(self.folder, self.record, self.metrics, samples)
         interrupts.on_signals(interrupts.interrupt_with())
-        _release(self.folder)
+        lock.release(self.folder)
         return results
 
     def _not_the_rate(self, problem: str) -> UserError:
@@ -198,9 +197,6 @@ class Run:
         if self.config.base_dtype == "float16":
             cause = "numbers above 65,504 overflow in --base-dtype float16, expected float32 or bfloat16"
         return UserError(f"--model {self.config.model}: {problem} before training: {cause}")
-
-    def _has_own_lr(self) -> bool:
-        return self.config.origins.get("lr") == "flag"
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
@@ -246,113 +242,5 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _make_folder(folder: Path) -> None:
-    """Make a run's folder and lock it; rename the folder of an earlier run."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)  # so that new/../run is the earlier run too
-        is_run = (folder / "run.json").exists()
-        if not is_run and folder.exists() and {path.name for path in folder.iterdir()} - LEFT_BY_A_START:
-            raise UserError(f"--out {folder}: not empty and not an earlier run, expected a new folder or a run's")
-        if is_run and Path.cwd().is_relative_to(folder.resolve()):
-            raise UserError(f"--out {folder}: an earlier run, which can't be renamed, as the current folder is in "
-                            "it; expected another folder")  # fmt: skip
-        folder.mkdir(parents=True, exist_ok=True)
-        _hold(folder)
-        if is_run:
-            names = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1))
-            previous = next(name for name in names if not name.exists())
-            folder.rename(previous)
-            say(f"the earlier run is kept in {previous}")
-            folder.mkdir()
-            _hold(folder)
-            (previous / LOCK).unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno in MACHINE_ERRORS:
-            raise
-        raise UserError(f"--out {folder}: {error.strerror}, expected a folder that can be made") from None
-
-
-def _hold(folder: Path) -> None:
-    """Lock a folder until `_release` or the end of this process; raise UserError if another process holds it."""
-    if earlier := _held.pop(folder.resolve(), None):  # of an earlier run of this process
-        earlier.close()
-    if fcntl is None:
-        say(f"{folder} can't be locked on this system: do not start another run in it")
-        return
-    path = folder / LOCK
-    file = path.open("a", encoding="utf-8")
-    is_free = True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        is_free = False
-    except OSError as error:  # a file system without locks
-        say(f"{folder} can't be locked ({error.strerror}): do not start another run in it")
-    # Between opening and locking the file, the other run can have ended, or renamed the folder.
-    if not is_free or not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        file.close()
-        raise UserError(f"--out {folder}: another process is training in it: give another --out, or wait for its end")
-    _held[folder.resolve()] = file
-
-
-def _release(folder: Path) -> None:
-    """Delete the lock file, while it is still locked, and unlock the folder."""
-    if file := _held.pop(folder.resolve(), None):
-        (folder / LOCK).unlink(missing_ok=True)
-        file.close()
-
-
-def _check_same_run(folder: Path, record: dict[str, Any], may_differ: set[str]) -> dict[str, Any]:
-    """Return the values of the run in a folder, and lock it; raise UserError if it cannot be resumed as `record`."""
-    path = folder / "run.json"
-    start = "leave --resume out to start afresh"
-    if not path.exists() or checkpoint.find(folder / "checkpoints") is None:
-        missing = f"{folder} has no checkpoint to continue from" if path.exists() else f"{path} does not exist"
-        test = f"$(test -e {shlex.quote(str(folder / 'checkpoints' / checkpoint.STEPS))} && echo --resume)"
-        raise UserError(f"--resume: {missing}; {start}, or write {test} to resume where possible")
-    check_not_pointer(path)
-    try:
-        earlier = read_json(path, A_RUN)
-        parts = {part: dict(earlier[part]) for part in ("values", "fingerprints", "template")}
-    except (UserError, ValueError, KeyError, TypeError):
-        raise UserError(f"--resume: {path} is damaged; {start}") from None
-    if earlier.get("task") != record["task"]:
-        raise UserError(f"--resume: {folder} is not a run of this script: its task is {earlier.get('task')!r:.40}")
-    files = parts["fingerprints"]
-    record = record | {"fingerprints": dict.fromkeys(files) | record["fingerprints"]}
-    skipped = {"values": MAY_DIFFER | may_differ, "fingerprints": NEWER - files.keys(), "template": {"name"}}
-    for part, recorded in parts.items():
-        for name, value in record[part].items():
-            if name not in skipped[part] and recorded.get(name) != value:
-                owner = {"fingerprints": "the fingerprint of ", "template": "the template's "}
-                subject = flag_of(name) if part == "values" else owner[part] + name
-                was, now = (
-                    text if len(text) <= 64 else f"{text:.60}…" for text in map(str, (recorded.get(name), value))
-                )
-                raise UserError(f"--resume: {subject} was {was} in {folder}, and is now {now}")
-    try:
-        _hold(folder)
-    except OSError as error:
-        if error.errno in MACHINE_ERRORS:
-            raise
-        raise UserError(f"--resume: {folder}: {error.strerror}, expected a folder that can be written") from None
-    return parts["values"]
-
-
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _recorded_commits(folder: Path, values: dict[str, Any]) -> dict[str, str]:
-    """Return the recorded commits of `data`, `eval_data` and `weights`, if the flags that name them have not changed.
-
-    Return {} if run.json is missing or damaged: `open` reports that.
-    """
-    try:
-        recorded = read_json(folder / "run.json", A_RUN)
-        flags = {name: "model" if name == "weights" else name for name in recorded["commits"]}
-        same = [name for name, flag in flags.items() if recorded["values"][flag] == values[flag]]
-        commits = {name: recorded["commits"][name] for name in same}
-        return {name: commit for name, commit in commits.items() if re.fullmatch("[0-9a-f]{40}", commit or "")}
-    except (UserError, KeyError, TypeError):
-        return {}
