@@ -8,8 +8,8 @@ state is saved. There are no symbolic links: network drives and copies lack them
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def save(
     was.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
-    folder = _folder(checkpoints, progress.step)
+    folder = _step_folder(checkpoints, progress.step)
     unfinished = checkpoints / f".{folder.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -53,18 +53,19 @@ def save(
         write_json(unfinished / "progress.json", asdict(progress))
         for path in unfinished.rglob("*"):
             fsync(path)
-        best = _named(checkpoints).get("best")
-        _remove(folder)
+        best = _read_steps(checkpoints).get("best")
+        _delete(folder)
         unfinished.rename(folder)
         fsync(checkpoints)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    _name(checkpoints, {"last": folder, "best": folder if is_best else best})
+    best = folder if is_best else best
+    _write_steps(checkpoints, {"last": folder} | ({"best": best} if best else {}))
 
 
 def find(checkpoints: Path) -> Path | None:
     """Return the folder of the last checkpoint; the newest one if steps.json names none that exists."""
-    return _named(checkpoints).get("last")
+    return _read_steps(checkpoints).get("last")
 
 
 def load(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -73,31 +74,39 @@ def load(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     Delete what a killed process left. Raises UserError if there is no checkpoint, or if it is damaged or of another
     model.
     """
-    named = _named(checkpoints)
-    folder = named.get("last")
+    steps = _read_steps(checkpoints)
+    folder = steps.get("last")
     if folder is None:
         raise UserError(f"--resume: {checkpoints} has no checkpoint; leave --resume out to start afresh")
-    file = folder / "progress.json"
-    try:
+    with _damage_named(checkpoints, folder / "progress.json") as file:
         progress = _read_progress(file)
-        file = folder / "training.safetensors"
+    with _damage_named(checkpoints, folder / "training.safetensors") as file:
         check_not_pointer(file)
         tensors = load_file(file)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         _check_model(folder, trained, tensors)
         states = {name: _read_moments(name, parameter, tensors) for name, parameter in trained.items()}
-    except (ValueError, OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in MACHINE_ERRORS:
-            raise
-        earlier = [path for path in _folders(checkpoints) if path != folder]
-        way = f"delete {folder} to continue from {earlier[-1].name}" if earlier else "start afresh without --resume"
-        problem = isinstance(error, OSError) and error.strerror or error
-        raise UserError(f"--resume: {file} is damaged ({problem}); {way}") from None
     for name, parameter in trained.items():
         parameter.data.copy_(tensors[f"parameter.{name}"])
         optimizer.state[parameter] = states[name]
-    _name(checkpoints, named)
+    _write_steps(checkpoints, steps)
     return progress
+
+
+@contextmanager
+def _damage_named(checkpoints: Path, file: Path) -> Iterator[Path]:
+    """Yield a checkpoint's file; say how to continue if it turns out to be damaged."""
+    try:
+        yield file
+    except (ValueError, OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in MACHINE_ERRORS:
+            raise
+        earlier = [path for path in _all_folders(checkpoints) if path != file.parent]
+        way = (
+            f"delete {file.parent} to continue from {earlier[-1].name}" if earlier else "start afresh without --resume"
+        )
+        problem = isinstance(error, OSError) and error.strerror or error
+        raise UserError(f"--resume: {file} is damaged ({problem}); {way}") from None
 
 
 def _read_progress(path: Path) -> Progress:
@@ -108,16 +117,15 @@ def _read_progress(path: Path) -> Progress:
         raise ValueError(str(error).removeprefix(f"{path}:").strip()) from None
     if values.keys() != {field.name for field in fields(Progress)}:
         raise ValueError(f"its names are {', '.join(values) or 'missing'}")
-    progress = Progress(**values)
-    loss: Any = 0.0 if progress.best_loss is None else progress.best_loss
-    sums: Any = progress.sums
     for name in ("step", "tokens", "items"):
         if type(values[name]) is not int or values[name] < 1:
             raise ValueError(f"{name} is {values[name]!r}")
-    numbers = [progress.seconds, loss, *(sums.values() if isinstance(sums, dict) else [sums])]
-    if not all(type(number) in (int, float) for number in numbers):
+    best_loss, sums = values["best_loss"], values["sums"]
+    numbers = [values["seconds"], 0.0 if best_loss is None else best_loss]
+    numbers += sums.values() if isinstance(sums, dict) else [sums]
+    if not isinstance(sums, dict) or not all(type(number) in (int, float) for number in numbers):
         raise ValueError("seconds, best_loss and sums are not all numbers")
-    return progress
+    return Progress(**values)
 
 
 def _check_model(folder: Path, trained: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
@@ -140,39 +148,35 @@ def _read_moments(name: str, parameter: nn.Parameter, tensors: dict[str, torch.T
     return {moment: tensor.to(parameter.device) for moment, tensor in state.items()}
 
 
-def _folder(checkpoints: Path, step: int) -> Path:
+def _step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step-{step:06d}"
 
 
-def _folders(checkpoints: Path) -> list[Path]:
+def _all_folders(checkpoints: Path) -> list[Path]:
     """Return the folders of all checkpoints, oldest first."""
     found = [path for path in checkpoints.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[len("step-") :]))
 
 
-def _named(checkpoints: Path) -> dict[str, Path]:
+def _read_steps(checkpoints: Path) -> dict[str, Path]:
     """Return the folders of the last and the best checkpoint, of those that exist."""
-    steps: dict[str, Any] = {}
     try:
         steps = read_json(checkpoints / STEPS, "the steps of the checkpoints")
     except UserError:
-        for name in NAMES:  # links in earlier versions, and folders in a copy that resolved them
-            with suppress(UserError, KeyError):
-                steps[name] = read_json(checkpoints / name / "progress.json", "how far a run is")["step"]
-    folders = {name: _folder(checkpoints, steps[name]) for name in NAMES if type(steps.get(name)) is int}
-    named = {name: folder for name, folder in folders.items() if folder.is_dir()}
-    found = _folders(checkpoints) or [checkpoints / "last"]
-    return named if "last" in named or not found[-1].is_dir() else named | {"last": found[-1]}
+        steps = _read_links(checkpoints)
+    folders = {name: _step_folder(checkpoints, steps[name]) for name in NAMES if type(steps.get(name)) is int}
+    existing = {name: folder for name, folder in folders.items() if folder.is_dir()}
+    newest = [checkpoints / "last", *_all_folders(checkpoints)][-1]
+    return {"last": newest} | existing if newest.is_dir() else existing
 
 
-def _name(checkpoints: Path, named: Mapping[str, Path | None]) -> None:
+def _write_steps(checkpoints: Path, named: Mapping[str, Path]) -> None:
     """Write steps.json; delete the checkpoints that are not in `named`, and what earlier deletions or versions left."""
-    wanted = {name: folder for name, folder in named.items() if folder}
-    if checkpoints / "last" in wanted.values():
+    if checkpoints / "last" in named.values():
         return  # a copy that has only this folder; the next checkpoint replaces it
-    write_json(checkpoints / STEPS, {name: int(folder.name[len("step-") :]) for name, folder in wanted.items()})
-    for folder in set(_folders(checkpoints)) - set(wanted.values()):
-        _remove(folder)
+    write_json(checkpoints / STEPS, {name: int(folder.name[len("step-") :]) for name, folder in named.items()})
+    for folder in set(_all_folders(checkpoints)) - set(named.values()):
+        _delete(folder)
     for path in [*checkpoints.glob(".step-*"), *checkpoints.glob(".*.new"), *(checkpoints / name for name in NAMES)]:
         if path.is_symlink() or path.is_file():  # a file: how some programs copy a link
             path.unlink()
@@ -180,7 +184,16 @@ def _name(checkpoints: Path, named: Mapping[str, Path | None]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
+def _read_links(checkpoints: Path) -> dict[str, Any]:
+    """Return the steps by the links of earlier versions, `last` and `best`; a copy can have made folders of them."""
+    steps: dict[str, Any] = {}
+    for name in NAMES:
+        with suppress(UserError, KeyError):
+            steps[name] = read_json(checkpoints / name / "progress.json", "how far a run is")["step"]
+    return steps
+
+
+def _delete(folder: Path) -> None:
     """Delete a checkpoint, if it exists. It is renamed first: half of one must not look like a whole one."""
     if folder.is_dir():
         removed = folder.with_name(f".{folder.name}.removed")
