@@ -81,7 +81,7 @@ def main() -> None:
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, base)
-    unit = "prompts" if any(ranking.best_only for ranking in rankings) else "pairs"
+    unit = "prompts" if any(ranking.best_only for ranking in rankings) else f"{train_set.noun}s"
     train(Task(model, loss, train_batches, eval_batches, write_model, unit=unit, dtype=run.dtype), config, run)
     write_model(run.folder)
 

@@ -45,7 +45,8 @@ def encode_rankings(
 
     Raises UserError if every row is dropped, a row cannot be encoded, or a margin is not a number.
     """
-    encoded: Encoded[Ranking] = Encoded(source, "pair", len(rows))
+    are_pairs = all(len(responses_of(row)) == 2 for row in rows)
+    encoded: Encoded[Ranking] = Encoded(source, "pair" if are_pairs else "ranking", len(rows))
     for index, row in enumerate(rows):
         location = location_of(row, index)
         responses, question = responses_of(row), question_of(row)

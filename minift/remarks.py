@@ -28,7 +28,7 @@ class Encoded(Generic[Item]):
     """
 
     source: str
-    noun: Literal["row", "pair"]
+    noun: Literal["row", "pair", "ranking"]
     num_rows: int  # before any was dropped
     examples: list[Item] = field(default_factory=list)
     rows: list[Mapping[str, Any]] = field(default_factory=list)  # those that were kept

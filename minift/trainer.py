@@ -38,7 +38,7 @@ class Task(NamedTuple):
     train_batches: Loader
     eval_batches: Loader
     write_model: Callable[[Path], None]  # writes the model into a folder, as other libraries read it
-    unit: str  # the item that the loss counts: "supervised_tokens", "pairs" or "prompts"
+    unit: str  # the item that the loss counts: "supervised_tokens", "pairs", "prompts" or "rankings"
     dtype: torch.dtype = torch.float32  # of the forward pass: bfloat16 means autocast
 
 

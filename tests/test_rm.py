@@ -279,7 +279,7 @@ def test_a_ranking_is_all_its_pairs_and_counts_once(given):
     rewards = task.model.eval()(batch.input_ids, batch.positions, batch.rows)
     pairs = [rewards[0] - rewards[1], rewards[0] - rewards[2], rewards[1] - rewards[2]]
     loss, count, metrics = task.loss(batch)
-    assert count == 1
+    assert (count, task.unit) == (1, "rankings")
     assert loss.item() == pytest.approx(sum(-F.logsigmoid(pair).item() for pair in pairs) / 3, abs=1e-5)
     assert metrics["accuracy"].item() == pytest.approx(sum(pair.item() > 0 for pair in pairs) / 3)
     assert metrics["margin"].item() == pytest.approx(sum(pair.item() for pair in pairs) / 3, abs=1e-5)
@@ -383,11 +383,11 @@ def test_pairs_that_cannot_be_learned_from_are_dropped_and_named(tokenizer):
     assert [len(ranking.responses) for ranking in encoded.examples] == [2, 2, 3]
     first, *rest = encoded.summary.split("\n")
     tokens = sum(len(ids) for ranking in encoded.examples for ids in ranking.responses)
-    assert first == f"rows.jsonl: 3 of 7 pairs kept, {tokens} tokens"
+    assert first == f"rows.jsonl: 3 of 7 rankings kept, {tokens} tokens"
     assert [line.strip() for line in rest] == [
-        "2 pairs dropped: its sides are equal (row 2, row 6)",
-        "2 pairs dropped: a side is longer than 64 tokens (row 3, row 4)",
-        "1 pair with an empty response: its reward is that of the end token alone (row 5)",
+        "2 rankings dropped: its sides are equal (row 2, row 6)",
+        "2 rankings dropped: a side is longer than 64 tokens (row 3, row 4)",
+        "1 ranking with an empty response: its reward is that of the end token alone (row 5)",
     ]
 
 

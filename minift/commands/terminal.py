@@ -118,7 +118,7 @@ def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer
     for number, ranking in enumerate(rankings[:SHOWN], start=1):
         shared = len(commonprefix(ranking.responses))
         prefix = tokenizer.decode(ranking.responses[0][:shared], skip_special_tokens=False)
-        noun = "prompt" if ranking.best_only else "pair"
+        noun = "prompt" if ranking.best_only else "pair" if len(ranking.responses) == 2 else "ranking"
         print_text(f"{noun} {number} of {len(rankings):,}: {shared} tokens that all responses share", prefix)
         names = name_responses(len(ranking.responses), best_only=ranking.best_only)
         for name, ids in zip(names, ranking.responses, strict=True):

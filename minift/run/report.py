@@ -9,7 +9,7 @@ from minift.errors import UserError
 from minift.files.text import write_text
 from minift.run.charts import LARGEST, Curve, chart, smoothed
 
-NOT_CURVES = {"step", "split", "tokens", "supervised_tokens", "pairs", "prompts", "seconds"}
+NOT_CURVES = {"step", "split", "tokens", "supervised_tokens", "pairs", "prompts", "rankings", "seconds"}
 FIRST_CURVES = ["loss", "lm_loss", "lr", "grad_norm"]
 OPEN_SAMPLES = 8  # the others are folded away
 
