@@ -310,6 +310,8 @@ def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, mon
         asked.append([tokenizer.decode(ids) for ids in prompts])
         return [[tokenizer.encode("B")[1:]] for _ in prompts]
 
+    load, loaded = winrate.load_language_model, []
+    monkeypatch.setattr(winrate, "load_language_model", lambda *given, **more: loaded.append(1) or load(*given, **more))
     monkeypatch.setattr(generate, "generate", record)
     model = saved(OPT, tmp_path / "a", 1, tokenizer)
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Add."}, {"instruction": "Add.", "input": "1"}])
@@ -317,6 +319,7 @@ def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, mon
     winrate.main([*map(str, flags)])
     plain = "### Instruction:\nAdd.\n\n### Response:\n"
     assert asked == [[plain, "### Instruction:\nAdd.\n\n### Input:\n1\n\n### Response:\n"]] * 2
+    assert len(loaded) == 2  # each once
     # Of a row that fits both schemas, the field that generate and train_sft.py use.
     asked.clear()
     write_lines(prompts, [{"instruction": "Add.", "prompt": None}, {"instruction": "A", "prompt": "Add."}])
@@ -325,6 +328,13 @@ def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, mon
     asked.clear()
     winrate.main([*map(str, flags), "--template", "none", "--limit", "1"])
     assert asked == [["Add."]] * 2
+
+    # A remark about a prompt is printed once for each model.
+    write_lines(prompts, [{"prompt": plain}])
+    capsys.readouterr()
+    winrate.main([*map(str, flags)])
+    assert capsys.readouterr().err.count("a second time") == 2
+    write_lines(prompts, [{"prompt": "Add."}])
 
     # Each model gets the template that it was trained with, if that is beside it.
     asked.clear()

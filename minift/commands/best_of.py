@@ -46,7 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **placement)
     questions = questions_of(rows, judge, args.prompts)
     model = load_language_model(args.model, template=args.template, **placement)
-    prompts = encode_prompts(model, questions, args.prompts, args.max_new_tokens)
+    max_positions = model.model.config.max_position_embeddings
+    prompts = encode_prompts(
+        questions, model.tokenizer, model.template, max_positions, args.max_new_tokens, args.prompts
+    )
 
     def answer(numbers: Sequence[int], temperature: float, num_samples: int) -> list[list[str]]:
         """Return answers to the prompts with these numbers."""

@@ -19,9 +19,10 @@ from minift.files.pretrained import LanguageModel, load_language_model
 from minift.files.text import say, to_json_lines, write_json_lines
 from minift.generate import Completions, Options, check_prompt, generate
 from minift.progress import progress_bar
-from minift.prompts import TEMPLATES, blanks_of
+from minift.prompts import TEMPLATES, Template, blanks_of
 from minift.remarks import Encoded, wraps_again
 from minift.run.device import pick_device
+from minift.tokenizer import Tokenizer
 
 # Fields of `Options` that are flags of the same type and default, and what --help says of each.
 FLAGS = {
@@ -48,11 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
     check_added(rows, ("completion", "token_ids", *(("sample",) if options.num_samples > 1 else ())), args.prompts)
     dtype, device = getattr(torch, args.dtype), pick_device(args.device)
     language_model = load_language_model(args.model, template=args.template, dtype=dtype, device=device)
-    prompts = encode_prompts(language_model, rows, args.prompts, options.max_new_tokens)
-    options = replace(options, eos_token_id=language_model.tokenizer.eos_token_id)
+    model, tokenizer, template = language_model
+    max_positions = model.config.max_position_embeddings
+    prompts = encode_prompts(rows, tokenizer, template, max_positions, options.max_new_tokens, args.prompts)
+    options = replace(options, eos_token_id=tokenizer.eos_token_id)
     try:
         # Before the progress bar, which no message should follow.
-        check_beams(options.num_beams, language_model.model.config.vocab_size)
+        check_beams(options.num_beams, model.config.vocab_size)
         completions = complete(language_model, prompts, options, "completions")
     except ValueError as error:
         raise _name_flag(error) from None
@@ -65,13 +68,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def encode_prompts(
-    language_model: LanguageModel, rows: Sequence[Row], source: str, max_new_tokens: int
+    rows: Sequence[Row], tokenizer: Tokenizer, template: Template, max_positions: int, max_new_tokens: int, source: str
 ) -> list[list[int]]:
     """Return each row's prompt as ids, and print remarks on stderr; `source` is what messages call the rows.
 
     Raises UserError for a prompt that cannot be encoded or leaves no room for the new tokens.
     """
-    model, tokenizer, template = language_model
     prompts: list[list[int]] = []
     seen: Encoded[list[int]] = Encoded(source, "row", len(rows))
     for row in rows:
@@ -79,7 +81,7 @@ def encode_prompts(
             if remark := wraps_again(row, template):
                 seen.remark(remark, row.location)
             prompts.append(encode_prompt(row, tokenizer, template))
-            check_prompt(prompts[-1], "the prompt", max_new_tokens, model.config.max_position_embeddings)
+            check_prompt(prompts[-1], "the prompt", max_new_tokens, max_positions)
         except (ValueError, UserError) as error:
             raise UserError(f"{source}: {row.location}: {error}") from None
     terminal.print_remarks(seen, sys.stderr)

@@ -11,7 +11,7 @@ from minift.commands.cli import CommandParser, add_device_flags, check_out, whol
 from minift.commands.generate import complete, encode_prompts, texts_of
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
-from minift.files.pretrained import LanguageModel, find_model, load_judge, load_language_model
+from minift.files.pretrained import find_model, load_for_prompts, load_judge, load_language_model
 from minift.files.text import say, to_json, write_json_lines
 from minift.generate import Options
 from minift.prompts import question_of
@@ -33,12 +33,12 @@ def main(arguments: list[str] | None = None) -> None:
     judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **placement)
     questions = questions_of(rows, judge, args.prompts)
     models = {"a": find_model(args.model_a), "b": find_model(args.model_b)}
+    prompts = {}
+    for side, files in models.items():  # both are checked before either answers
+        tokenizer, template, max_positions = load_for_prompts(files, template=args.template)
+        source = f"{args.prompts}: --model-{side}"
+        prompts[side] = encode_prompts(questions, tokenizer, template, max_positions, args.max_new_tokens, source)
     columns: dict[str, list[Any]] = {}
-
-    def load(side: str) -> tuple[LanguageModel, list[list[int]]]:
-        """Return one model and its prompts; its memory is free before the next one is loaded."""
-        model = load_language_model(models[side], template=args.template, **placement)
-        return model, encode_prompts(model, questions, f"{args.prompts}: --model-{side}", args.max_new_tokens)
 
     def add(name: str, values: list[Any]) -> None:
         """Add a column and write all so far: whatever stops the command later, the answers are kept."""
@@ -47,25 +47,23 @@ def main(arguments: list[str] | None = None) -> None:
             added = (dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True))
             write_json_lines(args.out, (row | its for row, its in zip(rows, added, strict=True)))
 
-    prompts = {side: load(side)[1] for side in models}  # both are checked before either answers
-    for side in models:
-        model, _ = load(side)
+    for side, files in models.items():
+        model = load_language_model(files, template=args.template, **placement)
         options = Options(args.max_new_tokens, eos_token_id=model.tokenizer.eos_token_id, batch_size=args.batch_size)
         completions = complete(model, prompts[side], options, f"--model-{side}")
         add(f"answer_{side}", [text for (text,) in texts_of(questions, completions, model)])
-        del model
+        del model  # its memory is free before the next one is loaded
 
     encoded = _encode_pairs(judge, questions, columns)
-    judged = [*encoded]
+    judged = [both for both in encoded if both is not None]
     if not judged:
         raise UserError(f"--judge {args.judge}: it can read no pair of answers; ask for fewer --max-new-tokens")
-    scores = score_rows(judge.model, [ids for both in encoded.values() for ids in both], judge.batch_size)
-    scores_a, scores_b = scores[::2], scores[1::2]
-    for side, found_scores in zip(models, (scores_a, scores_b), strict=True):
-        score_of = dict(zip(judged, found_scores, strict=True))
-        add(f"score_{side}", [score_of.get(number) for number in range(len(rows))])  # None: left out
+    scores = score_rows(judge.model, [ids for both in judged for ids in both], judge.batch_size)
+    for side, scores_of_side in zip(models, (scores[::2], scores[1::2]), strict=True):
+        found = iter(scores_of_side)
+        add(f"score_{side}", [None if both is None else next(found) for both in encoded])
 
-    _print_wins(args, scores_a, scores_b, len(rows))
+    _print_wins(args, scores[::2], scores[1::2], len(rows))
 
 
 def questions_of(rows: Sequence[Row], judge: Judge, source: str) -> list[Row]:
@@ -108,13 +106,14 @@ def _print_wins(args: Namespace, scores_a: list[float], scores_b: list[float], n
     )
 
 
-def _encode_pairs(judge: Judge, rows: Sequence[Row], columns: dict[str, list[Any]]) -> dict[int, list[list[int]]]:
-    """Return the ids of both answers by the row's number; leave out and name rows with one too long for the judge."""
-    encoded, left_out = dict[int, list[list[int]]](), list[str]()
-    for number, (row, *both) in enumerate(zip(rows, columns["answer_a"], columns["answer_b"], strict=True)):
+def _encode_pairs(judge: Judge, rows: Sequence[Row], columns: dict[str, list[Any]]) -> list[list[list[int]] | None]:
+    """Return the ids of both answers to each row; None, and a message, where one is too long for the judge."""
+    encoded, left_out = list[list[list[int]] | None](), list[str]()
+    for row, *both in zip(rows, columns["answer_a"], columns["answer_b"], strict=True):
         try:
-            encoded[number] = [judge.encode(row, text) for text in both]
+            encoded.append([judge.encode(row, text) for text in both])
         except ValueError as error:
+            encoded.append(None)
             left_out.append(f"{row.location} ({error})")
     if left_out:
         named = name_first(left_out)

@@ -99,6 +99,16 @@ def load_language_model(
     return LanguageModel(loaded.to(device), tokenizer, own_template)
 
 
+def load_for_prompts(files: ModelFiles, *, template: str | None = None) -> tuple[Tokenizer, Template, int]:
+    """Return a language model's tokenizer, its template and its number of positions; its weights are not read.
+
+    Raises UserError like `load_language_model`.
+    """
+    config, tokenizer = weights.read_language_config(files.folder), load_tokenizer(files.tokenizer_folder)
+    check_fits(tokenizer, config.vocab_size, files.name)
+    return tokenizer, template_of(template, files.own, "course"), config.max_position_embeddings
+
+
 def load_for_sft(files: ModelFiles, *, dtype: torch.dtype = torch.float32) -> tuple[OPT, Tokenizer]:
     """Load a language model to train, and its tokenizer; adapters are merged. Raises like `load_language_model`."""
     return _load(files, weights.load_model, dtype)

@@ -98,15 +98,20 @@ def fetch_weights(name: str, revision: str | None = None) -> None:
     fetch(repository, names)
 
 
+def read_language_config(folder: str | Path) -> OPTConfig:
+    """Return a language model's config. Raises UserError for a reward model's, and like `read_config`."""
+    config, architecture = read_config(folder)
+    if architecture == REWARD_ARCHITECTURE:
+        raise UserError(f"{Path(folder, 'config.json')}: this is a reward model, expected a language model")
+    return config
+
+
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> OPT:
     """Return a folder's language model on the CPU, in `dtype` (the hub's are stored in fp16).
 
     Raises UserError if a file is absent or damaged, if it is a reward model, and like `read_state`.
     """
-    config, architecture = read_config(folder)
-    if architecture == REWARD_ARCHITECTURE:
-        raise UserError(f"{Path(folder, 'config.json')}: this is a reward model, expected a language model")
-    return _load(OPT, config, folder, dtype, fresh={})
+    return _load(OPT, read_language_config(folder), folder, dtype, fresh={})
 
 
 def load_reward_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> RewardModel:
