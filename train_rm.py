@@ -90,7 +90,7 @@ def main() -> None:
     after = score()
     samples = [ranking_sample(row, b, a) for row, b, a in zip(eval_set.rows, before, after, strict=True)]
     results = run.finish(compare_rewards(before, after, eval_set.categories), samples)
-    terminal.print_samples(samples)
+    terminal.print_rewards(samples)
     terminal.print_results(results, run.folder)
     terminal.print_best_of(run.folder, config.recipe)
 

@@ -78,7 +78,7 @@ def main() -> None:
     after = sit_exam(model, tokenizer, questions, "after")
     samples = [question.sample(b, a) for question, b, a in zip(questions, before, after, strict=True)]
     results = run.finish(compare_answers(questions, before, after), samples)
-    terminal.print_samples(samples)
+    terminal.print_answers(samples)
     terminal.print_results(results, run.folder, samples)
 
 

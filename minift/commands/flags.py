@@ -55,7 +55,7 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
     if given.get("eval_fraction") and "eval_data" in given:
         raise UserError("--eval-fraction: --eval-data already holds the evaluation rows, give one of the two")
     config = _resolve(script, given)
-    _check_together(to_dict(config, script))
+    _check_together(config)
     return config
 
 
@@ -133,15 +133,15 @@ def _shipped(name: str | None) -> str | None:
     return name if path.exists() and path.resolve() == Path(name).resolve() else str(path)
 
 
-def _check_together(values: dict[str, Any]) -> None:
-    base_dtype = values["base_dtype"]
-    if base_dtype != "float32" and not values["lora_rank"]:
+def _check_together(config: Config) -> None:
+    base_dtype = config.base_dtype
+    if base_dtype != "float32" and not config.lora_rank:
         raise UserError(f"--base-dtype {base_dtype}: only frozen weights can be in half precision: give --lora-rank")
-    if base_dtype != "float32" and values["dtype"] != "auto":
+    if base_dtype != "float32" and config.dtype != "auto":
         raise UserError(f"--base-dtype {base_dtype}: it also sets the dtype of the forward pass, so omit --dtype")
-    if values.get("shuffle_labels") and values["group_prompts"]:
+    if config.shuffle_labels and config.group_prompts:
         raise UserError("--group-prompts: with --shuffle-labels there is no chosen response to group by")
-    if values.get("run_checks"):
+    if config.run_checks:
         sandbox.check_available()
 
 

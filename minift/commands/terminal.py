@@ -128,14 +128,17 @@ def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer
 # ---- results ----
 
 
-def print_samples(samples: Sequence[dict[str, Any]]) -> None:
-    """Print the first samples of a run: prompt, answers and reference, or responses and their rewards."""
+def print_answers(samples: Sequence[dict[str, Any]]) -> None:
+    """Print the first samples of a language model: prompt, answers and reference."""
     for sample in samples[:SHOWN]:
-        if "rewards_after" not in sample:
-            marks = {exam: PASSED[passed] for exam, passed in sample.get("passed", {}).items()}
-            for part in ("prompt", "before", "after", "reference"):
-                print_text(part + marks.get(part, ""), sample[part])
-            continue
+        marks = {exam: PASSED[passed] for exam, passed in sample.get("passed", {}).items()}
+        for part in ("prompt", "before", "after", "reference"):
+            print_text(part + marks.get(part, ""), sample[part])
+
+
+def print_rewards(samples: Sequence[dict[str, Any]]) -> None:
+    """Print the first samples of a reward model: prompt, responses and their rewards."""
+    for sample in samples[:SHOWN]:
         print_text("prompt", sample.get("prompt", "(in the responses)"))
         names = name_responses(len(sample["rewards_after"]))
         for name, before, after in zip(names, sample["rewards_before"], sample["rewards_after"], strict=True):

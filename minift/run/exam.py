@@ -77,7 +77,7 @@ def sit_exam(model: OPT, tokenizer: Tokenizer, questions: Sequence[Question], de
 
 
 def complete_greedily(model: OPT, tokenizer: Tokenizer, questions: Sequence[Question], description: str) -> list[str]:
-    """Return the model's greedy answers, each at most as long as the longest reference and its prompt leave room."""
+    """Return the model's greedy answers, cut at the longest reference's length and at the model's positions."""
     if not questions:
         return []
     prompts, max_positions = [question.prompt_ids for question in questions], model.config.max_position_embeddings

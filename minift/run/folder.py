@@ -161,13 +161,8 @@ class Run:
             try:
                 yield received
             except DivergedError as error:
-                if error.steps == self.first_step:  # the learning rate has not been used yet
-                    raise self._not_the_rate(error.problem) from None
-                if checkpoint.find(self.folder / "checkpoints") is None:
-                    raise
-                lower = interrupts.command("--resume", "--lr", f"{self.config.lr / 10:g}")
-                raise UserError(f"{error}, from the last checkpoint on: {lower}") from None
-        handler = interrupts.interrupt_with(f"; all steps are saved, continue with: {interrupts.command('--resume')}")
+                raise self._explain(error) from None
+        handler = interrupts.interrupt_with(f"; all steps are saved, continue with: {resume.command()}")
         for number in received[:1]:
             handler(number, None)
         interrupts.on_signals(handler)
@@ -190,7 +185,14 @@ class Run:
         lock.release(self.folder)
         return results
 
-    def _not_the_rate(self, problem: str) -> UserError:
+    def _explain(self, error: DivergedError) -> UserError:
+        """Return the error with its cause, if that is not the learning rate, or with the way to continue."""
+        if error.steps > self.first_step:
+            if checkpoint.find(self.folder / "checkpoints") is None:
+                return error
+            lower = resume.command("--lr", f"{self.config.lr / 10:g}")
+            return UserError(f"{error}, from the last checkpoint on: {lower}")
+        problem = error.problem  # before this process used its learning rate
         if self.config.resume:
             return UserError(f"--resume: {problem} at the checkpoint: start afresh, at a lower --lr")
         cause = "its weights are damaged"

@@ -1,9 +1,7 @@
 """Ctrl-C (SIGINT) and SIGTERM: one line and an exit status; a training run finishes its step first."""
 
 import os
-import shlex
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,11 +33,6 @@ def interrupt_with(hint: str = "") -> Handler:
         raise KeyboardInterrupt(number, NAMES[signal.Signals(number)] + hint)
 
     return handler
-
-
-def command(*flags: str) -> str:
-    """Return this process's command line with more flags, ready for a shell. Of a flag given twice the last counts."""
-    return shlex.join([sys.orig_argv[0], *(word for word in sys.argv if word != "--resume"), *flags])
 
 
 @contextmanager

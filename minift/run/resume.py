@@ -1,10 +1,11 @@
-"""Comparison of a run with the one that it resumes.
+"""Comparison of a run with the one that it resumes, and the command that resumes one.
 
 `read_earlier` and `check_values` run before the model is loaded, `check_contents` when model and data have been read.
 """
 
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ def recorded_commits(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> d
     same = [name for name, flag in flags.items() if earlier["values"].get(flag) == values[flag]]
     found = {name: str(commits.get(name)) for name in same} if isinstance(commits, dict) else {}
     return {name: commit for name, commit in found.items() if re.fullmatch("[0-9a-f]{40}", commit)}
+
+
+def command(*flags: str) -> str:
+    """Return this process's command line with --resume and more flags. Of a flag given twice the last counts."""
+    return shlex.join([sys.orig_argv[0], *(word for word in sys.argv if word != "--resume"), "--resume", *flags])
 
 
 def _check_equal(folder: Path, subject: str, earlier: object, now: object) -> None:
