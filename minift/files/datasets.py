@@ -15,8 +15,8 @@ from minift.files.hub import DATA_SUFFIXES, data_files
 from minift.files.text import check_not_pointer, parse_json, parse_json_lines, read_text
 from minift.prompts import question_fields
 
-# A schema's required fields, each a string. A row's schema is the first whose fields it all has, except that of
-# "instruction" and "prompt" `prompts.question_fields` picks the one that is used. A null field counts as absent.
+# A schema's required fields, each a string. A row's schema is the first one whose fields are all present. If both
+# "instruction" and "prompt" are, `prompts.question_fields` chooses. A null field counts as absent.
 TRAINING_SCHEMAS = {"instruction": ("instruction", "output"), "prompt": ("prompt", "completion"), "text": ("text",)}
 PROMPT_SCHEMAS = {"instruction": ("instruction",), "prompt": ("prompt",)}
 # A question is optional: in whole dialogues (hh-rlhf) it is the shared beginning. "responses": strings, best first.
@@ -171,28 +171,41 @@ def _check_row(row: object, schemas: Mapping[str, tuple[str, ...]], where: str) 
     if not isinstance(row, dict):
         raise UserError(f"{where}: {json.dumps(row):.40}, expected an object with the fields of a row")
     question = question_fields(row)
+    schema = _schema_of(row, schemas, question, where)
+    fields = dict.fromkeys((*schemas[schema], *question))
+    texts = [text for field in fields for text in _texts_in(row, field, where)]
+    if schema in PAIR_SCHEMAS and not question:  # whole dialogues, which have their question in them
+        for field in ALIASES["prompt"]:
+            text = row.get(field)
+            if isinstance(text, str) and not all(text.strip() in side for side in texts):
+                raise UserError(f"{where}: '{field}' is not read: rename it to 'prompt', or remove it")
+    return schema
+
+
+def _schema_of(
+    row: Mapping[str, Any], schemas: Mapping[str, tuple[str, ...]], question: tuple[str, ...], where: str
+) -> str:
+    """Return the first schema whose fields the row has, without the question that is passed over."""
     begun = [name for name, fields in schemas.items() if any(field in row for field in fields)]
     # A "text" beside an "instruction" is a rendered copy: it does not make up for a missing "output".
     complete = [name for name in begun if name != "text" and all(field in row for field in schemas[name])]
     if not complete and begun != ["text"]:
         raise UserError(f"{where}: {_missing(row, schemas, begun)}")
-    unused = {"instruction", "prompt"} - {*question}
-    schema = next((name for name in complete if not unused & {*schemas[name]}), "text")
-    texts: list[str] = []
-    for field in dict.fromkeys((*schemas[schema], *question)):
-        value = row.get(field, "")
-        if field == "responses" and not (isinstance(value, list) and len(value) >= 2):
-            raise UserError(f"{where}: field 'responses', expected a list of two or more strings, best first")
-        for text in value if field == "responses" else [value]:
-            if not isinstance(text, str):
-                raise UserError(f"{where}: field '{field}' is {json.dumps(text):.40}, expected a string")
-            _check_unicode(field, text, where)
-            texts.append(text)
-    for field in ALIASES["prompt"] if schema in PAIR_SCHEMAS and not question else ():
-        text = row.get(field)
-        if isinstance(text, str) and not all(text.strip() in side for side in texts):
-            raise UserError(f"{where}: '{field}' is not read: rename it to 'prompt', or remove it")
-    return schema
+    passed_over = {"instruction", "prompt"} - {*question}
+    return next((name for name in complete if not passed_over & {*schemas[name]}), "text")
+
+
+def _texts_in(row: Mapping[str, Any], field: str, where: str) -> list[str]:
+    """Return the text of a field, or the list of texts in "responses"; UserError if it holds anything else."""
+    value = row.get(field, "")
+    if field == "responses" and not (isinstance(value, list) and len(value) >= 2):
+        raise UserError(f"{where}: field 'responses', expected a list of two or more strings, best first")
+    texts = value if field == "responses" else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise UserError(f"{where}: field '{field}' is {json.dumps(text):.40}, expected a string")
+        _check_unicode(field, text, where)
+    return texts
 
 
 def _missing(row: Mapping[str, Any], schemas: Mapping[str, tuple[str, ...]], begun: Sequence[str]) -> str:

@@ -148,6 +148,10 @@ def fetch(repository: Repository, files: Iterable[str]) -> list[Path]:
 
 
 def _files_of_split(repository: Repository, split: str | None) -> list[str]:
+    """Return the files of a split by their paths, or all files if no path names a split. Raises like `data_files`.
+
+    `data/train-00000-of-00002.parquet` is a shard of the stem `data/train` and, by the word in it, of the split train.
+    """
     elsewhere = "" if repository.revision == CONVERTED else f"try {repository.name}@{CONVERTED}, or "
     names = [name for name in repository.files if name.endswith(DATA_SUFFIXES) and not WITHOUT_ROWS.search(name)]
     if not names:
@@ -155,8 +159,7 @@ def _files_of_split(repository: Repository, split: str | None) -> list[str]:
             f"{repository}: no {', '.join(DATA_SUFFIXES[:3])} file in it: {elsewhere}convert one, and name the file"
         )
     stems = {name: SHARD.sub("", name) for name in names}
-    words = {name: reversed(re.split("[^a-z]+", name.lower())) for name in names}
-    splits = {name: next((SPLITS[word] for word in words[name] if word in SPLITS), "") for name in names}
+    splits = {name: _split_of(name) for name in names}
     known = sorted(set(splits.values()) - {""})
     files = [name for name in names if split in (stems[name], re.sub(r"\.\w+(\.gz)?$", "", name))]
     if not files and not known and split in (None, "train"):
@@ -176,6 +179,12 @@ def _files_of_split(repository: Repository, split: str | None) -> list[str]:
         formats = f"files of several formats ({', '.join(files[:5])})"
         raise UserError(f"{repository}: {formats}: {elsewhere}download and name one")
     return files
+
+
+def _split_of(path: str) -> str:
+    """Return the split that the last such word in a path names, or ""."""
+    words = reversed(re.split("[^a-z]+", path.lower()))
+    return next((SPLITS[word] for word in words if word in SPLITS), "")
 
 
 @contextmanager
