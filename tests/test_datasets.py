@@ -95,7 +95,7 @@ WRONG = [
     ("d.json", '[{"text": "\\udc00"}]', "d.json: row 1: field 'text' has a lone surrogate at character 1", "Unicode"),
     ("d.jsonl", '{"text": "a", "score": NaN}', "d.jsonl:1:24: malformed JSON: NaN", "expected an array"),
     ("d.jsonl", GOOD + "\n[]", "d.jsonl:2: [], expected an object", ""),
-    ("d.jsonl", "[" * 100_000, "d.jsonl: malformed JSON", "recursion"),
+    ("d.jsonl", "[" * 100_000, "d.jsonl: malformed JSON", "nested too deeply"),
     ("d.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', "d.jsonl:2: not UTF-8", "0xe9"),
     ("d.jsonl", "", "d.jsonl: no rows", ""),
     ("d.json", "[]", "d.json: no rows", ""),
