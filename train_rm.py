@@ -76,7 +76,6 @@ def main() -> None:
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     terminal.print_plan(train_batches, config)
     score = partial(score_rankings, model, eval_set.examples, 2 * config.batch_size)
-    # The model is the untrained one here, with --resume too: `train` restores the checkpoint.
     before = run.before_training(score, len(eval_set.examples))
 
     # 6. Train.

@@ -40,13 +40,9 @@ def main() -> None:
     # 3. Text becomes ids and labels: the completion and its end token are supervised, the prompt is not.
     template = load_template(config.template)
     encode = partial(
-        encode_rows,
-        tokenizer=tokenizer,
-        template=template,
-        max_length=max_length_for(config, model),
-        response_template=config.response_template,
-        supervise=config.supervise,
-    )
+        encode_rows, tokenizer=tokenizer, template=template, max_length=max_length_for(config, model),
+        response_template=config.response_template, supervise=config.supervise,
+    )  # fmt: skip
     train_set, eval_set = (encode(split.rows, source=split.source) for split in (train_split, eval_split))
     terminal.print_summaries(train_set, eval_set)
     terminal.show_labels(train_set.examples, tokenizer)
@@ -64,7 +60,6 @@ def main() -> None:
     questions = held_out_prompts(eval_set.rows, tokenizer, template, config, model.config.max_position_embeddings)
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     terminal.print_plan(train_batches, config)
-    # The model is the untrained one here, with --resume too: `train` restores the checkpoint.
     before = run.before_training(lambda: sit_exam(model, tokenizer, questions, "before"), len(questions))
 
     # 6. Train.

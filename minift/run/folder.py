@@ -114,7 +114,10 @@ class Run:
         write_json(self.folder / "run.json", self.record)
 
     def before_training(self, exam: Callable[[], list[Any]], count: int) -> list[Any]:
-        """Return what `exam` returns for `count` rows before training; a resumed run reads it from before.json."""
+        """Return what `exam` returns for `count` rows before training; a resumed run reads it from before.json.
+
+        The model is untrained here, with --resume too: `restore` puts the checkpoint into it, at the start of `train`.
+        """
         path = self.folder / "before.json"
         if self.config.resume:
             # With other --bleu-samples or --run-checks, or damaged, it is asked again.

@@ -1,6 +1,5 @@
 """The folder of a new run and its lock, so that two processes never train in one folder."""
 
-import errno
 import itertools
 import os
 from collections.abc import Iterator
@@ -34,10 +33,8 @@ def check_folder(folder: Path) -> bool:
             raise UserError(f"--out {folder}: an earlier run, which can't be renamed, as the current folder is in "
                             "it; expected another folder")  # fmt: skip
         nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-        if not nearest.is_dir():
-            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"--out {folder}: expected a folder that can be made and written")
         check_free(folder)
     return is_run
 
