@@ -124,7 +124,7 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
 
             stop = bool(signals)  # read once: a signal during `save` stops after the next step
             if stop or is_last or is_best or _is_due(config.save_every, progress.step):
-                _check_finite(config, progress.step, 0.0 if _is_finite(optimizer) else math.nan)
+                _check_finite(config, progress.step, _loss_after(task, optimizer, step))
                 recorder.save(task, optimizer, progress, is_best=is_best)
             if stop:
                 break
@@ -179,11 +179,17 @@ def evaluate(task: Task) -> dict[str, float]:
     return _means(sums)
 
 
-def _is_finite(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether all trained parameters and their moments are finite: from others, no run can continue."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = [moment for state in optimizer.state.values() for moment in state.values()]
-    return all(bool(tensor.isfinite().all()) for tensor in [*parameters, *moments])
+@torch.no_grad()
+def _loss_after(task: Task, optimizer: torch.optim.Optimizer, step: int) -> float:
+    """Return the loss of a step's first micro-batch after the update; NaN if a parameter or a moment is not finite.
+
+    A checkpoint for which this is not finite must not be saved: at no learning rate could a run continue from it.
+    """
+    tensors = [*task.model.parameters(), *(moment for state in optimizer.state.values() for moment in state.values())]
+    are_finite = all(bool(limit.isfinite()) for tensor in tensors for limit in tensor.aminmax())
+    with eval_mode(task.model):
+        loss, _ = _losses_of(task, next(task.train_batches.micro_batches(step)))
+    return float(loss) if are_finite else math.nan
 
 
 def _losses_of(task: Task, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -258,8 +258,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
-@pytest.mark.parametrize("fault", ["parameter", "moment"])
-def test_a_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, fault):
+@pytest.mark.parametrize("fault", ["parameter", "moment", "overflow"])
+def test_a_diverged_state_is_never_saved(tmp_path, monkeypatch, fault):
+    """Parameters or moments that are not finite, or so large that every loss overflows, without an evaluation."""
     step = torch.optim.AdamW.step
 
     def fail_in_step_3(optimizer, *arguments):
@@ -269,19 +270,22 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch, fault)
         if state["step"] == 3:
             broken = state["exp_avg"] if fault == "moment" else parameter.data
             broken.view(-1)[0] = math.inf if fault == "moment" else math.nan
+            if fault == "overflow":
+                broken.fill_(3e38)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", fail_in_step_3)
-    with pytest.raises(UserError, match="^--lr 0.001: the loss or its gradient is nan after step 3, try a lower"):
+    with pytest.raises(
+        UserError, match=r"^--lr 0.001: the loss or its gradient is (nan|inf) after step 3, try a lower"
+    ):
         run(tmp_path / "run", save_every=1)
     monkeypatch.undo()
     assert checkpoint.find(tmp_path / "run" / "checkpoints").name == "step-000002"
     run(tmp_path / "run", resume=True)
 
 
-def test_a_run_that_diverged_at_an_evaluation_continues_at_a_lower_rate(tmp_path):
-    """The parameters are finite but too large, which the evaluation shows before they are saved."""
+def test_a_diverged_run_that_was_saved_at_each_step_continues_at_a_lower_rate(tmp_path):
     run(tmp_path / "run", steps=2, save_every=1)
-    values = {"save_every": 1, "eval_every": 1, "steps": 4, "schedule": "constant", "resume": True}
+    values = {"save_every": 1, "steps": 4, "schedule": "constant", "resume": True}
     with pytest.raises(UserError, match="--lr 1e.20: .* after step 3, try a lower one, from the last checkpoint on"):
         run(tmp_path / "run", lr=1e20, **values)
     _, lines = run(tmp_path / "run", lr=1e-4, **values)
