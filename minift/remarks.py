@@ -126,8 +126,7 @@ def about_completion(
     """Yield remarks about a training row: what is not supervised, not read, wrapped twice, or not a special token."""
     if not is_text_row(row):
         yield from filter(None, [wraps_again(row, template)])
-        read = question_fields(row)
-        yield from (f"whose {name!r} is not read" for name in UNREAD if name not in read and row.get(name))
+        yield from unread(row)
     elif marker and row["text"].count(marker) > 1:
         yield "with several responses, of which only the last is supervised"
     names = [name for name in (tokenizer.eos_token, tokenizer.bos_token) if name is not None]
@@ -144,11 +143,18 @@ def about_preferences(
     `sequences` are the ids of the question with each response.
     """
     read = {*question_fields(row), "chosen", "rejected", "response", "responses", "kind"}
-    unread = [name for name, value in row.items() if isinstance(value, str) and value and name not in read]
-    yield from (f"whose {name!r} is not read" for name in unread)
+    texts = [name for name, value in row.items() if isinstance(value, str) and value and name not in {*read, *UNREAD}]
+    yield from unread(row)
+    yield from (f"whose {name!r} is not read" for name in texts)
     yield from filter(None, [wraps_again(question_of(row) or {}, template)])
     if len(sequences) > 1 and set(commonprefix(sequences)) <= {tokenizer.bos_token_id}:
         yield "whose sides share nothing but the BOS: no question is in them"
+
+
+def unread(row: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a remark for each field that probably is a part of the question and is not read."""
+    read = question_fields(row)
+    yield from (f"whose {name!r} is not read" for name in UNREAD if name not in read and row.get(name))
 
 
 def wraps_again(row: Mapping[str, Any], template: Template) -> str | None:

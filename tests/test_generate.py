@@ -558,15 +558,16 @@ def test_null_is_absent_and_a_prompt_that_is_wrapped_twice_is_counted(
     rows = [
         {"instruction": "Add.", "prompt": None, "input": None, "completion": None},
         {"instruction": "Human: Hi\n\nAssistant:"},
-        {"prompt": "Human: Hi\n\nAssistant:"},
+        {"prompt": "Human: Hi\n\nAssistant:", "input": 1},
     ]
     path = write_lines(tmp_path / "rows.jsonl", rows)
     run(model_directory, path)
     printed = capsys.readouterr()
     assert [json.loads(line).keys() - {"token_ids"} for line in printed.out.splitlines()] == [
-        {"instruction", "completion"}, {"instruction", "completion"}, {"prompt", "completion"}
+        {"instruction", "completion"}, {"instruction", "completion"}, {"prompt", "input", "completion"}
     ]  # fmt: skip
     assert "1 row whose question is a prompt already" in printed.err and "(line 2)" in printed.err
+    assert "1 row whose 'input' is not read (line 3)" in printed.err
     run(model_directory, path, "--template", "none")
     assert "already" not in capsys.readouterr().err
 

@@ -409,7 +409,7 @@ def test_an_instruction_and_its_input_are_the_question(tokenizer, template):
 def test_what_a_reward_model_does_not_see_is_counted(tokenizer):
     sides = {"chosen": "B", "rejected": "C", "kind": "k"}
     rows = [
-        PAIR | {"context": "x", "instruction": "y", "input": "", "score": 3},
+        PAIR | {"context": "x", "history": ["z"], "instruction": "y", "input": "", "score": 3},
         sides,
         {"responses": ["B", "C"]},
         sides | {"prompt": "Human: Hi\n\nAssistant:"},
@@ -419,6 +419,7 @@ def test_what_a_reward_model_does_not_see_is_counted(tokenizer):
     twice = "whose question is a prompt already (Human: … Assistant:): the template wraps it a second time"
     assert [line.strip() for line in encode(rows, tokenizer).remark_lines] == [
         "1 pair whose 'context' is not read (row 1)",
+        "1 pair whose 'history' is not read (row 1)",
         "1 pair whose 'instruction' is not read (row 1)",
         "2 pairs whose sides share nothing but the BOS: no question is in them (row 2, row 3)",
         f"2 pairs {twice} (row 4, row 5)",

@@ -314,12 +314,15 @@ def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, mon
     monkeypatch.setattr(winrate, "load_language_model", lambda *given, **more: loaded.append(1) or load(*given, **more))
     monkeypatch.setattr(generate, "generate", record)
     model = saved(OPT, tmp_path / "a", 1, tokenizer)
-    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Add."}, {"instruction": "Add.", "input": "1"}])
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl", [{"prompt": "Add.", "system": "S"}, {"instruction": "Add.", "input": "1"}]
+    )
     flags = ["--model-a", model, "--model-b", model, "--judge", folder, "--prompts", prompts, "--max-new-tokens", 2]
     winrate.main([*map(str, flags)])
     plain = "### Instruction:\nAdd.\n\n### Response:\n"
     assert asked == [[plain, "### Instruction:\nAdd.\n\n### Input:\n1\n\n### Response:\n"]] * 2
     assert len(loaded) == 2  # each once
+    assert capsys.readouterr().err.count("1 row whose 'system' is not read (line 1)") == 1
     # Of a row that fits both schemas, the field that generate and train_sft.py use.
     asked.clear()
     write_lines(prompts, [{"instruction": "Add.", "prompt": None}, {"instruction": "A", "prompt": "Add."}])

@@ -20,7 +20,7 @@ from minift.files.text import say, to_json_lines, write_json_lines
 from minift.generate import Completions, Options, check_prompt, generate
 from minift.progress import progress_bar
 from minift.prompts import TEMPLATES, Template, blanks_of
-from minift.remarks import Encoded, wraps_again
+from minift.remarks import Encoded, unread, wraps_again
 from minift.run.device import pick_device
 from minift.tokenizer import Tokenizer
 
@@ -84,6 +84,8 @@ def encode_prompts(
             check_prompt(prompts[-1], "the prompt", max_new_tokens, max_positions)
         except (ValueError, UserError) as error:
             raise UserError(f"{source}: {row.location}: {error}") from None
+        for remark in unread(row):
+            seen.remark(remark, row.location)
     terminal.print_remarks(seen, sys.stderr)
     return prompts
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
 from minift.commands.generate import complete, encode_prompts, texts_of
 from minift.errors import UserError
@@ -15,7 +16,7 @@ from minift.files.pretrained import find_model, load_for_prompts, load_judge, lo
 from minift.files.text import say, to_json, write_json_lines
 from minift.generate import Options
 from minift.prompts import question_of
-from minift.remarks import name_first
+from minift.remarks import Encoded, name_first, unread
 from minift.run.device import pick_device
 from minift.scoring import Judge, score_rows, win_rate
 
@@ -69,8 +70,14 @@ def main(arguments: list[str] | None = None) -> None:
 def questions_of(rows: Sequence[Row], judge: Judge, source: str) -> list[Row]:
     """Return each row's question as an instruction, for the templates of the models and of the judge.
 
-    Raises UserError if the judge can't read one; `source` is what messages call the rows.
+    Prints which fields are not read. Raises UserError if the judge can't read one; `source` is what messages call the
+    rows.
     """
+    seen: Encoded[Row] = Encoded(source, "row", len(rows))
+    for row in rows:
+        for remark in unread(row):
+            seen.remark(remark, row.location)
+    terminal.print_remarks(seen, sys.stderr)
     questions = [Row(question_of(row) or {}, row.location) for row in rows]
     for row in questions:
         try:
