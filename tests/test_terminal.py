@@ -104,3 +104,21 @@ def test_output_that_is_not_utf8(encoding: str, tmp_path: Path) -> None:
         assert b"files in" in done.stdout
     if encoding == "ascii":
         assert execute("train_rm.py", "--help").returncode == 0  # it has a ²
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs sh")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_process_whose_streams_are_closed(closed: str, tmp_path: Path) -> None:
+    """Python has None in place of a closed stream."""
+    out = tmp_path / "labels.jsonl"
+    data = rows_file(tmp_path, INSTRUCTION)
+    words = [sys.executable, "-m", "minift", "preview", "--model", SHIPPED, "--data", data, "--out", out]
+    shell = ["sh", "-c", f'"$@" {closed}', "sh"]
+    done = subprocess.run([*shell, *map(str, words)], cwd=ROOT, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and len(out.read_text().splitlines()) == 3
+    bar = "from minift.commands.cli import run_command; from minift.progress import progress_bar; "
+    bar += "run_command(lambda: progress_bar(1, 'a', 'b').close())"
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", bar], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr

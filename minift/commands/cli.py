@@ -81,14 +81,12 @@ def leave_on_signals() -> None:
 def run_command(main: Callable[[], None]) -> None:
     """Run `main` and translate its errors into one line on stderr and an exit status.
 
-    Characters that standard output or error cannot encode are printed as escapes.
+    Characters that standard output or error cannot encode are printed as escapes; a closed stream takes everything.
     Status 2 is a `UserError`; 1 is a full disk, a lost file or exhausted memory; 130 is Ctrl-C and 143 SIGTERM. Any
     other exception is a bug in minift and keeps its traceback.
     """
     on_signals(interrupt_with())
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_streams()
     try:
         main()
     except UserError as error:
@@ -112,6 +110,16 @@ def run_command(main: Callable[[], None]) -> None:
         if type(error).__name__ == "SafetensorError":
             _exit(1, f"error: the machine failed: {error}")
         raise
+
+
+def _prepare_streams() -> None:
+    """Let both streams take any text."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started with the stream closed (`>&-`), as some schedulers do
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _exit(status: int, line: str) -> NoReturn:
