@@ -327,7 +327,7 @@ def without(name: str, tensors: dict) -> dict:
 MOMENT = "exp_avg.decoder.embed_tokens.weight"
 DAMAGES = {
     "progress.json": [b"[]", b"{}", b"null", b"", b"\xff", b"\0" * 40, b"[" * 100_000]
-    + [lambda values, step=step: values | {"step": step} for step in ("a", True, 0, -1, 2.5, None)]
+    + [lambda values, step=step: values | {"step": step} for step in ("a", True, 0, -1, 2.5, None, 3, 10**40)]
     + [lambda values: values | {"sums": [1]}, lambda values: values | {"sums": {"loss": "x"}}]
     + [lambda values: values | {"best_loss": []}, lambda values: values | {"seconds": "x"}]
     + [lambda values: values | {"extra": 1}, lambda values: without("items", values)],

@@ -120,6 +120,8 @@ def _read_progress(path: Path) -> Progress:
     for name in ("step", "tokens", "items"):
         if type(values[name]) is not int or values[name] < 1:
             raise ValueError(f"{name} is {values[name]!r}")
+    if path.parent.name.startswith("step-") and path.parent != _step_folder(path.parent.parent, values["step"]):
+        raise ValueError(f"step is {values['step']!r:.40}, unlike its folder's")
     best_loss, sums = values["best_loss"], values["sums"]
     numbers = [values["seconds"], 0.0 if best_loss is None else best_loss]
     numbers += sums.values() if isinstance(sums, dict) else [sums]
