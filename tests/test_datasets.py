@@ -121,6 +121,18 @@ WRONG = [
         "d.json: row 1: no field of a row",
         "the list in 'data' should be the whole file",
     ),
+    (
+        "d.jsonl",
+        '{"messages": [{"role": "user", "content": "Hi"}]}',
+        "d.jsonl:1: no field of a row",
+        "the list in 'messages' is a chat, which is not read",
+    ),
+    (
+        "d.jsonl",
+        '{"Instruction": "a", "Response": "b"}',
+        "d.jsonl:1: no field of a row",
+        "rename 'Instruction' to 'instruction' and 'Response' to 'output'",
+    ),
     ("d.json", '{"data": [{}]}', "d.json:1: no field of a row", "the list in 'data' should be the whole file"),
     ("d.json", f"{{\n{GOOD}\n}}", "d.json:2:1: malformed JSON", "array of objects, or one object a line"),
     ("d.jsonl", '{"text": "a", "score": 1e999}', "d.jsonl:1:24: malformed JSON: 1e999 is too large a number", ""),

@@ -210,11 +210,12 @@ def _texts_in(row: Mapping[str, Any], field: str, where: str) -> list[str]:
 
 def _missing(row: Mapping[str, Any], schemas: Mapping[str, tuple[str, ...]], begun: Sequence[str]) -> str:
     """Return what a row lacks, what it has, and which of its fields to rename."""
-    renames = ""
+    renames, spelled = "", {name.lower(): name for name in row}
     for name in begun or schemas:
         optional = ("input",) if name == "instruction" else ()
         wanted = [field for field in (*schemas[name], *optional) if field not in row]
-        found = {field: alias for field in wanted for alias in reversed(ALIASES.get(field, ())) if alias in row}
+        named = [(field, alias) for field in wanted for alias in reversed((field, *ALIASES.get(field, ())))]
+        found = {field: spelled[alias] for field, alias in named if alias in spelled}
         if all(field in found for field in wanted if field not in optional):
             renames = ": rename " + " and ".join(f"'{alias}' to '{field}'" for field, alias in found.items())
             break
@@ -223,7 +224,10 @@ def _missing(row: Mapping[str, Any], schemas: Mapping[str, tuple[str, ...]], beg
     else:
         problem = "no field of a row in it, expected " + ", or ".join(_quoted(fields) for fields in schemas.values())
     tables = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    renames = f": the list in {tables[0]!r:.40} should be the whole file" if tables and not begun else renames
+    if tables and not begun:
+        is_chat = {"role", "from"} & row[tables[0]][0].keys()
+        advice = "is a chat, which is not read: write its texts as these" if is_chat else "should be the whole file"
+        renames = f": the list in {tables[0]!r:.40} {advice}"
     names = ", ".join(f"{name!r:.40}" for name in [*row][:8]) or "no field that is not null"
     return f"{problem}; the row has {names}{renames}"
 
