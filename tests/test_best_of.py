@@ -165,6 +165,29 @@ def test_equal_answers_run_once_and_nothing_runs_without_the_flag(scripted, monk
     assert ran == [TRIPLE, DOUBLE, DOUBLE, TRIPLE, "def f("]
 
 
+def test_samples_are_kept_whatever_the_judge_does(scripted, monkeypatch, tmp_path):
+    out, favourites = tmp_path / "out.jsonl", tmp_path / "rows.jsonl"
+
+    def fail(_: object, sequences: list, *rest: object) -> list:
+        if sequences:
+            raise MemoryError
+        return []
+
+    monkeypatch.setattr(best_of, "score_rows", fail)
+    with pytest.raises(MemoryError):
+        scripted("--out", out)
+    assert [line["samples"] for line in read_lines(out)] == SAMPLES
+    out.unlink()
+    monkeypatch.setattr(best_of.Judge, "encode", lambda judge, question, text: too_long() if text else [])
+    with pytest.raises(UserError, match="--judge: .*none of the samples; ask for fewer --max-new-tokens"):
+        scripted("--out", out, "--rows", favourites)
+    assert [line["samples"] for line in read_lines(out)] == SAMPLES and not favourites.exists()
+
+
+def too_long() -> None:
+    raise ValueError("too long")
+
+
 def test_a_real_model_gives_different_samples(model, judge, tmp_path):
     prompts, out = write_lines(tmp_path / "prompts.jsonl", ROWS[:2]), tmp_path / "out.jsonl"
     flags = ["--model", model, "--judge", judge, "--prompts", prompts, "--max-new-tokens", 6, "--out", out]

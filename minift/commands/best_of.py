@@ -64,18 +64,24 @@ def main(arguments: list[str] | None = None) -> None:
         completions = complete(model, [prompts[n] for n in numbers], options, "samples" if temperature else "greedy")
         return texts_of([questions[n] for n in numbers], completions, model)
 
+    def keep(lines: Sequence[dict[str, Any]]) -> None:
+        """Write the lines so far: whatever stops the command later, the samples are kept."""
+        if args.out is not None:
+            write_json_lines(args.out, lines)
+
     samples = answer(range(len(rows)), args.temperature, args.samples)
+    lines: list[dict[str, Any]] = [row | {"samples": texts} for row, texts in zip(rows, samples, strict=True)]
+    keep(lines)
     rewards = _rewards_of(judge, questions, samples)
-    lines: list[dict[str, Any]] = [
-        row | {"samples": texts, "rewards": its_rewards, "best": _best(texts, its_rewards)}
-        for row, texts, its_rewards in zip(rows, samples, rewards, strict=True)
+    lines = [
+        line | {"rewards": its_rewards, "best": _best(line["samples"], its_rewards)}
+        for line, its_rewards in zip(lines, rewards, strict=True)
     ]
+    keep(lines)
     if args.rows is not None:
         favourites = [question | {"output": line["best"]} for question, line in zip(questions, lines, strict=True)]
         write_json_lines(args.rows, (row for row in favourites if row["output"] is not None))
     if args.run_checks:
-        if args.out is not None:
-            write_json_lines(args.out, lines)  # whatever stops the command later, the samples are kept
         examined = [number for number, its_checks in enumerate(checks) if its_checks]
         answers = [[text, *samples[n]] for n, (text,) in zip(examined, answer(examined, 0.0, 1), strict=True)]
         verdicts = _run(answers, [checks[number] for number in examined])
@@ -83,11 +89,9 @@ def main(arguments: list[str] | None = None) -> None:
         for number, (text, *_), (greedy_passed, *passed) in zip(examined, answers, verdicts, strict=True):
             lines[number] |= {"passed": passed, "greedy": text, "greedy_passed": greedy_passed}
 
-    if args.out is not None:
-        write_json_lines(args.out, lines)
-    else:
-        for line in to_json_lines(lines):
-            say(line.rstrip())
+    keep(lines)
+    for line in to_json_lines(lines) if args.out is None else ():
+        say(line.rstrip())
     if args.run_checks:  # where the lines are printed, standard output has nothing else
         _print_table([lines[number] for number in examined], sys.stderr if args.out is None else sys.stdout)
 
@@ -102,7 +106,10 @@ def _check_flags(args: Namespace) -> None:
 
 
 def _rewards_of(judge: Judge, questions: Sequence[Row], samples: Sequence[Sequence[str]]) -> list[list[float]]:
-    """Return the reward of each sample, -inf for one that is too long for the judge; say how many are."""
+    """Return the reward of each sample, -inf for one that is too long for the judge; say how many are.
+
+    Raises UserError if all are.
+    """
     encoded: list[list[int] | None] = []
     for question, texts in zip(questions, samples, strict=True):
         for text in texts:
@@ -112,6 +119,8 @@ def _rewards_of(judge: Judge, questions: Sequence[Row], samples: Sequence[Sequen
                 encoded.append(None)
     if too_long := encoded.count(None):
         say(f"{too_long:,} of {len(encoded):,} samples are too long for the judge and never chosen", sys.stderr)
+    if too_long == len(encoded):
+        raise UserError("--judge: it can read none of the samples; ask for fewer --max-new-tokens")
     scored = iter(score_rows(judge.model, [ids for ids in encoded if ids is not None], judge.batch_size))
     rewards = iter([-math.inf if ids is None else next(scored) for ids in encoded])
     return [[next(rewards) for _ in texts] for texts in samples]
