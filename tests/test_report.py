@@ -105,6 +105,13 @@ def test_results_are_rows_with_before_and_after_as_columns(tmp_path):
     assert ["accuracy", "0.875", "", ""] in cells
 
 
+def test_a_category_may_be_called_before_or_after(tmp_path):
+    scores = {"all": 1.5, "before": 2.5, "after": 3.5}
+    cells = page_of(tmp_path, record=RECORD | {"results": {"bleu": {"before": scores, "after": scores}}}).cells
+    for category, score in scores.items():
+        assert [f"bleu · {category}", f"{score}", f"{score}"] in cells
+
+
 def test_values_versions_and_fingerprints_are_shown(tmp_path):
     cells = page_of(tmp_path).cells
     for row in (["lr", "0.001"], ["lora_targets", "q_proj, v_proj"], ["dropout", "none"], ["data", "my<data>.jsonl"]):

@@ -68,8 +68,10 @@ def _results_table(results: object) -> str:
     """Return nested numbers as a table's rows; the keys before and after become columns."""
     cells: dict[str, dict[str, object]] = {}  # row → column → value
     for path, value in _leaves(results, ()):
-        column = next((part for part in path if part in ("before", "after")), "")
-        row = " · ".join(part.replace("_", " ") for part in path if part != column)
+        # Only the first such key is the column: a category may have the same name.
+        at = next((index for index, part in enumerate(path) if part in ("before", "after")), None)
+        column = "" if at is None else path[at]
+        row = " · ".join(part.replace("_", " ") for index, part in enumerate(path) if index != at)
         cells.setdefault(row, {})[column] = value
     columns = [name for name in ("", "before", "after") if any(name in row for row in cells.values())]
     head = "".join(f"<th>{name}</th>" for name in columns)
