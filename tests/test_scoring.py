@@ -310,8 +310,8 @@ def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, mon
         asked.append([tokenizer.decode(ids) for ids in prompts])
         return [[tokenizer.encode("B")[1:]] for _ in prompts]
 
-    load, loaded = winrate.load_language_model, []
-    monkeypatch.setattr(winrate, "load_language_model", lambda *given, **more: loaded.append(1) or load(*given, **more))
+    load, loaded = winrate.load_for_sft, []
+    monkeypatch.setattr(winrate, "load_for_sft", lambda *given, **more: loaded.append(1) or load(*given, **more))
     monkeypatch.setattr(generate, "generate", record)
     model = saved(OPT, tmp_path / "a", 1, tokenizer)
     prompts = write_lines(
@@ -416,6 +416,16 @@ def test_winrate_checks_both_models_and_the_judge_before_any_answer(folder, toke
         paths = ["--model-a", roomy, "--model-b", model_b, "--judge", folder, "--prompts", prompts]
         with pytest.raises(UserError, match=expected):
             winrate.main([*map(str, paths), "--max-new-tokens", "2"])
+
+
+def test_winrate_says_once_that_a_run_has_no_template(folder, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "generate", lambda *_: [[tokenizer.encode("B")[1:]]])
+    models = [saved(OPT, tmp_path / name, 1, tokenizer) for name in ("a", "b")]
+    (models[1] / "run.json").write_text("{}")
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Add."}])
+    flags = ["--model-a", models[0], "--model-b", models[1], "--judge", folder, "--prompts", prompts]
+    winrate.main([*map(str, flags), "--max-new-tokens", "2"])
+    assert capsys.readouterr().err.count("so the template is course") == 1
 
 
 def test_the_blanks_of_the_template_do_not_belong_to_an_answer(folder, tokenizer, tmp_path, monkeypatch):

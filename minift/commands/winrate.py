@@ -12,7 +12,7 @@ from minift.commands.cli import CommandParser, add_device_flags, check_out, whol
 from minift.commands.generate import complete, encode_prompts, texts_of
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
-from minift.files.pretrained import find_model, load_for_prompts, load_judge, load_language_model
+from minift.files.pretrained import LanguageModel, find_model, load_for_prompts, load_for_sft, load_judge
 from minift.files.text import say, to_json, write_json_lines
 from minift.generate import Options
 from minift.prompts import question_of
@@ -34,9 +34,10 @@ def main(arguments: list[str] | None = None) -> None:
     judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **placement)
     questions = questions_of(rows, judge, args.prompts)
     models = {"a": find_model(args.model_a), "b": find_model(args.model_b)}
-    prompts = {}
+    prompts, texts = {}, {}
     for side, files in models.items():  # both are checked before either answers
         tokenizer, template, max_positions = load_for_prompts(files, template=args.template)
+        texts[side] = tokenizer, template
         source = f"{args.prompts}: --model-{side}"
         prompts[side] = encode_prompts(questions, tokenizer, template, max_positions, args.max_new_tokens, source)
     columns: dict[str, list[Any]] = {}
@@ -49,22 +50,23 @@ def main(arguments: list[str] | None = None) -> None:
             write_json_lines(args.out, (row | its for row, its in zip(rows, added, strict=True)))
 
     for side, files in models.items():
-        model = load_language_model(files, template=args.template, **placement)
+        loaded, _ = load_for_sft(files, dtype=placement["dtype"])
+        model = LanguageModel(loaded.to(placement["device"]), *texts[side])
         options = Options(args.max_new_tokens, eos_token_id=model.tokenizer.eos_token_id, batch_size=args.batch_size)
         completions = complete(model, prompts[side], options, f"--model-{side}")
         add(f"answer_{side}", [text for (text,) in texts_of(questions, completions, model)])
-        del model  # its memory is free before the next one is loaded
+        del loaded, model  # its memory is free before the next one is loaded
 
     encoded = _encode_pairs(judge, questions, columns)
     judged = [both for both in encoded if both is not None]
     if not judged:
         raise UserError(f"--judge {args.judge}: it can read no pair of answers; ask for fewer --max-new-tokens")
     scores = score_rows(judge.model, [ids for both in judged for ids in both], judge.batch_size)
-    for side, scores_of_side in zip(models, (scores[::2], scores[1::2]), strict=True):
-        found = iter(scores_of_side)
-        add(f"score_{side}", [None if both is None else next(found) for both in encoded])
-
-    _print_wins(args, scores[::2], scores[1::2], len(rows))
+    scores_a, scores_b = scores[::2], scores[1::2]
+    for name, values in (("score_a", scores_a), ("score_b", scores_b)):
+        found = iter(values)
+        add(name, [None if both is None else next(found) for both in encoded])
+    _print_wins(args, scores_a, scores_b, len(rows))
 
 
 def questions_of(rows: Sequence[Row], judge: Judge, source: str) -> list[Row]:
