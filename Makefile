@@ -65,8 +65,9 @@ improve: .venv/installed
 		{ echo "error: make improve starts from runs/sft and runs/rm: run make sft and make rm first" >&2; exit 2; }; done
 	.venv/bin/python -m minift best-of --model runs/sft --judge runs/rm --prompts data/instructions.jsonl --limit 1000 \
 		--samples 8 --out runs/best-of-training.jsonl --rows runs/favourites.jsonl
-	.venv/bin/python train_sft.py --recipe tiny --model runs/sft --data runs/favourites.jsonl \
-		--eval-data data/heldout.jsonl --run-checks --lr 1e-4 --max-steps 60 --eval-every 20 --out runs/improved $(ARGS)
+	.venv/bin/python train_sft.py --recipe tiny --model runs/sft --template runs/sft/template.json \
+		--data runs/favourites.jsonl --eval-data data/heldout.jsonl --run-checks --lr 1e-4 --max-steps 60 \
+		--eval-every 20 --out runs/improved $(ARGS)
 
 compare: .venv/installed-for-tests
 	@$(FLAGS); if [ -n '$(ONLY)' ]; then set -- "$$@" --only '$(ONLY)'; fi; \

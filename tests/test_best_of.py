@@ -223,6 +223,7 @@ def test_mistakes_end_in_one_line_before_any_work(tmp_path):
         assert "--temperature" in refused(ROWS[1], "--temperature", temperature)
     assert f"--rows {prompts}: this is the file that --prompts names" in refused(ROWS[1], "--rows", prompts)
     assert "--rows" in refused(ROWS[1], "--rows", out, "--out", out)
+    assert refused(ROWS[1], "--rows", "") == "--rows '': expected a file's name"
     assert "--samples" in refused(ROWS[1], "--samples", 0)
 
 
@@ -242,4 +243,6 @@ def test_make_improve_trains_on_the_favourites_that_it_chooses(monkeypatch):
     config = parse("sft", train[train.index("train_sft.py") + 1 :])
     assert (args.model, args.judge, args.prompts) == ("runs/sft", "runs/rm", "data/instructions.jsonl")
     assert (config.model, config.data, config.eval_data) == (args.model, args.rows, "data/heldout.jsonl")
+    # The run's own template, whichever that is: best-of reads it too.
+    assert (args.template, config.template) == (None, "runs/sft/template.json")
     assert config.run_checks and not args.run_checks  # training rows have no checks: the judge alone decides

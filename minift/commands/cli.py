@@ -62,7 +62,7 @@ def check_out(path: str | None, flag: str, input_path: str, *, hint: str = "", o
     if path is None:
         return
     if not path:
-        raise UserError("--out '': expected a file's name")
+        raise UserError(f"{own_flag} '': expected a file's name")
     try:
         target_of(path)
     except UserError as error:
