@@ -50,9 +50,8 @@ def encode_completion(prompt: Sequence[str], completion: Sequence[str], tokenize
 def encode_text(prompt: Sequence[str], completion: Sequence[str], tokenizer: Tokenizer) -> tuple[Example, bool]:
     """Encode a `text` row that `split_row` has cut in two; supervise each token with a character of the response.
 
-    Characters are compared, not tokens, because BPE may join the marker's last character to the response's first: a
-    response that begins with a line end is supervised from that line end on. The second value is True if a token spans
-    both parts.
+    Characters are compared, not tokens: BPE may join the marker's last character to the response's first. Such a token
+    counts as response, and the second value is then True.
     """
     start = len(prompt[0])
     ids, offsets = tokenizer.encode_with_offsets(prompt[0] + completion[0])
@@ -108,8 +107,7 @@ def encode_rows(
                 f"cut such rows with --max-length {max_positions}, or remove them"
             )
         example = Example(whole.input_ids[:max_length], whole.labels[:max_length])
-        # The label of the first token is never predicted: there is nothing before it.
-        if _count_supervised(example.labels[1:]) == 0:
+        if count_supervised(example.labels) == 0:
             encoded.remark(f"dropped: no supervised token {within}", location)
             continue
         if len(example.input_ids) < length:
@@ -118,7 +116,7 @@ def encode_rows(
             encoded.remark(remark, location)
         encoded.keep(example, row, index)
     encoded.tokens = sum(len(example.input_ids) for example in encoded.examples)
-    encoded.supervised_tokens = sum(_count_supervised(example.labels) for example in encoded.examples)
+    encoded.supervised_tokens = sum(count_supervised(example.labels) for example in encoded.examples)
     encoded.check_any_kept("has a supervised token")
     return encoded
 
@@ -133,11 +131,16 @@ def encode_row(
     pieces = split_row(row, tokenizer, template, marker)
     if pieces is None:
         return None, []
-    encode = encode_all if supervise == "all" else encode_text if is_text_row(row) else encode_completion
+    if supervise == "all":
+        encode = encode_all
+    elif is_text_row(row):
+        encode = encode_text
+    else:
+        encode = encode_completion
     example, is_joined = encode(*pieces, tokenizer)
 
     remarks: list[str] = []
-    if _count_supervised(example.labels) == 1:
+    if example.labels.count(IGNORE_INDEX) == len(example.labels) - 1:
         remarks.append("with an empty completion: only the end token is supervised")
     if is_joined:
         remarks.append(JOINED)
@@ -209,5 +212,6 @@ def _marker_of(row: Mapping[str, Any], template: Template, response_template: st
     return marker
 
 
-def _count_supervised(labels: Sequence[int]) -> int:
-    return sum(label != IGNORE_INDEX for label in labels)
+def count_supervised(labels: Sequence[int]) -> int:
+    """Return how many labels count in the loss. The first token's never does: nothing predicts it."""
+    return sum(label != IGNORE_INDEX for label in labels[1:])

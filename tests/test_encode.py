@@ -253,6 +253,15 @@ def test_an_error_about_text_rows_is_short(tokenizer):
     assert "the row has '\\n### RESPONSE:\\nx'" in str(caught.value) and len(str(caught.value)) < 400
 
 
+def test_a_first_token_is_not_counted_because_nothing_predicts_it(gpt2_tokenizer_directory):
+    """Without BOS and prompt, the completion's first token is the row's."""
+    ours = load_tokenizer(gpt2_tokenizer_directory)
+    rows = [{"prompt": "", "completion": "a"}, {"prompt": "", "completion": "abc def"}]
+    encoded = encode_rows(rows, ours, COURSE, max_length=None)
+    assert encoded.supervised_tokens == sum(len(ids) - 1 for ids, _ in encoded.examples)
+    assert len(encoded.examples) == 2 and not encoded.remarks
+
+
 def test_prompt_and_reference_for_generation(tokenizer):
     for row in ROWS:
         prompt = encode_prompt(row, tokenizer, COURSE)

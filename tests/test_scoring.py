@@ -103,7 +103,7 @@ def test_an_examination_by_category_with_ties_and_rankings(capsys):
     print_table({measure: {"before": value, "after": value} for measure, value in exam.items()})
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:4] == ["accuracy,", "6", "pairs", "50.0%"]
-    assert any("hard, 1 pairs" in line for line in lines)
+    assert any("hard, 1 pair " in line for line in lines)
 
 
 # ---- a judge ----

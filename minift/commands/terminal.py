@@ -13,7 +13,7 @@ from minift.batching import Loader
 from minift.bleu import tokens as words
 from minift.commands.flags import describe
 from minift.config import Config
-from minift.encode import IGNORE_INDEX, Example
+from minift.encode import IGNORE_INDEX, Example, count_supervised
 from minift.files.text import printable, say
 from minift.pairs import Ranking, collate_rankings, name_responses
 from minift.remarks import Encoded
@@ -73,7 +73,7 @@ def show_labels(
     supervised = f"{GREEN}green{PLAIN}" if colour else "between ⟦ and ⟧"
     lines = [f"What the loss sees: tokens {supervised} are supervised, ⟨…⟩ is a special token, ↵ a line end."]
     for number, example in enumerate(examples[:count], start=1):
-        num_supervised = sum(label != IGNORE_INDEX for label in example.labels)
+        num_supervised = count_supervised(example.labels)
         of = f"{number} of {len(examples):,}"
         lines.append(f"\n── example {of}: {len(example.input_ids)} tokens, {num_supervised} supervised")
         lines.append(mark(example, tokenizer, colour))
@@ -173,7 +173,8 @@ def print_table(results: dict[str, dict[str, Any]], samples: Sequence[dict[str, 
             name = label if category == "all" else f"  {category}"
             if measure in COUNTED:
                 counts, _, noun = COUNTED[measure]
-                name += f", {[*results[counts].values()][-1][category]:,} {noun}"
+                count = [*results[counts].values()][-1][category]
+                name += f", {count:,} {noun if count != 1 else noun.removesuffix('s')}"
             rows.append((name, [_cell(results, measure, exam, category, samples) for exam in exams]))
     for measure, label, form in (
         ("ties", "ties, counted as wrong", ","),
