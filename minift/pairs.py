@@ -119,7 +119,9 @@ def group_by_chosen(rankings: Sequence[Ranking]) -> list[Ranking]:
         is_pair = len(others) == 1
         group = groups.setdefault((is_pair, margin, tuple(chosen) if is_pair else index), [chosen])
         # A rejected response that occurs twice would be two rows of the same text.
-        group.extend(other for other in others if other not in group)
+        for other in others:
+            if other not in group:
+                group.append(other)
     return [Ranking(responses, margin, best_only=is_pair) for (is_pair, margin, _), responses in groups.items()]
 
 
@@ -194,7 +196,8 @@ def collate_rankings(rankings: Sequence[Ranking]) -> PairBatch:
     pairs: list[tuple[int, int, float, float]] = []  # chosen row, rejected row, margin, weight
     for responses, margin, best_only in rankings:
         if len(responses) < 2 or not all(responses):
-            raise ValueError(f"a ranking of rows of {[len(row) for row in responses]} tokens, expected 2 rows or more")
+            lengths = [len(row) for row in responses]
+            raise ValueError(f"a ranking whose rows have {lengths} tokens, expected two rows or more, none empty")
         tree_ids, tree_positions, tree_rows = share_prefixes(responses)
         numbers = range(len(rows), len(rows) + len(responses))
         its_pairs = [(numbers[0], other) for other in numbers[1:]] if best_only else [*combinations(numbers, 2)]

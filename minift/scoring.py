@@ -20,6 +20,9 @@ from minift.tokenizer import Tokenizer
 Z_95 = 1.959963984540054  # 95% of a normal distribution are within this many standard deviations
 BINS = 10  # of the calibration error
 
+# An instruction, alone or with its input; None: the response is a whole dialogue.
+Asked = str | Mapping[str, str] | None
+
 
 class WinRate(NamedTuple):
     """How many of some pairs the first side won (a tie is not a win), with the rate's 95% interval."""
@@ -37,7 +40,7 @@ class Judge:
     """A reward model with the tokenizer and template to read text with.
 
     A question is an instruction for the template; None means that the response is a whole dialogue. Equal texts get
-    equal rewards. The order of the texts never changes a reward. Which other texts are scored with it can, by rounding.
+    equal rewards. The other texts scored in the same call can change a reward by rounding; their order cannot.
     """
 
     model: RewardModel
@@ -45,16 +48,16 @@ class Judge:
     template: Template
     batch_size: int = 32
 
-    def score(self, question: str | None, response: str) -> float:
+    def score(self, question: Asked, response: str) -> float:
         """Return the reward of `response` as an answer to `question`. Raises ValueError like `encode`."""
         return self.scores([(question, response)])[0]
 
-    def scores(self, answers: Sequence[tuple[str | None, str]]) -> list[float]:
+    def scores(self, answers: Sequence[tuple[Asked, str]]) -> list[float]:
         """Return the rewards of (question, response)s. Raises ValueError like `encode`."""
         return score_rows(self.model, [self.encode(*answer) for answer in answers], self.batch_size)
 
-    def encode(self, question: str | Mapping[str, str] | None, response: str) -> list[int]:
-        """Return the ids to score; a question may also be an instruction with its input (`prompts.question_of`).
+    def encode(self, question: Asked, response: str) -> list[int]:
+        """Return the ids to score. `prompts.question_of` makes a question of a row.
 
         Raises ValueError if the model has too few positions or the text is not Unicode.
         """
@@ -65,12 +68,12 @@ class Judge:
             raise ValueError(f"{len(ids)} tokens, more than the reward model's {max_positions} positions: shorten it")
         return ids
 
-    def compare(self, question: str | None, a: str, b: str) -> float:
+    def compare(self, question: Asked, a: str, b: str) -> float:
         """Return the probability under Bradley–Terry that `a` is better than `b`: σ(reward of a − reward of b)."""
         reward_a, reward_b = self.scores([(question, a), (question, b)])
         return sigmoid(reward_a - reward_b)
 
-    def best_of(self, question: str | None, responses: Sequence[str]) -> int:
+    def best_of(self, question: Asked, responses: Sequence[str]) -> int:
         """Return the index of the highest reward, the first of equal ones. Raises ValueError without responses."""
         if not responses:
             raise ValueError("no responses to choose from")

@@ -218,7 +218,7 @@ def test_a_batch_moves_as_a_whole():
 
 @pytest.mark.parametrize("rows", [[], [[2, 10]], [[2, 10], []], [[], []]])
 def test_rankings_of_too_few_rows(rows):
-    with pytest.raises(ValueError, match="expected 2 rows or more"):
+    with pytest.raises(ValueError, match="expected two rows or more, none empty"):
         collate_rankings([Ranking(rows)])
 
 
