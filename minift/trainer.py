@@ -25,8 +25,8 @@ from minift.progress import print_above, progress_bar
 SHOWN = ("loss", "lm_loss", "accuracy")  # the metrics that are printed after an evaluation
 
 # From a batch to the sum to minimise, the number of items (tokens, pairs) in the sum, and the sums of its metrics. The
-# sum is logged as `loss`, unless a metric has that name: it may have terms that the loss is not to be mixed with. A
-# metric is divided by the number of items, or by its own count if there is one: `lm_loss` by `lm_loss_count`.
+# sum is logged as `loss`, unless there is a metric `loss`, as where the sum has further terms. A metric is divided by
+# the number of items, or by its own count if there is one: `lm_loss` by `lm_loss_count`.
 LossFunction = Callable[[Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
@@ -120,7 +120,8 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
                     shown = ", ".join(f"{name} {means[name]:.3f}" for name in SHOWN if name in means)
                     print_above(bar, f"step {progress.step:,}: held-out {shown}")
                     is_best = progress.best_loss is None or means["loss"] < progress.best_loss
-                progress.best_loss = means["loss"] if is_best else progress.best_loss
+                if is_best:
+                    progress.best_loss = means["loss"]
 
             stop = bool(signals)  # read once: a signal during `save` stops after the next step
             if stop or is_last or is_best or _is_due(config.save_every, progress.step):

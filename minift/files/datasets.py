@@ -15,8 +15,8 @@ from minift.files.hub import DATA_SUFFIXES, data_files
 from minift.files.text import check_not_pointer, parse_json, parse_json_lines, read_text
 from minift.prompts import question_fields
 
-# A schema's required fields, each a string. A row's schema is the first one whose fields are all present. If both
-# "instruction" and "prompt" are, `prompts.question_fields` chooses. A null field counts as absent.
+# A schema's required fields, each a string. A row's schema is the first one whose fields are all present. In a row with
+# both "instruction" and "prompt", `prompts.question_fields` chooses. A null field counts as absent.
 TRAINING_SCHEMAS = {"instruction": ("instruction", "output"), "prompt": ("prompt", "completion"), "text": ("text",)}
 PROMPT_SCHEMAS = {"instruction": ("instruction",), "prompt": ("prompt",)}
 # A question is optional: in whole dialogues (hh-rlhf) it is the shared beginning. "responses": strings, best first.
@@ -185,14 +185,16 @@ def _check_row(row: object, schemas: Mapping[str, tuple[str, ...]], where: str) 
 def _schema_of(
     row: Mapping[str, Any], schemas: Mapping[str, tuple[str, ...]], question: tuple[str, ...], where: str
 ) -> str:
-    """Return the first schema whose fields the row has, without the question that is passed over."""
+    """Return the first schema whose fields the row has and which asks the question that `question_fields` chose."""
     begun = [name for name, fields in schemas.items() if any(field in row for field in fields)]
+    if begun == ["text"]:
+        return "text"
     # A "text" beside an "instruction" is a rendered copy: it does not make up for a missing "output".
     complete = [name for name in begun if name != "text" and all(field in row for field in schemas[name])]
-    if not complete and begun != ["text"]:
+    if not complete:
         raise UserError(f"{where}: {_missing(row, schemas, begun)}")
     passed_over = {"instruction", "prompt"} - {*question}
-    return next((name for name in complete if not passed_over & {*schemas[name]}), "text")
+    return next(name for name in complete if not passed_over & {*schemas[name]})
 
 
 def _texts_in(row: Mapping[str, Any], field: str, where: str) -> list[str]:

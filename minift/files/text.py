@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from minift.errors import UserError
 
+NOT_BLANK = re.compile(r"[^ \t\n\r]")  # JSON's blanks, fewer than Python's
 GZIP = b"\x1f\x8b"  # the first bytes of every such file, and of no UTF-8 text
 STREAM = re.compile(r"/+dev/(stdin|stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -30,7 +31,7 @@ def printable(text: str) -> str:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print escaped text, by default to standard output. All of minift prints through this function."""
+    """Print escaped text, by default to standard output. All text from files and models is printed so."""
     print(printable(text), file=stream or sys.stdout, flush=True)
 
 
@@ -232,6 +233,6 @@ def sha256(paths: Iterable[Path]) -> str:
 
 def _values(decoder: json.JSONDecoder, text: str) -> Iterator[Any]:
     end = 0
-    while start := re.compile(r"[^ \t\n\r]").search(text, end):
+    while start := NOT_BLANK.search(text, end):
         value, end = decoder.raw_decode(text, start.start())
         yield value
