@@ -1,26 +1,6 @@
 """Instruction tuning and reward modelling from scratch in plain PyTorch.
 
-Reading order. Start with train_sft.py and train_rm.py, which tell the two stories; then read the files of this folder,
-the heart, which import only each other, torch, numpy, tokenizers and the tqdm that huggingface_hub brings:
-
-     1  prompts      a row → prompt and completion, as text
-     2  encode       text → ids and labels: what is supervised in instruction tuning
-     3  batching     examples → packed batches, and those of each optimiser step
-     4  model        OPT and the reward model on packed tokens
-     5  losses       cross entropy and Bradley–Terry as (sum, count)
-     6  optim        AdamW's groups, and the learning rate as a function of the step
-     7  trainer      the loop
-     8  generate     KV cache, greedy decoding, sampling; processors: which token may follow
-     9  beam         beam search
-    10  bleu         BLEU
-    11  pairs        preference pairs → ids → batches
-    12  scoring      a reward model in use
-    13  lora         low-rank adapters
-        remarks      an encoded data set: what was kept of it, categories, remarks about its rows
-        tokenizer, config, progress, errors
-
-Around the heart: files/ (what is on disk and on the hub), run/ (one training run), commands/ (the command line).
-Imports go one way: scripts → commands → run → files → heart.
+README.md, "Read the code", has the reading order and the layers.
 
 Glossary:
 
