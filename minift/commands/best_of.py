@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
-from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
+from minift.commands.cli import CommandParser, add_device_flags, add_judging_flags, check_out, whole_number
 from minift.commands.generate import complete, encode_prompts, texts_of
 from minift.commands.winrate import questions_of
 from minift.errors import UserError
@@ -147,7 +147,7 @@ def _run(answers: Sequence[Sequence[str]], checks: Sequence[Any]) -> list[list[b
 def _print_table(lines: Sequence[dict[str, Any]], stream: TextIO) -> None:
     """Print the pass rates of the rows that were checked, of all and by category, each with its 95% interval."""
     groups = by_category(lines, [category_of(line) for line in lines])
-    columns = {f"{name}, {len(group):,} prompts": pass_rates(group) for name, group in groups.items()}
+    columns = {f"{name}, {len(group):,} prompts": rates_by_label(group) for name, group in groups.items()}
     cells = {
         column: {label: _cell(values, label) for label, values in rates.items()} for column, rates in columns.items()
     }
@@ -157,7 +157,7 @@ def _print_table(lines: Sequence[dict[str, Any]], stream: TextIO) -> None:
         say(f"{label:30}" + "".join(f"{its[label]:>{widths[column]}}" for column, its in cells.items()), stream)
 
 
-def pass_rates(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+def rates_by_label(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     """Return the rows of the table: for each label one number per prompt, whose mean is the rate."""
     num_samples = len(lines[0]["samples"])
     greedy = [float(line["greedy_passed"]) for line in lines]
@@ -184,9 +184,7 @@ def _parser() -> CommandParser:
     parser = CommandParser("minift best-of", description=about)
     add = parser.add_argument
     add("--model", required=True, help="a language model's folder or hub id, such as runs/sft")
-    add("--judge", required=True, help="a reward model's folder or hub id, such as runs/rm")
-    add("--prompts", required=True, help='JSON or JSONL: {"prompt": …} or {"instruction": …, "input": …}; both go '
-        "through the templates")  # fmt: skip
+    add_judging_flags(parser)
     add("--samples", type=whole_number(1), default=16, help="answers to each prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.7, help="of sampling (default: %(default)s)")
     add(
@@ -195,12 +193,7 @@ def _parser() -> CommandParser:
     add("--rows", help="JSONL: the prompts with the best sample as `output`: rows to train on")
     add("--run-checks", action="store_true", help="run the samples, and a greedy answer, against the `checks` of rows "
         "that have some, and print how often each passes; only for rows that you trust")  # fmt: skip
-    add("--limit", type=whole_number(1), help="only that many prompts, the first ones")
     add("--template", help="template of the language model (default: that of its training run, or course)")
-    add("--judge-template", help="template of the reward model (default: that of its training run, or dialogue)")
-    add(
-        "--max-new-tokens", type=whole_number(1), default=128, help="tokens of an answer at most (default: %(default)s)"
-    )
     add("--batch-size", type=whole_number(1), default=64, help="answers sampled at a time (default: %(default)s)")
     add("--seed", type=whole_number(0), default=42, help="of sampling (default: %(default)s)")
     add_device_flags(parser, half=False)

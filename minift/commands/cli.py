@@ -53,6 +53,19 @@ def add_device_flags(parser: argparse.ArgumentParser, *, half: bool = True) -> N
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="(default: %(default)s)")
 
 
+def add_judging_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a command in which a reward model judges answers to prompts."""
+    add = parser.add_argument
+    add("--judge", required=True, help="a reward model's folder or hub id, such as runs/rm")
+    add("--prompts", required=True, help='JSON or JSONL: {"prompt": …} or {"instruction": …, "input": …}; both go '
+        "through the templates")  # fmt: skip
+    add("--limit", type=whole_number(1), help="only that many prompts, the first ones")
+    add("--judge-template", help="template of the reward model (default: that of its training run, or dialogue)")
+    add(
+        "--max-new-tokens", type=whole_number(1), default=128, help="tokens of an answer at most (default: %(default)s)"
+    )
+
+
 def check_out(path: str | None, flag: str, input_path: str, *, hint: str = "", own_flag: str = "--out") -> None:
     """Raise UserError if --out cannot be written, or would overwrite `input_path`, the file that `flag` names.
 

@@ -123,9 +123,9 @@ def _read(option: Field, text: str | bool) -> Any:
 
 
 def _shipped(name: str | None) -> str | None:
-    """Return where a default or a recipe's data is, seen from the current folder; a hub id unchanged.
+    """Return the path of a default's or a recipe's file for use in the current folder; a hub id unchanged.
 
-    The paths of both belong to the project's folder, which the current folder need not be.
+    It is given relative to the project's folder, which the current folder need not be.
     """
     if name is None or not name.startswith("data/"):
         return name

@@ -12,6 +12,7 @@ import torch
 from minift.beam import beam_search, check_beams
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, check_out
+from minift.config import flag_of
 from minift.encode import encode_prompt
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
@@ -126,7 +127,7 @@ def _parser() -> CommandParser:
     defaults = Options()
     for name, meaning in FLAGS.items():
         default = getattr(defaults, name)
-        add(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{meaning} (default: {default})")
+        add(flag_of(name), type=type(default), default=default, help=f"{meaning} (default: {default})")
     add("--early-stopping", choices=("true", "false", "never"), default="false",
         help="when beam search ends (default: %(default)s)")  # fmt: skip
     add("--temperature", type=float, help="0 is greedy, above 0 tokens are sampled (default: 0, or 1 where --top-k, "
@@ -155,4 +156,4 @@ def _name_flag(error: ValueError) -> UserError:
 
 
 def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}" if hasattr(Options, name) else name
+    return flag_of(name) if hasattr(Options, name) else name

@@ -1,7 +1,5 @@
 """`minift preview`: what the loss sees of some rows, with their supervised tokens marked."""
 
-import sys
-
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, check_out, whole_number
 from minift.encode import encode_rows
@@ -38,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.out is not None:
         numbered = zip(encoded.indices, encoded.examples, strict=True)
         write_json_lines(args.out, ({"row": number, **example._asdict()} for number, example in numbered))
-    terminal.show_labels(encoded.examples, tokenizer, args.rows, sys.stdout)
+    terminal.show_labels(encoded.examples, tokenizer, args.rows)
     say("\n" + encoded.summary)
 
 

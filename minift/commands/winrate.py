@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minift.commands import terminal
-from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
+from minift.commands.cli import CommandParser, add_device_flags, add_judging_flags, check_out, whole_number
 from minift.commands.generate import complete, encode_prompts, texts_of
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
@@ -136,16 +136,9 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--model-a", required=True, help="a language model's folder or hub id, such as runs/sft")
     add("--model-b", required=True, help="another one's, such as data/model")
-    add("--judge", required=True, help="a reward model's folder or hub id, such as runs/rm")
-    add("--prompts", required=True, help='JSON or JSONL: {"prompt": …} or {"instruction": …, "input": …}; both go '
-        "through the templates")  # fmt: skip
+    add_judging_flags(parser)
     add("--out", help="JSONL: the prompts with `answer_a`, `answer_b`, `score_a` and `score_b`")
-    add("--limit", type=whole_number(1), help="only that many prompts, the first ones")
     add("--template", help="template of the language models (default: that of each one's training run, or course)")
-    add("--judge-template", help="template of the reward model (default: that of its training run, or dialogue)")
-    add(
-        "--max-new-tokens", type=whole_number(1), default=128, help="tokens of an answer at most (default: %(default)s)"
-    )
     add("--batch-size", type=whole_number(1), default=64, help="prompts answered at a time (default: %(default)s)")
     add_device_flags(parser, half=False)
     return parser
