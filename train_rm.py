@@ -62,17 +62,17 @@ def main() -> None:
         hidden = model.decoder(batch.input_ids, batch.positions, batch.rows)  # (N, E)
         rewards = model.rewards(hidden, batch.rows)  # (R,): both lines together are model(...)
         chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]  # (P,), (P,)
-        total, count = bradley_terry(chosen, rejected, batch.margins, batch.weights, config.center_rewards)  # (), ()
+        total, count = bradley_terry(chosen, rejected, batch.margins, batch.weights, config.center_rewards)  # scalars
         metrics = preference_metrics(chosen, rejected, batch.weights)
         # Logged as `loss` in both splits: Bradley–Terry alone, ln 2 for equal rewards, whatever else is minimised.
         metrics["loss"], _ = bradley_terry(chosen.detach(), rejected.detach(), batch.margins, batch.weights)
         if config.lm_weight:  # -log p(prompt and best response) of the same body
-            lm_total, lm_count = completion_cross_entropy(hidden, model.head, batch.labels, batch.positions)  # (), ()
+            lm_total, lm_count = completion_cross_entropy(hidden, model.head, batch.labels, batch.positions)  # scalars
             total = total + config.lm_weight * lm_total
             metrics |= {"lm_loss": lm_total.detach(), "lm_loss_count": lm_count}  # logged as the mean per token
         return total, count, metrics
 
-    # 5. The examination: which response of each held-out pair, which is two rows, gets the higher reward.
+    # 5. The examination: does the better response of each held-out pair get the higher reward? A pair is two rows.
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     terminal.print_plan(train_batches, config)
     score = partial(score_rankings, model, eval_set.examples, 2 * config.batch_size)

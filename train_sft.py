@@ -54,7 +54,7 @@ def main() -> None:
     def loss(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the summed loss, the number of supervised tokens, and metrics; the trainer divides once per step."""
         hidden = model(batch.input_ids, batch.positions, batch.rows)  # (N, E), no logits: the loss computes these
-        return *completion_cross_entropy(hidden, model.head, batch.labels, batch.positions), {}  # (), ()
+        return *completion_cross_entropy(hidden, model.head, batch.labels, batch.positions), {}  # scalars
 
     # 5. The examination: held-out prompts, answered greedily before and after; answers to rows with checks are run.
     questions = held_out_prompts(eval_set.rows, tokenizer, template, config, model.config.max_position_embeddings)

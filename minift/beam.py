@@ -3,11 +3,11 @@
 Each search keeps `num_beams` partial completions, its beams. A step extends all of them by every token and keeps the
 best. A finished completion is ranked by Σ log p / length^penalty.
 
-Two searches of two beams, A and B. A step has just finished A; both new beams of B continue its beam 1:
+Two searches of two beams: A in slots 0 and 1, B in slots 2 and 3. A step finishes A; both new beams of B continue B1:
 
-    slot                 0   1   2   3
-    beams before         A0  A1  B0  B1     parents = [[], [1, 1]]; B stays, so compact moves it to the front: [1]
-    copy_slots([3, 3])   B1  B1             slot of a parent = 1 · num_beams + 1; the slots on the right are free
+    advance              A: []  B: [1, 1]    the beam that each new one continues; [] when the search is finished
+    compact              [1]                 B moves to the front
+    copy_slots([3, 3])   B1  B1              slot of B1 = 1 · num_beams + 1; slots 2 and 3 are free
 """
 
 from collections import deque

@@ -113,7 +113,10 @@ def bradley_terry(
 
 
 def preference_metrics(chosen: Tensor, rejected: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Return weighted sums over pairs `(P,)`: accuracy (a tie counts as wrong), margin, and both rewards."""
+    """Return weighted sums over pairs `(P,)`: accuracy (a tie counts as wrong), both rewards, their difference.
+
+    The difference is logged as `margin`; the margins of `bradley_terry` are given by the rows.
+    """
     metrics = {
         "accuracy": chosen > rejected,
         "margin": chosen - rejected,

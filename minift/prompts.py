@@ -29,7 +29,10 @@ class Template:
 
     @property
     def marker(self) -> str:
-        r"""Return the text between the last placeholder and {response}: "### Response:\n" in `course`; "" if none."""
+        r"""Return the text between the last placeholder and {response}, without the blanks at its start; "" if none.
+
+        In `course` this is "### Response:\n".
+        """
         return PLACEHOLDER.split(self.without_input.split("{response}")[0])[-1].lstrip()
 
     def cut(self, row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -49,7 +52,10 @@ class Template:
 
 
 def trailing_blanks(text: str) -> str:
-    r"""Return the blanks at a text's end, which BPE may join to what follows; "" for a single "\n"."""
+    r"""Return the blanks at a text's end that BPE may join to what follows.
+
+    A single "\n" before a word is always a token of its own, so for it this is "".
+    """
     blanks = text[len(text.rstrip()) :]
     return "" if blanks == "\n" else blanks
 
