@@ -97,13 +97,13 @@ def generate(
     limits = limits or [options.max_new_tokens] * len(prompts)
     for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True)):
         check_prompt(ids, f"prompt {number}", limit, model.config.max_position_embeddings)
-    completions = [
+    decodings = [
         Decoding(list(ids), np.random.default_rng((options.seed, number, sample)), limits[number])
         for number, ids in enumerate(prompts)
         for sample in range(options.num_samples)
     ]
-    waiting, active = deque(completions), list[Decoding]()
-    cache = KVCache(num_slots=min(options.batch_size, len(completions)))
+    waiting, active = deque(decodings), list[Decoding]()
+    cache = KVCache(num_slots=min(options.batch_size, len(decodings)))
     with eval_mode(model):
         while active or waiting:
             entering = admit(waiting, cache.num_slots, len(active))
@@ -123,7 +123,7 @@ def generate(
             kept = compact(stays)
             cache.copy_slots(kept)
             active = [active[slot] for slot in kept]
-    new_ids = [row.ids[-row.num_new :] for row in completions]
+    new_ids = [row.ids[-row.num_new :] for row in decodings]
     return [new_ids[start : start + options.num_samples] for start in range(0, len(new_ids), options.num_samples)]
 
 

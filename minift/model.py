@@ -11,18 +11,19 @@ Two rows, "A B C" and "D E":
     back in the list       A  B  C  D  E      scattered; what was computed for the pads is dropped
 
 Shapes use the same letters everywhere: N tokens, R rows, T row length, S cached row length, H heads, D head width,
-C hidden width, E embedding width, V vocabulary.
+C hidden width, E embedding width, V vocabulary; in losses also P pairs and M of the N tokens, the supervised ones.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Model = TypeVar("Model", "OPT", "RewardModel")  # a function returns the class that it is given
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are not used
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 

@@ -125,7 +125,8 @@ def about_completion(
 ) -> Iterator[str]:
     """Yield remarks about a training row: what is not supervised, not read, wrapped twice, or not a special token."""
     if not is_text_row(row):
-        yield from filter(None, [wraps_again(row, template)])
+        if remark := wraps_again(row, template):
+            yield remark
         yield from unread(row)
     elif marker and row["text"].count(marker) > 1:
         yield "with several responses, of which only the last is supervised"
@@ -146,7 +147,8 @@ def about_preferences(
     texts = [name for name, value in row.items() if isinstance(value, str) and value and name not in {*read, *UNREAD}]
     yield from unread(row)
     yield from (f"whose {name!r} is not read" for name in texts)
-    yield from filter(None, [wraps_again(question_of(row) or {}, template)])
+    if remark := wraps_again(question_of(row) or {}, template):
+        yield remark
     if len(sequences) > 1 and set(commonprefix(sequences)) <= {tokenizer.bos_token_id}:
         yield "whose sides share nothing but the BOS: no question is in them"
 

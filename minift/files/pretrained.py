@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -20,12 +20,10 @@ from minift.files.text import sha256
 from minift.files.tokenizer import FILES as TOKENIZER_FILES
 from minift.files.tokenizer import check_fits, load_tokenizer
 from minift.lora import merge
-from minift.model import OPT, RewardModel
+from minift.model import OPT, Model, RewardModel
 from minift.prompts import Template
 from minift.scoring import Judge
 from minift.tokenizer import Tokenizer
-
-Model = TypeVar("Model", OPT, RewardModel)
 
 
 class ModelFiles(NamedTuple):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from minift.files.hub import Repository, fetch, look_up
 from minift.files.tensors import EMBEDDING, HEAD, read_state, write_tensors
 from minift.files.text import check_not_pointer, read_json, write_json
 from minift.lora import SCORE
-from minift.model import ACTIVATIONS, OPT, OPTConfig, RewardModel
-
-Model = TypeVar("Model", OPT, RewardModel)
+from minift.model import ACTIVATIONS, OPT, Model, OPTConfig, RewardModel
 
 # The first of these that a folder or repository holds is its weights.
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -105,7 +105,7 @@ def _damage_named(checkpoints: Path, file: Path) -> Iterator[Path]:
         way = (
             f"delete {file.parent} to continue from {earlier[-1].name}" if earlier else "start afresh without --resume"
         )
-        problem = isinstance(error, OSError) and error.strerror or error
+        problem = getattr(error, "strerror", None) or error
         raise UserError(f"--resume: {file} is damaged ({problem}); {way}") from None
 
 

@@ -80,7 +80,8 @@ def complete_greedily(model: OPT, tokenizer: Tokenizer, questions: Sequence[Ques
     """Return the model's greedy answers, cut at the longest reference's length and at the model's positions."""
     if not questions:
         return []
-    prompts, max_positions = [question.prompt_ids for question in questions], model.config.max_position_embeddings
+    prompts = [question.prompt_ids for question in questions]
+    max_positions = model.config.max_position_embeddings
     longest = max(question.reference_length for question in questions)
     # A limit for each question: one long prompt must not shorten the answers to all others.
     limits = [min(longest, max_positions - len(prompt)) for prompt in prompts]
@@ -125,7 +126,7 @@ def compare_answers(questions: Sequence[Question], before: Sequence[Answer], aft
     for name, answers in (("before", before), ("after", after)):
         texts, passed = zip(*answers, strict=True)
         exams[name] = {"bleu": bleu_by_category(questions, texts)} | pass_rates(questions, passed)
-    return {measure: {name: exam[measure] for name, exam in exams.items()} for measure in exams["after"]}
+    return _by_measure(exams)
 
 
 def compare_rewards(
@@ -134,8 +135,11 @@ def compare_rewards(
     """Return every measure of `scoring.examine` before and after training, as run.json has it; {} without rankings."""
     if not before:
         return {}
-    first, last = examine(before, categories), examine(after, categories)
-    return {measure: {"before": first[measure], "after": last[measure]} for measure in last}
+    return _by_measure({"before": examine(before, categories), "after": examine(after, categories)})
+
+
+def _by_measure(exams: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {measure: {name: exam[measure] for name, exam in exams.items()} for measure in exams["after"]}
 
 
 def ranking_sample(row: Mapping[str, Any], before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:

@@ -55,6 +55,9 @@ class Run:
     checkpoint, or if values differ.
     """
 
+    model_files: ModelFiles  # from `find_model` on
+    record: dict[str, Any]  # the object in run.json; from `open` on
+
     def __init__(self, script: str, config: Config) -> None:
         self.script = script  # "sft" or "rm"
         self.config = config
@@ -120,7 +123,7 @@ class Run:
         """
         path = self.folder / "before.json"
         if self.config.resume:
-            # With other --bleu-samples or --run-checks, or damaged, it is asked again.
+            # If --bleu-samples or --run-checks has changed, or the file is damaged, the exam is held again.
             with suppress(UserError, KeyError, TypeError):
                 kept = read_json(path, A_RUN)
                 is_same = len(kept["before"]) == count and kept["run_checks"] == self.config.run_checks
@@ -166,8 +169,8 @@ class Run:
             except DivergedError as error:
                 raise self._explain(error) from None
         handler = interrupts.interrupt_with(f"; all steps are saved, continue with: {resume.command()}")
-        for number in received[:1]:
-            handler(number, None)
+        if received:
+            handler(received[0], None)
         interrupts.on_signals(handler)
 
     def finish(self, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -175,10 +178,12 @@ class Run:
 
         `results` maps a measure to its values "before" and "after" training.
         """
-        for name in ("lm_loss", "loss"):
+        losses = {}
+        for name in ("loss", "lm_loss"):
             values = [line[name] for line in self.metrics if line["split"] == "eval" and line.get(name) is not None]
             if values:
-                results = {f"eval_{name}": {"before": values[0], "after": values[-1]}} | results
+                losses[f"eval_{name}"] = {"before": values[0], "after": values[-1]}
+        results = losses | results
         if samples:
             write_json_lines(self.folder / "samples.jsonl", samples)
         self.record["results"] = results

@@ -1,7 +1,7 @@
 """Steps of both scripts around the training loop: load and split rows, prepare the model, export it."""
 
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -17,12 +17,10 @@ from minift.files.text import say
 from minift.files.tokenizer import save_tokenizer
 from minift.files.weights import save_model
 from minift.lora import adapters_of, add_lora, merge, num_adapter_parameters, unmerge
-from minift.model import OPT, RewardModel, set_dropout
+from minift.model import OPT, Model, RewardModel, set_dropout
 from minift.prompts import Template
 from minift.run.folder import Run
 from minift.tokenizer import Tokenizer
-
-Model = TypeVar("Model", OPT, RewardModel)
 
 
 class Split(NamedTuple):
