@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may reach the real one
@@ -12,6 +13,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from minift.files.tokenizer import load_tokenizer
 from minift.tokenizer import Tokenizer
+
+# `make test &` starts with SIGINT ignored, and the runs that tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Repeated, so that BPE learns "\n\n", "\n    " and " word" as tokens: those are what joins a prompt to its response.
 CORPUS = [

@@ -14,7 +14,7 @@ from random import Random
 
 import pytest
 
-from data.make.families import KNOWN, UNSEEN
+from data.make.families import KNOWN, TRAINED_ONLY, UNSEEN
 from data.make.families.common import Check
 from data.make.instructions import DATA, Row, generate, passes
 from minift.run.sandbox import check_answers, checks_of
@@ -70,6 +70,13 @@ def test_every_answer_passes_its_checks(rows: list[Row]) -> None:
         assert passes(row.output, row.checks), row
         if is_code(row):
             ast.parse(row.output)
+
+
+def test_answers_of_the_families_that_are_not_shipped_pass_their_checks() -> None:
+    names = [family.__name__ for family in TRAINED_ONLY]
+    rows = [row for row in generate(0, known_rows=1, other_rows=2) if row.family in names]
+    assert len(rows) == 2 * len(set(names)) == 2 * len(names)
+    assert all(row.split == "training" and passes(row.output, row.checks) for row in rows)
 
 
 def test_fields_and_sizes(training: list[dict], held_out: list[dict]) -> None:

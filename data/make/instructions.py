@@ -1,6 +1,6 @@
 """Write data/instructions.jsonl and data/heldout.jsonl: small Python tasks whose answers have been executed.
 
-    python -m data.make.instructions [--seed 0] [--out data]
+    python -m data.make.instructions [--seed 0] [--known-rows 62] [--other-rows 0] [--out data]
 
 Training rows have the fields instruction, input, output and family. Held-out rows also have `kind`: "new combination"
 (a family of the training rows with other parameters) or "new family" (not in the training rows), and `checks`, as
@@ -15,14 +15,14 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from data.make.families import KNOWN, UNSEEN
+from data.make.families import KNOWN, TRAINED_ONLY, UNSEEN
 from data.make.families.common import Check, Task
 from minift.commands.cli import CommandParser, run_command
 from minift.files.text import write_text
 from minift.run.sandbox import Sandbox
 
 DATA = Path(__file__).resolve().parent.parent
-TRAINING_ROWS_PER_FAMILY = 62
+KNOWN_ROWS, OTHER_ROWS = 62, 0  # training rows of each known family, and of each that is never held out
 NEW_COMBINATIONS_PER_FAMILY = 2
 NEW_FAMILY_ROWS_PER_FAMILY = 12
 
@@ -85,7 +85,7 @@ def draw_rows(family: Callable, rng: Random, split: str, count: int, split_of: d
     """
     rows = []
     name = family.__name__
-    for _ in range(200 * count):
+    for _ in range(200 * count + 1):
         if len(rows) == count:
             return rows
         task = family(rng)
@@ -97,13 +97,14 @@ def draw_rows(family: Callable, rng: Random, split: str, count: int, split_of: d
     raise RuntimeError(f"{name} has too few combinations")
 
 
-def generate(seed: int) -> list[Row]:
+def generate(seed: int, known_rows: int = KNOWN_ROWS, other_rows: int = OTHER_ROWS) -> list[Row]:
     """Return the rows of all splits, shuffled. Each family draws from its own generator, held-out rows first."""
-    generators = {family: Random(f"{seed} {family.__name__}") for family in KNOWN + UNSEEN}
+    generators = {family: Random(f"{seed} {family.__name__}") for family in KNOWN + TRAINED_ONLY + UNSEEN}
     wanted = [
         ("new combination", KNOWN, NEW_COMBINATIONS_PER_FAMILY),
         ("new family", UNSEEN, NEW_FAMILY_ROWS_PER_FAMILY),
-        ("training", KNOWN, TRAINING_ROWS_PER_FAMILY),
+        ("training", KNOWN, known_rows),
+        ("training", TRAINED_ONLY, other_rows),
     ]
     split_of, questions, rows = {}, set(), []
     for split, families, count in wanted:
@@ -127,12 +128,16 @@ def as_lines(rows: list[Row], held_out: bool) -> str:
 def main() -> None:
     parser = CommandParser("python -m data.make.instructions", description="Write instructions.jsonl, heldout.jsonl.")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--known-rows", type=int, default=KNOWN_ROWS, help="training rows of each known family")
+    parser.add_argument(
+        "--other-rows", type=int, default=OTHER_ROWS, help="of each family of combinations.py, which is never held out"
+    )
     parser.add_argument("--out", type=Path, default=DATA, help="an existing directory")
     arguments = parser.parse_args()
-    rows = generate(arguments.seed)
+    rows = generate(arguments.seed, arguments.known_rows, arguments.other_rows)
     write_text(arguments.out / "instructions.jsonl", as_lines(rows, held_out=False))
     write_text(arguments.out / "heldout.jsonl", as_lines(rows, held_out=True))
-    print(f"{len(rows)} rows of {len(KNOWN) + len(UNSEEN)} families written to {arguments.out}")
+    print(f"{len(rows)} rows of {len({row.family for row in rows})} families written to {arguments.out}")
 
 
 if __name__ == "__main__":

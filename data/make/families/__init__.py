@@ -4,8 +4,20 @@ A family returns `Task(instruction, input, output, checks)`. The output follows 
 checks come from plain Python references beside the templates, never from running the output: they can disagree with it.
 """
 
-from data.make.families import classes, dictionaries, edits, functions, lists, numbers, strings, unseen, values
+from data.make.families import (
+    classes,
+    combinations,
+    dictionaries,
+    edits,
+    functions,
+    lists,
+    numbers,
+    strings,
+    unseen,
+    values,
+)
 
 THEMES = (numbers, strings, lists, dictionaries, classes, functions, values, edits)
-KNOWN = tuple(family for theme in THEMES for family in theme.FAMILIES)
-UNSEEN = unseen.FAMILIES
+KNOWN = tuple(family for theme in THEMES for family in theme.FAMILIES)  # trained on; other combinations are held out
+TRAINED_ONLY = combinations.FAMILIES  # never held out; not in the shipped data: see data/README.md
+UNSEEN = unseen.FAMILIES  # held out only
