@@ -67,7 +67,7 @@ improve: .venv/installed
 		--samples 8 --out runs/best-of-training.jsonl --rows runs/favourites.jsonl
 	.venv/bin/python train_sft.py --recipe tiny --model runs/sft --template runs/sft/template.json \
 		--data runs/favourites.jsonl --eval-data data/heldout.jsonl --run-checks --lr 1e-4 --max-steps 60 \
-		--eval-every 20 --out runs/improved $(ARGS)
+		--batch-size 16 --eval-every 20 --out runs/improved $(ARGS)
 
 compare: .venv/installed-for-tests
 	@$(FLAGS); if [ -n '$(ONLY)' ]; then set -- "$$@" --only '$(ONLY)'; fi; \
