@@ -3,6 +3,7 @@
 Every device, pipe, socket and link is made in the test's own folder.
 """
 
+import errno
 import os
 import signal
 import socket
@@ -245,6 +246,22 @@ def test_a_crash_while_weights_are_written_leaves_nothing_for_ever(tmp_path: Pat
     assert ended.returncode == -signal.SIGKILL and not out.exists()
     write_tensors(out, {"weight": torch.zeros(2)})
     assert [*tmp_path.iterdir()] == [out] and load_file(out)["weight"].tolist() == [0, 0]
+
+
+def test_an_io_error_at_the_end_of_writing_weights_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was ignored, and left an empty folder beside the weights."""
+
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+
+    out = tmp_path / "model.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rmdir", fail)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            write_tensors(out, {"weight": torch.zeros(2)})
+    assert not out.exists()
+    write_tensors(out, {"weight": torch.zeros(2)})
+    assert [*tmp_path.iterdir()] == [out]
 
 
 def test_an_unfinished_name_that_is_a_link_is_not_followed(tmp_path: Path) -> None:

@@ -37,8 +37,9 @@ def pairs() -> dict[str, list[dict]]:
 
 
 @pytest.mark.parametrize("file", FILE_NAMES)
-def test_every_chosen_answer_passes_and_every_rejected_one_fails(file: str, pairs: dict, row_of: dict) -> None:
-    for pair in pairs[file]:
+def test_chosen_answers_pass_and_rejected_ones_fail(file: str, pairs: dict, row_of: dict) -> None:
+    """Test 550 pairs of each file, as each answer starts a process; the script, which is run below, tests them all."""
+    for pair in pairs[file][:: len(pairs[file]) // 550]:
         checks = row_of[pair["prompt"]].checks
         assert passes(pair["chosen"], checks), pair
         assert not passes(pair["rejected"], checks), pair
@@ -60,7 +61,7 @@ def test_code_inside_prose_fails_by_itself(file: str, pairs: dict, row_of: dict)
 
 @pytest.mark.parametrize("file", FILE_NAMES)
 def test_bugs_and_other_answers_are_code_that_runs(file: str, pairs: dict, row_of: dict) -> None:
-    for pair in pairs[file]:
+    for pair in pairs[file][:: len(pairs[file]) // 550]:
         row = row_of[pair["prompt"]]
         if pair["kind"] == "subtle bug":
             befores = {check.before for check in row.checks}

@@ -1,5 +1,6 @@
 """The tokenizer against transformers' own (the reference), on strings made to be hard."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from tokenizers import models, processors
 from transformers import AutoTokenizer
 
 from minift.errors import UserError
+from minift.files.text import read_bytes
 from minift.files.tokenizer import check_fits, load_tokenizer, save_tokenizer
 from minift.tokenizer import Special
 from tests.compare.tokenizer import compare_tokenizers, hard_texts
@@ -284,3 +286,17 @@ def test_check_fits(tokenizer):
     check_fits(tokenizer, tokenizer.vocab_size, "model")
     with pytest.raises(UserError, match="model: its tokenizer doesn't fit"):
         check_fits(tokenizer, tokenizer.vocab_size - 1, "model")
+
+
+def test_an_io_error_is_not_a_broken_tokenizer(tokenizer_directory, tmp_path, monkeypatch):
+    """It was called the user's mistake, with status 2."""
+    folder = shutil.copytree(tokenizer_directory, tmp_path / "tokenizer")
+
+    def fail(path):
+        if Path(path).name == "merges.txt":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr("minift.files.text.read_bytes", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_tokenizer(folder)

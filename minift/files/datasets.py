@@ -12,7 +12,7 @@ import numpy
 
 from minift.errors import UserError
 from minift.files.hub import DATA_SUFFIXES, data_files
-from minift.files.text import check_not_pointer, parse_json, parse_json_lines, read_text
+from minift.files.text import MACHINE_ERRORS, check_not_pointer, parse_json, parse_json_lines, read_text
 from minift.prompts import question_fields
 
 # A schema's required fields, each a string. A row's schema is the first one whose fields are all present. In a row with
@@ -154,6 +154,8 @@ def _read_parquet(path: Path) -> Iterator[Any]:
                     # Parquet has NaN and Infinity, JSON does not.
                     yield json.loads(text, parse_constant=lambda _: None, object_hook=_without_nulls)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
+        if getattr(error, "errno", None) in MACHINE_ERRORS:
+            raise
         raise UserError(f"{path}: unreadable, truncated or damaged parquet: download it again ({error})") from None
 
 

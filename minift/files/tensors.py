@@ -86,8 +86,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         try:
             save_file(tensors, folder / path.name, metadata={"format": "pt"})
             (folder / path.name).replace(unfinished)
-        finally:
+            folder.rmdir()
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

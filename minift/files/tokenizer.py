@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from minift.errors import UserError
-from minift.files.text import atomic_write, parse_json, read_bytes, read_json, read_text
+from minift.files.text import MACHINE_ERRORS, atomic_write, parse_json, read_bytes, read_json, read_text
 from minift.tokenizer import Tokenizer
 
 FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
@@ -50,6 +50,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises bare Exceptions; its panics are not even Exceptions
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            raise
         raise UserError(f"{folder}: the tokenizer's files can't be read: {error}") from None
 
     if backend.token_to_id(named["eos_token"]) is None:
