@@ -12,6 +12,7 @@ READ_sft = RECIPE MODEL DATA ARGS
 READ_rm = $(READ_sft)
 READ_compare = $(READ_sft) ONLY
 READ_improve = ARGS
+READ_tour = ARGS
 READ_bench = ARGS
 READ = PYTHON SHELL MAKEFLAGS $(foreach goal,$(MAKECMDGOALS),$(READ_$(goal)))
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
@@ -31,9 +32,11 @@ PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check
 PATH_FILES = $(patsubst %,minift/%.py,prompts encode batching model losses optim trainer)
 HEART_FILES = $(PATH_FILES) $(patsubst %,minift/%.py,generate processors beam bleu pairs scoring lora)
 
-.PHONY: help sft rm improve compare bench test lines clean
+.PHONY: help tour sft rm improve compare bench test lines clean
 
 help:
+	@echo "make tour                see a row become an answer, and two answers rewards, in ten stops; seconds;"
+	@echo "                         ARGS=\"--stop 5\" shows one of them, ARGS=--pause waits between two"
 	@echo "make sft                 tune the model in data/ on the instructions in data/; writes runs/sft/"
 	@echo "make sft RECIPE=course   the course's run: facebook/opt-350m on CodeAlpaca-20k, from the hub"
 	@echo "make sft MODEL=… DATA=… ARGS=\"--lr 1e-4\"   your own run; ARGS takes every flag of train_sft.py"
@@ -49,6 +52,9 @@ help:
 	@echo "make lines               count the lines of code"
 	@echo "make clean               remove .venv and the caches; runs/ stays"
 	@echo "make PYTHON=python3.12 … create .venv with this Python"
+
+tour: .venv/installed
+	@exec .venv/bin/python -m minift tour $(ARGS)
 
 sft: .venv/installed
 	@$(FLAGS); printf '%s\n' ".venv/bin/python train_sft.py $$*"; exec .venv/bin/python train_sft.py "$$@"

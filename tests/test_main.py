@@ -45,7 +45,7 @@ def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         "error: genrate: not a command, did you mean generate? (`minift` lists the commands)\n"
     )
     assert run(monkeypatch, "xyz") == 2
-    assert "expected one of generate, preview" in capsys.readouterr().err
+    assert "expected one of tour, generate" in capsys.readouterr().err
 
 
 def test_a_message_names_flags_as_they_are_typed(
@@ -95,6 +95,8 @@ def test_arguments_may_look_like_a_module(flag: list[str]) -> None:
         (["LR=1e-4"], "LR"),
         (["sft", "RECIPE=course", "MODEL=x", "DATA=y", "ARGS=--lr 1e-4 --a=b", "PYTHON=python3"], None),
         (["compare", "ONLY=bleu", "ARGS=--faults"], None),
+        (["tour", "ARGS=--stop 5"], None),
+        (["tour", "STOP=5"], "STOP"),
         (["test"], None),
     ],
 )

@@ -66,10 +66,10 @@ def show_labels(
     """Print the first examples as text: supervised tokens green, or between ⟦ and ⟧ without colour.
 
     Special tokens are printed between ⟨ and ⟩, unlike text that spells their names, and line ends as ↵.
-    There is colour on terminals, unless NO_COLOR is set (no-color.org). `stream` is by default standard output.
+    `stream` is by default standard output.
     """
     stream = stream or sys.stdout
-    colour = stream.isatty() and not os.environ.get("NO_COLOR")
+    colour = has_colour(stream)
     supervised = f"{GREEN}green{PLAIN}" if colour else "between ⟦ and ⟧"
     lines = [f"What the loss sees: tokens {supervised} are supervised, ⟨…⟩ is a special token, ↵ a line end."]
     for number, example in enumerate(examples[:count], start=1):
@@ -77,7 +77,18 @@ def show_labels(
         of = f"{number} of {len(examples):,}"
         lines.append(f"\n── example {of}: {len(example.input_ids)} tokens, {num_supervised} supervised")
         lines.append(mark(example, tokenizer, colour))
-    stream.write("\n".join([*lines, ""]))  # `mark` has escaped the text; `say` would escape the colours too
+    show_marked("\n".join(lines), stream)
+
+
+def has_colour(stream: TextIO) -> bool:
+    """Return whether to print colours: on terminals, unless NO_COLOR is set (no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def show_marked(text: str, stream: TextIO) -> None:
+    """Print text in colours, escaped before it was coloured; `say` would escape the colours too."""
+    stream.write(text + "\n")
+    stream.flush()
 
 
 def mark(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
