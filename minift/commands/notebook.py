@@ -21,6 +21,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 46rem; p
 pre { border-left: 3px solid #8886; font-size: 13px; overflow-x: auto; padding: .2rem 0 }
 pre b { color: light-dark(#070, #6d6); font-weight: normal }
 pre i, code { color: #888; font-style: normal }
+code { font-size: 13px }
 </style></head><body><main><h1>minift tour</h1>
 """
 
@@ -74,16 +75,15 @@ def agree(name: str, by_hand: Any, by_code: Any) -> str:
     return f"  {name}: by hand {by_hand:.5f}, by code {by_code:.5f}" if is_number else f"  checked: {name}"
 
 
-def ends(values: Sequence[int], count: int) -> str:
-    """Return the first two of some values and the last `count`."""
-    return " ".join([*map(str, values[:2]), "…", *map(str, values[-count:])])
+def ends(values: Sequence[int], count: int, width: int = 0) -> str:
+    """Return the first two of some values and the last `count`, each at least `width` wide."""
+    return " ".join(f"{value:>{width}}" for value in [*values[:2], "…", *values[-count:]])
 
 
 def table(title: str, columns: Sequence[Sequence[str]]) -> Text:
     """Yield lines of cells side by side, each column under the same title."""
-    yield "  " + " ".join([title] * len(columns))
-    for cells in zip_longest(*columns, fillvalue=" " * len(title)):
-        yield ("  " + " ".join(cells)).rstrip()
+    for cells in zip_longest(*([title, *column] for column in columns), fillvalue=" " * len(title)):
+        yield ("  " + "  ".join(cells)).rstrip()
 
 
 def indented(text: str) -> str:

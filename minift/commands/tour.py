@@ -78,11 +78,11 @@ class Tour:
         """Turn text into tokens, ids and labels."""
         example, _ = encode_completion(self.before, self.after, self.tokenizer)
         yield f"The label is the id if the token counts in the loss, else {IGNORE_INDEX}. ␣ is a blank, ↵ a line end."
-        cells = [f"{self.token(token):14}{token:5}{label:6}" for token, label in zip(*example, strict=True)]
+        cells = [f"{self.token(token):13}{token:5}{label:6}" for token, label in zip(*example, strict=True)]
         for place, label in enumerate(example.labels):
             cells[place] = cells[place] if label == IGNORE_INDEX else self.green(cells[place])
         height = -(-len(cells) // 3)
-        yield from table(f"{'token':14}{'id':>5}{'label':>6}", [cells[i * height :][:height] for i in range(3)])
+        yield from table(f"{'token':13}{'id':>5}{'label':>6}", [cells[i * height :][:height] for i in range(3)])
         yield f"The mask as `minift preview` shows it: supervised tokens {'green' if self.colour else 'in ⟦ ⟧'}."
         yield indented(terminal.mark(example, self.tokenizer, self.colour))
         decoded = self.tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
@@ -99,7 +99,7 @@ class Tour:
             parts = getattr(self.batch, name).split(lengths)
             yield f"  {name:10}" + "".join(f"| {ends(part.tolist(), 2):20}" for part in parts).rstrip()
         yield f"rows (R, T) = {tuple(self.batch.rows.shape)}: where each row's tokens are in the list, -1 past its end."
-        yield from (f"  row {number}   {ends(row.tolist(), 12)}" for number, row in enumerate(self.batch.rows))
+        yield from (f"  row {number}   {ends(row.tolist(), 11, 4)}" for number, row in enumerate(self.batch.rows))
         yield f"Padded to one length, the rows would have {(self.batch.rows < 0).sum()} pads. Only attention does that."
         positions = [position for length in lengths for position in range(length)]
         yield agree("positions count from 0 in each row", positions, self.batch.positions.tolist())
@@ -141,11 +141,11 @@ class Tour:
                 if batch.labels[after] != IGNORE_INDEX:
                     losses[after] = round(-log_p[here, batch.input_ids[after]].item(), 5)  # as a reader has it
             named = [(self.token(int(batch.input_ids[place])), loss) for place, loss in losses.items()]
-            columns.append([f"{name:8.7}{math.exp(-loss):8.3g}{loss:9.5f}" for name, loss in named])
+            columns.append([f"{name:8.7}{math.exp(-loss):7.2g}{loss:9.5f}" for name, loss in named])
             sums.append(sum(losses.values()))
         yield "The probability p of each supervised token of the three rows, and -log p:"
-        yield from table(f"{'token':8}{'p':>8}{'-log p':>9}", columns)
-        yield "  " + " ".join(f"{'sum':8}{each:17.5f}" for each in sums)
+        yield from table(f"{'token':8}{'p':>7}{'-log p':>9}", columns)
+        yield "  " + "  ".join(f"{'sum':8}{each:16.5f}" for each in sums)
         count, total = sum(map(len, columns)), sum(sums)
         yield f"The loss is the mean: {' + '.join(f'{each:.5f}' for each in sums)} = {total:.5f}, divided by {count}."
         self.by_hand = total / count
@@ -189,15 +189,15 @@ class Tour:
         ids = encode_prompt(self.rows[0], self.tokenizer, self.template)
         options = Options(max_new_tokens=20, eos_token_id=self.tokenizer.eos_token_id)
         [[new_ids]] = generate(self.model, [ids], options)
-        yield f"After the {len(ids)} tokens of stop 1's prompt, the three most probable tokens, five times:"
+        yield f"The prompt has {len(ids)} tokens. The three most probable next ones; greedy decoding takes the first:"
         by_hand: list[int] = []
         while len(by_hand) < min(5, len(new_ids)):
-            last = self.model(*pack([ids + by_hand]))[-1:]  # (1, E): all tokens again, by code there is a KV cache
+            last = self.model(*pack([ids + by_hand]))[-1:]  # (1, E): all tokens again, without a cache
             top, tokens = self.model.logits(last).softmax(1)[0].topk(3)
             best, *others = [f"{self.token(int(token)):12}{p:.4f}" for p, token in zip(top, tokens, strict=True)]
             by_hand.append(int(tokens[0]))
             yield f"  {len(by_hand)}  " + "     ".join([self.green(best), *others])
-        yield agree("`generate` takes the most probable one each time", by_hand, new_ids[:5])
+        yield agree("`generate`, with its cache of keys and values, takes the same", by_hand, new_ids[:5])
         self.text = self.tokenizer.decode(new_ids)
         yield "The whole answer, after three steps of training on three rows:"
         yield indented(printable(self.text))
@@ -208,8 +208,8 @@ class Tour:
         output = self.rows[0]["output"]
         answer, reference = bleu.tokens(self.text), bleu.tokens(output)
         score = bleu.corpus_bleu([self.text], [[output]], smooth_method="none")
-        yield "The words of the answer, and those of the reference, which is the row's output:"
-        yield from (f"  {printable(' '.join(words))}" for words in (answer, reference))
+        yield "BLEU compares words. The reference is the row's output."
+        yield f"  answer     {printable(' '.join(answer))}\n  reference  {' '.join(reference)}"
         yield "An n-gram of the answer matches at most as often as it occurs in the reference."
         matches, totals, product = list[int](), list[int](), 1.0
         for n in (1, 2, 3, 4):
@@ -233,8 +233,8 @@ class Tour:
     def rewards(self) -> Text:
         """Turn two answers into two rewards."""
         rows, names = load_rows(DATA / "heldout_pairs.jsonl", PAIR_SCHEMAS), ("chosen", "rejected")
-        pair = rows[PAIR_LINE - 1]
-        yield f"{pair.location.capitalize()} of data/heldout_pairs.jsonl: a prompt, and the better answer of two."
+        self.row = pair = rows[PAIR_LINE - 1]
+        yield f"{pair.location.capitalize()} of data/heldout_pairs.jsonl: a prompt, the better and the worse answer."
         yield from (f"  {field:10} {json.dumps(pair[field])}" for field in ("prompt", *names))
         model, tokenizer = load_for_rm(find_model(DATA / "model"), seed=CONFIG.seed)
         set_dropout(model, 0.0)
@@ -261,10 +261,10 @@ class Tour:
             yield agree(f"reward of the {name} answer", by_hand, reward)
             yield agree("the same through `Judge.score`", by_hand, self.judge.score(pair["prompt"], pair[name]))
 
-    @stop(sigmoid, bradley_terry, optimizer_step, score_rankings, win_rate)
+    @stop(bradley_terry, sigmoid, Judge.best_of, win_rate, optimizer_step)
     def preference(self) -> Text:
         """Turn rewards into a loss and a win rate."""
-        model, difference = self.judge.model, self.both[0] - self.both[1]
+        model, (chosen, rejected) = self.judge.model, self.both
 
         def loss(batch: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             rewards = model(batch.input_ids, batch.positions, batch.rows)  # (R,)
@@ -274,20 +274,24 @@ class Tour:
         task = Task(model, loss, batches, batches, write_model=lambda folder: None, unit="pairs")
         yield (
             "Bradley and Terry: the chosen answer is preferred with the probability e^c / (e^c + e^r), where c and r "
-            "are the rewards. That is σ(c - r) with σ(x) = 1 / (1 + e^-x)."
+            "are the rewards. This equals σ(c - r) with σ(x) = 1 / (1 + e^-x)."
         )
-        probability = 1 / (1 + math.exp(-difference))
-        yield f"  c - r = {difference:.5f}"
-        yield agree("σ(c - r)", probability, sigmoid(difference))
-        yield agree("loss, -log σ(c - r)", -math.log(probability), evaluate(task)["loss"])
+        strength, other = math.exp(chosen), math.exp(rejected)
+        yield f"  c - r = {chosen - rejected:.5f}, e^c = {strength:.5f}, e^r = {other:.5f}"
+        yield agree("σ(c - r)", strength / (strength + other), sigmoid(chosen - rejected))
+        yield agree("loss, -log σ(c - r)", -math.log(strength / (strength + other)), evaluate(task)["loss"])
         optimizer_step(task, adamw(model, weight_decay=0.0), CONFIG, 0, CONFIG.lr)
-        yield f"  loss after one step of training on this pair: {evaluate(task)['loss']:.5f}"
+        after = evaluate(task)["loss"]
+        yield f"  loss after one step of training on this pair: {after:.5f}"
+        best = self.judge.best_of(self.row["prompt"], [self.row["chosen"], self.row["rejected"]])
+        yield "Below log 2 = 0.69315, the chosen answer has the higher reward. A choice among answers goes by rewards."
+        yield agree("`Judge.best_of` chooses that answer", int(after > math.log(2)), best)
         scored = score_rankings(model, self.others, batch_size=32)
         rate = win_rate(chosen - rejected for chosen, rejected in scored)
-        yield f"How often the chosen answer wins in the file's first {rate.pairs} pairs, and Wilson's 95% interval:"
+        yield f"The win rate of the chosen answers in the file's first {rate.pairs} pairs, with Wilson's 95% interval:"
         yield agree("wins", sum(chosen > rejected for chosen, rejected in scored), rate.wins)
         yield f"  {rate.wins} / {rate.pairs} = {rate.rate:.5f}, between {rate.low:.5f} and {rate.high:.5f}"
-        yield f"At an end p, the rate is z = {Z_95:.5f} standard deviations away: |rate - p| = z · √(p (1 - p) / n)."
+        yield f"  at both ends p, |rate - p| = z √(p(1 - p) / n), with z = {Z_95:.5f}"
         for p in (rate.low, rate.high):
             yield agree(f"p = {p:.5f}", Z_95 * math.sqrt(p * (1 - p) / rate.pairs), abs(rate.rate - p))
 
