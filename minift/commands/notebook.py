@@ -9,7 +9,7 @@ from html import escape
 from itertools import groupby, zip_longest
 from typing import Any, NamedTuple
 
-from minift.commands.terminal import GREEN, GREY, PLAIN, show_marked
+from minift.commands.terminal import GREEN, GREY, PLAIN
 from minift.files.text import say, write_text
 
 WIDTH = 80  # columns of a terminal
@@ -117,7 +117,7 @@ def show(tour: object, only: int | None, *, pause: bool) -> None:
         lines = [heading, *(f"   {place}" for place in stop.places)]
         for paragraph in paragraphs:
             lines += [paragraph] if paragraph.startswith("  ") else ["", textwrap.fill(paragraph, WIDTH)]
-        show_marked("\n".join([*lines, ""]), sys.stdout)
+        say("\n".join([*lines, ""]), is_escaped=True)
 
 
 def write_page(tour: object, only: int | None, path: str) -> None:

@@ -77,18 +77,12 @@ def show_labels(
         of = f"{number} of {len(examples):,}"
         lines.append(f"\n── example {of}: {len(example.input_ids)} tokens, {num_supervised} supervised")
         lines.append(mark(example, tokenizer, colour))
-    show_marked("\n".join(lines), stream)
+    say("\n".join(lines), stream, is_escaped=True)  # by `mark`: `say` would escape the colours too
 
 
 def has_colour(stream: TextIO) -> bool:
     """Return whether to print colours: on terminals, unless NO_COLOR is set (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
-
-
-def show_marked(text: str, stream: TextIO) -> None:
-    """Print text in colours, escaped before it was coloured; `say` would escape the colours too."""
-    stream.write(text + "\n")
-    stream.flush()
 
 
 def mark(example: Example, tokenizer: Tokenizer, colour: bool) -> str:

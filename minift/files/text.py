@@ -30,9 +30,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
-    """Print escaped text, by default to standard output. All text from files and models is printed so."""
-    print(printable(text), file=stream or sys.stdout, flush=True)
+def say(text: str, stream: TextIO | None = None, *, is_escaped: bool = False) -> None:
+    """Print text, escaped unless it already is, by default to standard output. Everything is printed so."""
+    print(text if is_escaped else printable(text), file=stream or sys.stdout, flush=True)
 
 
 def read_bytes(path: str | Path, length: int = -1) -> bytes:
@@ -195,6 +195,12 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
 def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     write_text(path, "".join(to_json_lines(rows)))
+
+
+def append_json_line(path: str | Path, value: Mapping[str, Any]) -> None:
+    """Append a JSON object to a file as a line."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(to_json(value) + "\n")
 
 
 def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:

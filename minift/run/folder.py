@@ -27,12 +27,12 @@ from minift.errors import UserError
 from minift.files.hub import at_commit, commit_of, data_files
 from minift.files.pretrained import ModelFiles, find_model
 from minift.files.text import (
+    append_json_line,
     parse_json_lines,
     read_json,
     read_text,
     say,
     sha256,
-    to_json,
     write_json,
     write_json_lines,
 )
@@ -149,8 +149,7 @@ class Run:
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         self.metrics.append(line)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(to_json(line) + "\n")
+        append_json_line(self.folder / "metrics.jsonl", line)
 
     def save(self, task: Task, optimizer: torch.optim.Optimizer, progress: Progress, *, is_best: bool) -> None:
         """Write a checkpoint."""
