@@ -2,34 +2,29 @@ r"""BLEU: a score for how many of a text's n-grams also occur in its reference t
 
     BLEU = 100 * BP * exp(mean over n = 1..4 of log p_n)
     p_n  = n-grams of the hypotheses that match a reference / n-grams of the hypotheses
-    BP   = 1 if c >= r, else exp(1 - r / c)                     c tokens in the hypotheses, r in the references
+    BP   = 1 if c >= r, else exp(1 - r / c)                     c words in the hypotheses, r in the references
 
 An n-gram matches at most as often as it occurs in one reference, the one that has it most often. With several
 references, r is the length closest to the hypothesis's. Counts and lengths are summed over the corpus before the
 division, so corpus BLEU is not the mean of sentence BLEUs.
 
-The formula is from Papineni et al. 2002 (aclanthology.org/P02-1040), smoothing from Chen & Cherry 2014 (W14-3346),
-tokenisers and signature from Post 2018 (W18-6319), the tokenisers' rules from NIST's mteval-v13a.pl and mteval-v14.pl.
+The formula is from Papineni et al. 2002 (aclanthology.org/P02-1040), smoothing from Chen & Cherry 2014 (W14-3346), the
+signature from Post 2018 (W18-6319). words.py splits text into words.
 """
 
 import functools
 import logging
 import math
 import operator
-import re
-import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-# A signature promises the score of this version of sacreBLEU with these settings. The tests check that promise, so the
-# version is sacreBLEU's, and signatures of both can be compared as strings.
-SACREBLEU_VERSION = "2.6.0"
+from minift.words import words
 
+SACREBLEU_VERSION = "2.6.0"  # in signatures: they promise this version's score, and the tests check that
 SMOOTHING_DEFAULTS = {"none": None, "floor": 0.1, "add-k": 1, "exp": None}
-TOKENIZERS = ("13a", "none", "char", "intl")
 
 
 class BLEU(NamedTuple):
@@ -63,10 +58,9 @@ def corpus_bleu(
         hypotheses[i], or None if segment i has fewer. An empty string is a reference without words.
     smooth_method: the count that replaces 0 for an n without a match. "none": 0; "floor": `smooth_value`; "exp": 1/2
         for the first such n, 1/4 for the second, ... "add-k" adds `smooth_value` to counts and totals of n > 1
-        instead. A corpus without any match scores 0 under all four. `smooth_value` is for floor (default 0.1) and
-        add-k (default 1).
+        instead. A corpus without any match scores 0 under all four.
     force: don't warn about 100 or more hypotheses that end in " .", the mark of text already split into tokens.
-    tokenize: "13a", "intl", "char" or "none", see `tokens`.
+    tokenize: "13a", "intl", "char" or "none", see `words`.
     use_effective_order: leave out each n for which the hypotheses are too short. Without it, a corpus that has no
         4-gram scores 0, even against itself.
 
@@ -83,25 +77,22 @@ def corpus_bleu(
     sys_len = ref_len = 0
     num_references = set()
     for hypothesis, *segment_references in zip(hypotheses, *references, strict=True):
-        hypothesis_tokens = tokens(hypothesis, tokenize, lowercase)
-        reference_tokens = [tokens(text, tokenize, lowercase) for text in segment_references if text is not None]
-        num_references.add(len(reference_tokens))
-        sys_len += len(hypothesis_tokens)
+        hypothesis_words = words(hypothesis, tokenize, lowercase)
+        reference_words = [words(text, tokenize, lowercase) for text in segment_references if text is not None]
+        num_references.add(len(reference_words))
+        sys_len += len(hypothesis_words)
         # The closest length; of two equally close, the shorter.
-        ref_len += min(map(len, reference_tokens), key=lambda length: (abs(length - len(hypothesis_tokens)), length))
+        ref_len += min(map(len, reference_words), key=lambda length: (abs(length - len(hypothesis_words)), length))
         # The union of Counters keeps the larger count of each n-gram, the intersection the smaller.
-        allowed = functools.reduce(operator.ior, (_ngrams(each, max_ngram_order) for each in reference_tokens))
-        for ngram, count in (_ngrams(hypothesis_tokens, max_ngram_order) & allowed).items():
+        allowed = functools.reduce(operator.ior, (_ngrams(each, max_ngram_order) for each in reference_words))
+        for ngram, count in (_ngrams(hypothesis_words, max_ngram_order) & allowed).items():
             counts[len(ngram) - 1] += count
         for n in range(1, max_ngram_order + 1):
-            totals[n - 1] += max(len(hypothesis_tokens) - n + 1, 0)
+            totals[n - 1] += max(len(hypothesis_words) - n + 1, 0)
 
-    bp = 1.0
-    if sys_len < ref_len:
-        bp = math.exp(1 - ref_len / sys_len) if sys_len > 0 else 0.0
+    bp = 1.0 if sys_len >= ref_len else math.exp(1 - ref_len / sys_len) if sys_len > 0 else 0.0
     score, precisions = 0.0, [0.0] * max_ngram_order
-    if smooth_value is None:
-        smooth_value = SMOOTHING_DEFAULTS[smooth_method]
+    smooth_value = SMOOTHING_DEFAULTS[smooth_method] if smooth_value is None else smooth_value
     if any(counts):
         counts, totals, precisions = _smoothed(counts, totals, smooth_method, smooth_value or 0)
         order = sum(total > 0 for total in totals) if use_effective_order else max_ngram_order
@@ -154,9 +145,6 @@ def _check_corpus(hypotheses: Sequence[str], references: Sequence[Sequence[str |
             raise TypeError(f"segment {index}: expected strings only")
 
 
-# ---- n-grams and smoothing ----
-
-
 def _ngrams(words: list[str], max_ngram_order: int) -> Counter[tuple[str, ...]]:
     orders = range(1, max_ngram_order + 1)
     return Counter(chain.from_iterable(zip(*(words[start:] for start in range(n)), strict=False) for n in orders))
@@ -169,70 +157,10 @@ def _smoothed(
     if method == "add-k":
         counts = counts[:1] + [count + value for count in counts[1:]]
         totals = totals[:1] + [total + value for total in totals[1:]]
-    precisions = []
-    half = 1.0
+    precisions, half = [], 1.0
     for count, total in zip(counts, totals, strict=True):
         if count == 0 and total > 0:
             half /= 2
             count = {"exp": half, "floor": value}.get(method, 0)
         precisions.append(100 * count / total if total > 0 else 0.0)
     return counts, totals, precisions
-
-
-# ---- tokens ----
-
-
-def tokens(text: str, tokenize: str = "13a", lowercase: bool = False) -> list[str]:
-    """Split `text` into the words that BLEU counts.
-
-    "13a": the default, for Western languages: splits off ASCII punctuation, except marks inside numbers, ' and -.
-    "intl": splits off Unicode punctuation, except marks inside numbers, and Unicode symbols.
-    "char": every character that is not white space. "none": split at white space only.
-    """
-    if tokenize not in TOKENIZERS:
-        raise ValueError(f"tokenize must be one of {[*TOKENIZERS]}; got {tokenize!r}")
-    # The order of these steps matters: "<SKIPPED>" is lowercased and then removed; "-\n" at the end of a text is kept,
-    # as its newline is stripped first.
-    text = (text.lower() if lowercase else text).rstrip()
-    rules = []
-    if tokenize == "13a":
-        text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-        # "&amp;" before "&lt;", as in mteval: "&amp;lt;" becomes "<".
-        for entity, character in ("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"):
-            text = text.replace(entity, character)
-        text = f" {text} "  # so that a mark at either end has a neighbour that is not a digit
-        rules = RULES_13A
-    elif tokenize == "intl":
-        rules = _rules_intl()
-    for pattern, replacement in rules:
-        text = pattern.sub(replacement, text)
-    words = text.split()
-    return list("".join(words)) if tokenize == "char" else words
-
-
-# Each rule is applied to the result of the rule before it, and matches of one rule never overlap: "a..5" becomes
-# a . .5 but "a...5" becomes a . . . 5
-RULES_13A = [
-    (re.compile(r"([!-&(-+/:-@\[-`{-~])"), r" \1 "),  # ASCII punctuation without ' , - .
-    (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
-    (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
-    (re.compile(r"([0-9])(-)"), r"\1 \2 "),
-]
-
-
-@functools.cache
-def _rules_intl() -> list[tuple[re.Pattern[str], str]]:
-    r"""Return mteval-v14's rules, with \p{P}, \p{S} and \p{N} as ranges: Python's `re` has no Unicode categories.
-
-    A character that the running Python's Unicode (unicodedata.unidata_version) doesn't know is none of the three.
-    """
-    categories = "".join(unicodedata.category(chr(code))[0] for code in range(sys.maxunicode + 1))
-    punctuation, symbol, number = (
-        "".join(f"\\U{run.start():08x}-\\U{run.end() - 1:08x}" for run in re.finditer(f"{category}+", categories))
-        for category in "PSN"
-    )
-    return [
-        (re.compile(f"([^{number}])([{punctuation}])"), r"\1 \2 "),
-        (re.compile(f"([{punctuation}])([^{number}])"), r" \1 \2"),
-        (re.compile(f"([{symbol}])"), r" \1 "),
-    ]

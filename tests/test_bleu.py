@@ -15,8 +15,9 @@ import sacrebleu.metrics
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from sacrebleu.tokenizers.tokenizer_intl import TokenizerV14International
 
-from minift.bleu import SMOOTHING_DEFAULTS, TOKENIZERS, corpus_bleu, sentence_bleu, tokens
+from minift.bleu import SMOOTHING_DEFAULTS, corpus_bleu, sentence_bleu
 from minift.commands.bleu import main
+from minift.words import TOKENIZERS, words
 from tests.compare.bleu import compare_scores, random_corpus
 from tests.runs import mistake
 
@@ -71,8 +72,8 @@ def test_every_character_is_split_as_sacrebleu_splits_it(template):
     characters = [c for number, c in enumerate(ASSIGNED) if number % 50 == 0 or unicodedata.category(c) not in similar]
     for start in range(0, len(characters), 5000):
         text = " q ".join(template.format(character) for character in characters[start : start + 5000])
-        assert tokens(text, "13a") == Tokenizer13a()(text.rstrip()).split()
-        assert tokens(text, "intl") == TokenizerV14International()(text.rstrip()).split()
+        assert words(text, "13a") == Tokenizer13a()(text.rstrip()).split()
+        assert words(text, "intl") == TokenizerV14International()(text.rstrip()).split()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_every_character_is_split_as_sacrebleu_splits_it(template):
     ],
 )
 def test_tokens_by_hand(text, tokenize, expected):
-    assert tokens(text, tokenize) == expected
+    assert words(text, tokenize) == expected
 
 
 def test_no_four_gram_scores_zero_against_itself():

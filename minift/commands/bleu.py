@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from minift.bleu import BLEU, SMOOTHING_DEFAULTS, TOKENIZERS, corpus_bleu, sentence_bleu
+from minift.bleu import BLEU, SMOOTHING_DEFAULTS, corpus_bleu, sentence_bleu
 from minift.commands.cli import CommandParser
 from minift.errors import UserError
 from minift.files.text import read_json_lines, read_text, say, to_json
+from minift.words import TOKENIZERS
 
 Corpus = tuple[list[str], Sequence[Sequence[str | None]]]  # hypotheses and streams of references
 

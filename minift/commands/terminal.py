@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minift.batching import Loader
-from minift.bleu import tokens as words
 from minift.commands.flags import describe
 from minift.config import Config
 from minift.encode import IGNORE_INDEX, Example, count_supervised
@@ -19,6 +18,7 @@ from minift.pairs import Ranking, collate_rankings, name_responses
 from minift.remarks import Encoded
 from minift.tokenizer import Tokenizer
 from minift.trainer import num_steps
+from minift.words import words
 
 GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 MAX_NGRAM = 4  # of BLEU: a text with fewer words has none

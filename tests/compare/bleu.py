@@ -8,7 +8,7 @@ from typing import Any
 import sacrebleu.metrics
 from sacrebleu.metrics.bleu import BLEUScore
 
-from minift.bleu import BLEU, SMOOTHING_DEFAULTS, TOKENIZERS, corpus_bleu, sentence_bleu
+from minift.bleu import BLEU, SMOOTHING_DEFAULTS, corpus_bleu, sentence_bleu
 from minift.config import Config
 from minift.files.datasets import Row, load_rows
 from minift.files.tokenizer import load_tokenizer
@@ -16,6 +16,7 @@ from minift.files.weights import load_model
 from minift.generate import Options, generate
 from minift.prompts import TEMPLATES
 from minift.run.exam import held_out_prompts
+from minift.words import TOKENIZERS
 from tests.compare import Check, Setting
 
 ANSWERS, NEW_TOKENS = 200, 32
