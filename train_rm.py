@@ -16,10 +16,10 @@ from minift.files.pretrained import load_for_rm
 from minift.files.templates import load_template
 from minift.lora import merge
 from minift.losses import bradley_terry, completion_cross_entropy, preference_metrics
-from minift.pairs import PairBatch, collate_rankings, encode_rankings, group_by_chosen, swap_half
+from minift.pairs import PairBatch, collate_rankings, encode_rankings, group_by_chosen
 from minift.run.exam import compare_rewards, ranking_sample
 from minift.run.folder import Run
-from minift.run.setup import export, load_splits, max_length_for, prepare
+from minift.run.setup import export, load_splits, max_length_for, prepare, swap_half
 from minift.scoring import score_rankings
 from minift.trainer import Task, train
 

@@ -85,12 +85,7 @@ class Loader(Generic[AnyBatch]):
         return -(-len(self.examples) // (self.batch_size * self.grad_accum))
 
     def micro_batches(self, step: int) -> Iterator[AnyBatch]:
-        """Yield the micro-batches of optimiser step `step`, counted from 0 over all epochs."""
-        for indices in self.indices_of(step):
-            yield self.collate([self.examples[index] for index in indices])
-
-    def indices_of(self, step: int) -> Iterator[list[int]]:
-        """Yield the indices of the examples in each micro-batch of a step. Raises ValueError without examples."""
+        """Yield the micro-batches of a step, counted from 0 over all epochs. Raises ValueError without examples."""
         if not self.examples:
             raise ValueError("no examples, so there is no optimiser step")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
@@ -100,7 +95,7 @@ class Loader(Generic[AnyBatch]):
         per_step = self.batch_size * self.grad_accum
         indices = order[step_in_epoch * per_step : (step_in_epoch + 1) * per_step].tolist()
         for start in range(0, len(indices), self.batch_size):
-            yield indices[start : start + self.batch_size]
+            yield self.collate([self.examples[index] for index in indices[start : start + self.batch_size]])
 
     def __iter__(self) -> Iterator[AnyBatch]:
         """Yield the batches of one pass over all examples, in order."""

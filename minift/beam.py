@@ -39,8 +39,7 @@ class Search:
     def advance(self, candidates: list[Candidate], options: Options) -> list[int]:
         """Append one token per beam; return each new beam's parent, or [] when the search is finished.
 
-        `candidates` are the 2 · num_beams best continuations, best first. At most num_beams of them end in the EOS, so
-        at least num_beams remain.
+        At most num_beams of the 2 · num_beams candidates, best first, end in the EOS: at least num_beams remain.
         """
         self.num_new += 1
         is_last = self.num_new == options.max_new_tokens
@@ -71,18 +70,14 @@ class Search:
 
 @torch.no_grad()
 def beam_search(
-    model: OPT,
-    prompts: Sequence[Sequence[int]],
-    options: Options,
-    on_progress: Callable[[int], Any] = lambda finished: None,
+    model: OPT, prompts: Sequence[Sequence[int]], options: Options, on_progress: Callable[[int], Any] = lambda _: None
 ) -> Completions:
     """Return the `num_samples` best completions of each prompt, best first; new ids, the EOS included.
 
     When `num_beams` completions have finished, a search ends at once if `early_stopping` is True, else as soon as its
     best beam is not better than the worst of them. For this, the beam's score is divided by its present length (False),
-    or by the longest possible one ("never", if the length penalty is above 0). Gives the same tokens as the `generate`
-    of transformers 5.23 with equal options and float32 logits.
-    Raises ValueError like `generate`, and for more beams than half the vocabulary.
+    or by the longest possible one ("never", if the length penalty is above 0). Tokens are those of `generate` in
+    transformers 5.23 with equal options and float32 logits. Raises ValueError like `generate`, and like `check_beams`.
     """
     num_beams = options.num_beams
     for number, prompt in enumerate(prompts):
@@ -103,7 +98,7 @@ def beam_search(
             scores = process_logits(logits.log_softmax(1), beams, num_new, options)  # (R, V)
             candidates = best_continuations(scores, active, num_beams)
             parents = [search.advance(found, options) for search, found in zip(active, candidates, strict=True)]
-            stays = [bool(its_parents) for its_parents in parents]
+            stays = [*map(bool, parents)]
             on_progress(options.num_samples * stays.count(False))
             kept = compact(stays)
             cache.copy_slots([slot * num_beams + beam for slot in kept for beam in parents[slot]])

@@ -9,8 +9,8 @@ from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from minift.errors import UserError
-from minift.prompts import Template, blanks_of, is_text_row, render, render_prompt, trailing_blanks
-from minift.remarks import Encoded, about_completion, likely_cause, location_of
+from minift.prompts import Template, is_text_row, render, render_prompt, trailing_blanks
+from minift.remarks import Encoded, about_completion, location_of
 from minift.tokenizer import Special, Tokenizer
 
 IGNORE_INDEX = -100  # the label of a token that does not count in the loss
@@ -33,9 +33,8 @@ class Example(NamedTuple):
 def encode_completion(prompt: Sequence[str], completion: Sequence[str], tokenizer: Tokenizer) -> tuple[Example, bool]:
     r"""Encode prompt and completion together; supervise every token after the longest prefix shared with the prompt.
 
-    They are tokenised together so that the ids are those of the whole text, as trl 1.16 does it
-    (`SFTTrainer._prepare_dataset`). The second value is True if one token spans the end of the prompt and the start of
-    the completion. Generation then starts from ids that were not trained on: the prompt's own.
+    So the ids are those of the whole text, as in trl 1.16 (`SFTTrainer._prepare_dataset`). The second value is True if
+    one token spans the end of the prompt and the start of the completion.
 
     >>> encode_completion(["### Response:\n"], ["Hi", Special("</s>")], tokenizer)
     (Example(input_ids=[2, 452, 6, 884, 442, 1666, 29, 202, 43, 76, 2],
@@ -50,8 +49,7 @@ def encode_completion(prompt: Sequence[str], completion: Sequence[str], tokenize
 def encode_text(prompt: Sequence[str], completion: Sequence[str], tokenizer: Tokenizer) -> tuple[Example, bool]:
     """Encode a `text` row that `split_row` has cut in two; supervise each token with a character of the response.
 
-    Characters are compared, not tokens: BPE may join the marker's last character to the response's first. Such a token
-    counts as response, and the second value is then True.
+    BPE may join the marker's last character to the response's first. The second value is True if it does.
     """
     start = len(prompt[0])
     ids, offsets = tokenizer.encode_with_offsets(prompt[0] + completion[0])
@@ -72,27 +70,23 @@ def encode_rows(
     template: Template,
     *,
     max_length: int | None,
-    max_positions: int | None = None,
     response_template: str | None = None,
     supervise: Literal["completion", "all"] = "completion",
     source: str = "rows",
 ) -> Encoded[Example]:
     """Encode rows of an instruction, a prompt or a text; drop those without a supervised token and say so.
 
-    Longer rows keep their first `max_length` tokens. With `max_length=None` a row longer than the model's
-    `max_positions` is an error. `response_template` is for `text` rows and defaults to the template's own.
-    `supervise="all"` supervises every token but the first, the prompt's too: plain language modelling, for comparison.
+    Longer rows keep their first `max_length` tokens. `response_template` is for `text` rows and defaults to the
+    template's own. `supervise="all"` is plain language modelling, for comparison.
 
-    Raises UserError if every row is dropped, a row is longer than `max_positions` or cannot be encoded, or if there are
-    `text` rows and no response template.
+    Raises UserError if every row is dropped, if one cannot be encoded, and for `text` rows without a response template.
     """
-    check_max_length(max_length, max_positions)
     encoded: Encoded[Example] = Encoded(source, "row", len(rows))
     within = "after the first one" if max_length is None else f"within the first {max_length} tokens"
     for index, row in enumerate(rows):
         location = location_of(row, index)
         # "all" does not look for the response: with the marker "", a `text` row is cut at its end.
-        marker = "" if supervise == "all" else _marker_of(row, template, response_template)
+        marker = "" if supervise == "all" else marker_of(row, template, response_template)
         try:
             whole, remarks = encode_row(row, tokenizer, template, marker, supervise)
         except ValueError as error:
@@ -101,20 +95,13 @@ def encode_rows(
             encoded.drop_unmarked(row["text"], marker, location)
             continue
         length = len(whole.input_ids)
-        if max_length is None and max_positions is not None and length > max_positions:
-            raise UserError(
-                f"{source}: {location}: {length} tokens, more than the model's {max_positions} positions; "
-                f"cut such rows with --max-length {max_positions}, or remove them"
-            )
         example = Example(whole.input_ids[:max_length], whole.labels[:max_length])
         if count_supervised(example.labels) == 0:
             encoded.remark(f"dropped: no supervised token {within}", location)
             continue
         if len(example.input_ids) < length:
             encoded.remark(f"cut at {max_length} tokens, end token lost", location)
-        for remark in remarks:
-            encoded.remark(remark, location)
-        encoded.keep(example, row, index)
+        encoded.keep(example, row, index, remarks)
     encoded.tokens = sum(len(example.input_ids) for example in encoded.examples)
     encoded.supervised_tokens = sum(count_supervised(example.labels) for example in encoded.examples)
     encoded.check_any_kept("has a supervised token")
@@ -131,14 +118,8 @@ def encode_row(
     pieces = split_row(row, tokenizer, template, marker)
     if pieces is None:
         return None, []
-    if supervise == "all":
-        encode = encode_all
-    elif is_text_row(row):
-        encode = encode_text
-    else:
-        encode = encode_completion
+    encode = encode_all if supervise == "all" else encode_text if is_text_row(row) else encode_completion
     example, is_joined = encode(*pieces, tokenizer)
-
     remarks: list[str] = []
     if example.labels.count(IGNORE_INDEX) == len(example.labels) - 1:
         remarks.append("with an empty completion: only the end token is supervised")
@@ -155,7 +136,7 @@ def split_row(
     A `text` row is cut after the last marker in it, before the blanks that end it; return None if it has none.
     """
     if not is_text_row(row):
-        prompt, completion = render(row, template, tokenizer.eos_token, tokenizer.bos_token)
+        prompt, completion = render(row, template, tokenizer)
         return prompt, end_with_eos(completion, tokenizer)
     text = row["text"].removesuffix(tokenizer.eos_token)
     found = text.rfind(marker)
@@ -167,44 +148,17 @@ def split_row(
 
 def end_with_eos(pieces: Sequence[str], tokenizer: Tokenizer) -> list[str]:
     """Add the EOS. The name of the EOS at the end becomes the token; anywhere else it stays text."""
-    pieces, eos = [*pieces], Special(tokenizer.eos_token)
-    if isinstance(pieces[-1], Special) and pieces[-1] == eos:
-        pieces.pop()
-    if not isinstance(pieces[-1], Special):
-        pieces[-1] = pieces[-1].removesuffix(eos)
-    return [*pieces, eos]
+    eos = Special(tokenizer.eos_token)
+    *before, last = pieces[:-1] if isinstance(pieces[-1], Special) and pieces[-1] == eos else pieces
+    return [*before, last if isinstance(last, Special) else last.removesuffix(eos), eos]
 
 
 def encode_prompt(row: Mapping[str, Any], tokenizer: Tokenizer, template: Template) -> list[int]:
     """Return the ids that generation starts from. Raises ValueError for text that cannot be encoded."""
-    return tokenizer.encode(render_prompt(row, template, tokenizer.eos_token, tokenizer.bos_token))
+    return tokenizer.encode(render_prompt(row, template, tokenizer))
 
 
-def prompt_and_reference(
-    row: Mapping[str, Any], tokenizer: Tokenizer, template: Template, response_template: str | None = None
-) -> tuple[list[int], str, str]:
-    """Return a training row's prompt as ids, its `blanks_of`, and the response that a model should give.
-
-    Raises UserError for a `text` row without the response template, and ValueError like `encode_prompt`.
-    """
-    marker = _marker_of(row, template, response_template)
-    pieces = split_row(row, tokenizer, template, marker)
-    if pieces is None:
-        text = row["text"]
-        raise UserError(f"--response-template {marker!r}: not in {text[:60]!r}: {likely_cause(text, marker)}")
-    prompt, completion = pieces
-    blanks = blanks_of(row, template, marker)
-    text = "".join(piece for piece in completion if not isinstance(piece, Special))
-    return tokenizer.encode(prompt), blanks, text.removeprefix(blanks)
-
-
-def check_max_length(max_length: int | None, max_positions: int | None) -> None:
-    """Raise UserError if rows of `max_length` tokens do not fit into the model's positions."""
-    if max_length is not None and max_positions is not None and max_length > max_positions:
-        raise UserError(f"--max-length {max_length}: more than the model's {max_positions} positions")
-
-
-def _marker_of(row: Mapping[str, Any], template: Template, response_template: str | None) -> str:
+def marker_of(row: Mapping[str, Any], template: Template, response_template: str | None) -> str:
     """Return the text before the response of a `text` row; raise UserError if such a row has none."""
     marker = template.marker if response_template is None else response_template
     if is_text_row(row) and not marker:

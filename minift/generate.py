@@ -82,15 +82,14 @@ def generate(
     model: OPT,
     prompts: Sequence[Sequence[int]],
     options: Options,
-    on_progress: Callable[[int], Any] = lambda finished: None,
+    on_progress: Callable[[int], Any] = lambda _: None,
     limits: Sequence[int] | None = None,
 ) -> Completions:
     """Complete each prompt `num_samples` times; return the new ids, the EOS included where it was produced.
 
     `limits` replace `max_new_tokens`, one for each prompt. `on_progress` gets the number of completions that have just
-    finished. Gives the same tokens as the `generate` of transformers 5.23 with equal options and float32 logits, at
-    temperature 0 with `do_sample=False`. Samples have the same distribution; each has its own generator (seeded).
-    Raises ValueError for `num_beams` above 1, and for a prompt that is empty or too long, with its number from 0.
+    finished. Greedy tokens are those of `generate` in transformers 5.23 with equal options and float32 logits; samples
+    have the same distribution. Raises ValueError for `num_beams` above 1, and for a prompt that is empty or too long.
     """
     if options.num_beams > 1:
         raise ValueError(f"num_beams is {options.num_beams}, expected 1: for more, call minift.beam.beam_search")
@@ -247,9 +246,8 @@ def process_logits(scores: Tensor, rows: Sequence[Sequence[int]], num_new: Seque
     if options.no_repeat_ngram_size:
         scores = processors.ban_repeated_ngrams(scores, rows, options.no_repeat_ngram_size)
     if options.min_new_tokens and options.eos_token_id is not None:
-        scores = processors.ban_token(
-            scores, options.eos_token_id, [count < options.min_new_tokens for count in num_new]
-        )
+        is_too_short = [count < options.min_new_tokens for count in num_new]
+        scores = processors.ban_token(scores, options.eos_token_id, is_too_short)
     if options.temperature > 0:
         scores = scores / options.temperature
     if options.top_k:

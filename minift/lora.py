@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 from minift.model import OPT, RewardModel
 
-SCORE = "score.weight"  # a reward model's head, which is new and so is trained with the adapters
-
 
 class LoRALinear(nn.Module):
     """A frozen linear layer and its adapter, with peft's names for the parts.
 
-    The linear keeps its dtype. The adapter is float32, or float64 for a float64 linear: half precision would lose its
-    small updates.
+    The adapter is float32 even for a linear in half precision, which would lose its small updates.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
@@ -30,12 +27,11 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank
         self.dropout = dropout
         # Drawn on the CPU, so that a seed gives the same values on every device, in the range of kaiming_uniform(a=√5).
-        dtype = _at_least_float32(linear.weight)
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         bound = linear.in_features**-0.5
         down = torch.empty(rank, linear.in_features, dtype=dtype).uniform_(-bound, bound)
-        up = torch.zeros(linear.out_features, rank, dtype=dtype)
         self.lora_A = _linear(down.to(linear.weight.device))
-        self.lora_B = _linear(up.to(linear.weight.device))
+        self.lora_B = _linear(linear.weight.new_zeros(linear.out_features, rank, dtype=dtype))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `(…, in)` to `(…, out)`, in the dtype of the frozen linear's result. Equal to peft's `lora.Linear`."""
@@ -57,15 +53,14 @@ def add_lora(model: OPT | RewardModel, rank: int, alpha: float, dropout: float, 
     """Freeze the model's `decoder` and add an adapter to each linear that `targets` name.
 
     A target is the last part of a linear's name: `q_proj`, `v_proj`, …. Adapters and a reward model's head are trained,
-    in float32 even if the decoder is in half precision. torch's global generator initialises A. Raises ValueError, its
-    message starting with `rank` or `targets`, for a rank above a linear's width, for a target that no linear has, and
-    for a model that already has adapters.
+    in float32 at least. torch's global generator initialises A. Raises ValueError, its message starting with `rank` or
+    `targets`, for a rank above a linear's width, a target that no linear has, and a model that already has adapters.
     """
     linears = targeted(model, targets, rank)
     model.decoder.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(_at_least_float32(parameter))
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     for name, linear in linears.items():
         model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
 
@@ -73,8 +68,7 @@ def add_lora(model: OPT | RewardModel, rank: int, alpha: float, dropout: float, 
 def merge(model: nn.Module) -> dict[str, LoRALinear]:
     """Replace every adapted linear by a plain one that computes the same; return what was replaced, by name.
 
-    A merged model is as fast as one without adapters and is saved like any other. The frozen weights are not changed,
-    so `unmerge` restores the model bit for bit.
+    The frozen weights are not changed, so `unmerge` restores the model bit for bit.
     """
     adapters = adapters_of(model)
     for name, adapter in adapters.items():
@@ -86,16 +80,6 @@ def unmerge(model: nn.Module, adapters: dict[str, LoRALinear]) -> None:
     """Put back what `merge` returned, to continue training."""
     for name, adapter in adapters.items():
         model.set_submodule(name, adapter.train(model.training))
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained weights: `….lora_A.weight` (rank, in), `….lora_B.weight` (out, rank), a reward head."""
-    return {name: weight for name, weight in model.state_dict().items() if ".lora_" in name or name == SCORE}
-
-
-def num_adapter_parameters(model: nn.Module) -> int:
-    """Return the number of parameters in the adapters, without a reward model's head."""
-    return sum(weight.numel() for name, weight in adapter_state(model).items() if name != SCORE)
 
 
 def targeted(model: OPT | RewardModel, targets: Sequence[str], rank: int) -> dict[str, nn.Linear]:
@@ -124,10 +108,6 @@ def last_name(name: str) -> str:
 def adapters_of(model: nn.Module) -> dict[str, LoRALinear]:
     """Return the model's adapted linears by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def _at_least_float32(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _linear(weight: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:

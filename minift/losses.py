@@ -37,9 +37,8 @@ def completion_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, posit
     """Return the summed next-token cross entropy of the supervised tokens and their number.
 
     `hidden (N, E)` are the model's last hidden states, `head (V, E)` its output matrix, `labels (N,)` and
-    `positions (N,)` those of a `Batch`. Logits are computed for supervised tokens only, `CHUNK` of them at a time, so
-    `(N, V)` logits never exist. The sum is in float32 at least.
-    Equal to transformers' `ForCausalLMLoss`, summed instead of averaged.
+    `positions (N,)` those of a `Batch`. Only supervised tokens get logits, `CHUNK` of them at a time. The sum is in
+    float32 at least; equal to transformers' `ForCausalLMLoss`, summed instead of averaged.
     """
     targets = next_token_labels(labels, positions)  # (N,)
     where = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (M,)
@@ -51,8 +50,8 @@ def completion_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, posit
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Σ cross entropy of `hidden (M, E) @ head.T` against `targets (M,)`, in chunks.
 
-    The gradient with respect to the logits is softmax − one-hot, so the gradients of `hidden` and `head` are computed
-    as soon as a chunk's logits are, and the chunk is discarded.
+    The gradient of the logits is softmax − one-hot, so those of `hidden` and `head` are computed as soon as a chunk's
+    logits are, and the chunk is discarded.
     """
 
     @staticmethod
@@ -77,15 +76,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the saved gradients by the incoming one."""
-        grad_hidden, grad_head = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype),
-            None if grad_head is None else grad_head * grad_total.to(grad_head.dtype),
-            None,
-            None,
-        )
+        scaled = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
+        return *scaled, None, None
 
 
 def bradley_terry(

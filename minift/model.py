@@ -68,14 +68,12 @@ class Cache(Protocol):
 
         The mask `(R, 1, T, S)` is True where a query may look. None means causal attention over the T new positions.
         """
-        ...
 
 
 def row_layout(rows: Tensor, num_tokens: int) -> RowLayout:
     """Turn `rows (R, T)`, -1 past each row's end, into the two index lists that attention needs.
 
-    If several rows share a token (of a pair's prompt), its result is read back from one of them. Causal attention gives
-    all of them the same result.
+    A token that rows share (of a pair's prompt) is read back from one of them: in all it has the same value.
     """
     flat = rows.flatten()  # (R * T,)
     cells = (flat >= 0).nonzero().squeeze(1)
@@ -106,11 +104,10 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             key, value, mask = cache.extend(layer, key, value)  # (R, H, S, D)
+        dropout = self.dropout if self.training else 0.0
         # Rows are padded on the right, so the causal mask alone hides the padding from every real query. Without a mask
         # tensor the fast kernels can be used.
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0
-        )
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, is_causal=mask is None)
         flat = mixed.transpose(1, 2).flatten(0, 1).flatten(1)  # (R, H, T, D) -> (R * T, C)
         return self.out_proj(flat.index_select(0, layout.scatter))  # (N, C)
 
@@ -163,11 +160,9 @@ class Decoder(nn.Module):
         else:
             self.project_in = self.project_out = nn.Identity()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.final_layer_norm: nn.Module = nn.Identity()
         if config.do_layer_norm_before and not config._remove_final_layer_norm:
-            affine = config.layer_norm_elementwise_affine
-            self.final_layer_norm: nn.Module = nn.LayerNorm(width, elementwise_affine=affine)
-        else:
-            self.final_layer_norm = nn.Identity()
+            self.final_layer_norm = nn.LayerNorm(width, elementwise_affine=config.layer_norm_elementwise_affine)
 
     def forward(self, input_ids: Tensor, positions: Tensor, rows: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the last hidden states `(N, E)` of packed tokens; arguments as for `OPT`."""
@@ -180,10 +175,7 @@ class Decoder(nn.Module):
 
 
 class OPT(nn.Module):
-    """An OPT language model, its parameters named as on the hub but without the leading `model.`.
-
-    The head is the token embedding itself, so there is no `lm_head` parameter.
-    """
+    """An OPT language model, its parameters named as on the hub but without the leading `model.`."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
@@ -193,14 +185,13 @@ class OPT(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, rows: Tensor, cache: Cache | None = None) -> Tensor:
         """Return the last hidden states `(N, E)` of packed tokens, which the head turns into logits.
 
-        All arguments are int64: `input_ids (N,)`; `positions (N,)`, which count from 0 in each row; `rows (R, T)`, the
-        indices of each row's tokens in the flat list, -1 past a row's end. Attention does not mix different rows.
+        All arguments are int64: `input_ids (N,)`; `positions (N,)`, from 0 in each row; `rows (R, T)`, see the figure.
         """
         return self.decoder(input_ids, positions, rows, cache)
 
     @property
     def head(self) -> Tensor:
-        """Return the tied output matrix `(V, E)`."""
+        """Return the output matrix `(V, E)`: it is the token embedding, not a parameter of its own."""
         return self.decoder.embed_tokens.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -211,8 +202,7 @@ class OPT(nn.Module):
 class RewardModel(nn.Module):
     """OPT with one output, the reward of a whole row, instead of logits (Stiennon et al. 2020, arXiv 2009.01325).
 
-    Parameters are named as in transformers' `OPTForSequenceClassification` with one label, but without the leading
-    `model.`.
+    Parameters are named as in transformers' `OPTForSequenceClassification`, but without the leading `model.`.
     """
 
     def __init__(self, config: OPTConfig) -> None:
@@ -224,8 +214,7 @@ class RewardModel(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Return the rewards `(R,)` of packed rows, each read at its row's last token; arguments as for `OPT`.
 
-        The row's length gives the last token. transformers takes the last one that is not a pad, which is wrong if a
-        text ends in the pad id, for example because the EOS is the pad.
+        transformers reads at the last token that is not a pad: another one if a text ends in the pad id.
         """
         return self.rewards(self.decoder(input_ids, positions, rows), rows)
 
@@ -242,17 +231,6 @@ class RewardModel(nn.Module):
     def head(self) -> Tensor:
         """Return the output matrix `(V, E)` of the body as a language model. It is not the reward head, `score`."""
         return self.decoder.embed_tokens.weight
-
-
-def set_dropout(model: nn.Module, dropout: float) -> None:
-    """Set the dropout after attention and feed-forward, and lower the one inside attention to at most this.
-
-    0 turns every dropout off. (trl's `disable_dropout` does not: it sets Dropout modules, and OPT calls F.dropout.)
-    """
-    for module in model.modules():
-        if isinstance(module, Layer):
-            module.dropout = dropout
-            module.self_attn.dropout = min(dropout, module.self_attn.dropout)
 
 
 @contextmanager

@@ -11,12 +11,10 @@ SCHEDULES = ("linear", "cosine", "constant")
 def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the betas, eps and groups of transformers.
 
-    Every trainable parameter decays except biases and LayerNorms; embeddings decay too. The training loop sets the
-    learning rate before each step: until then it is 0.
+    Trainable parameters decay except biases and LayerNorms. The training loop sets the learning rate before each step.
     """
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
+    decayed, exempt = list[nn.Parameter](), list[nn.Parameter]()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (exempt if name.endswith("bias") or id(parameter) in norms else decayed).append(parameter)
@@ -28,8 +26,8 @@ def learning_rate(step: int, peak: float, schedule: str, warmup_steps: int, tota
     """Return the learning rate of optimiser step `step`, counted from 0.
 
     It rises linearly from 0 over `warmup_steps`. Then it falls to 0 at `total_steps`, along a line or half a cosine, or
-    stays constant. As in transformers (`get_linear_schedule_with_warmup` and others), the first step of a warm-up has
-    rate 0. The last step before `total_steps` has a rate above 0. Raises ValueError for an unknown schedule.
+    stays constant, as in transformers (`get_linear_schedule_with_warmup` and others): the first step of a warm-up has
+    rate 0, the last step of a run a rate above 0. Raises ValueError for an unknown schedule.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}, expected one of {SCHEDULES}")

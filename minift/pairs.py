@@ -1,6 +1,5 @@
 """Preference pairs and rankings → ids, each response after its prompt, best first; then batches of them."""
 
-import random
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -38,12 +37,10 @@ def encode_rankings(
     margin_field: str | None = None,
     source: str = "rows",
 ) -> Encoded[Ranking]:
-    """Encode pairs and rankings; drop those that cannot be used and say so.
+    """Encode pairs and rankings; drop those with equal sides, or a side over `max_length`, and say so.
 
-    Pairs with equal sides give no gradient. A side longer than `max_length` would lose its last token, where the reward
-    is read. Both are dropped. `margin_field` names the field with a row's margin; without it, margins are 0.
-
-    Raises UserError if every row is dropped, a row cannot be encoded, or a margin is not a number.
+    `margin_field` names the field with a row's margin; without it, margins are 0. Raises UserError if every row is
+    dropped, a row cannot be encoded, or a margin is not a number.
     """
     are_pairs = all(len(responses_of(row)) == 2 for row in rows)
     encoded: Encoded[Ranking] = Encoded(source, "pair" if are_pairs else "ranking", len(rows))
@@ -55,16 +52,15 @@ def encode_rankings(
         except ValueError as error:
             raise UserError(f"{source}: {location}: {error}") from None
         margin = 0.0 if margin_field is None else _margin(row, margin_field, f"{source}: {location}")
-        if len({tuple(ids) for ids in sequences}) < len(sequences):
+        if len({tuple(ids) for ids in sequences}) < len(sequences):  # they would give no gradient
             encoded.remark("dropped: its sides are equal", location)
-        elif max(map(len, sequences)) > max_length:
+        elif max(map(len, sequences)) > max_length:  # cut, a side would lose the token where its reward is read
             encoded.remark(f"dropped: a side is longer than {max_length} tokens", location)
         else:
             if "" in responses:
                 encoded.remark("with an empty response: its reward is that of the end token alone", location)
-            for remark in about_preferences(row, sequences, tokenizer, template):
-                encoded.remark(remark, location)
-            encoded.keep(Ranking(sequences, margin), row, index)
+            remarks = about_preferences(row, sequences, tokenizer, template)
+            encoded.keep(Ranking(sequences, margin), row, index, remarks)
     encoded.tokens = sum(len(ids) for ranking in encoded.examples for ids in ranking.responses)
     encoded.check_any_kept("can be learned from")
     return encoded
@@ -73,9 +69,7 @@ def encode_rankings(
 def encode_response(
     question: Mapping[str, str] | None, response: str, tokenizer: Tokenizer, template: Template
 ) -> list[int]:
-    r"""Return the ids of a question (`prompts.question_of`) in its template, its response and the EOS.
-
-    Without a question the response is a whole dialogue, used as it is.
+    r"""Return the ids of a question (`prompts.question_of`) in its template, if there is one, its response and the EOS.
 
     >>> from minift.prompts import TEMPLATES  # "\n\nHuman: Hi\n\nAssistant: Yo"
     >>> encode_response({"instruction": "Hi"}, "Yo", tokenizer, TEMPLATES["dialogue"])
@@ -84,7 +78,7 @@ def encode_response(
     pieces = [response]
     if question is not None:
         row = {**question, "output": response}
-        prompt, completion = render(row, template, tokenizer.eos_token, tokenizer.bos_token)
+        prompt, completion = render(row, template, tokenizer)
         pieces = [*prompt, *completion]
     return tokenizer.encode(end_with_eos(pieces, tokenizer))
 
@@ -94,47 +88,21 @@ def responses_of(row: Mapping[str, Any]) -> list[str]:
     return [row["chosen"], row["rejected"]] if "chosen" in row and "rejected" in row else row["responses"]
 
 
-def name_responses(count: int, *, best_only: bool = False) -> list[str]:
-    """Return names for the responses of a ranking, for messages and samples.
-
-    >>> name_responses(2), name_responses(3, best_only=True)
-    (['chosen', 'rejected'], ['chosen', 'rejected 1', 'rejected 2'])
-    """
-    if count == 2:
-        return ["chosen", "rejected"]
-    if best_only:
-        return ["chosen", *(f"rejected {number}" for number in range(1, count))]
-    return [f"response {number}" for number in range(1, count + 1)]
-
-
 def group_by_chosen(rankings: Sequence[Ranking]) -> list[Ranking]:
     """Merge pairs with the same prompt, chosen response and margin into one ranking of that response over the others.
 
-    The pairs of a ranking share prefixes, so a batch of as many tokens compares more. Each prompt is used once per
-    epoch, which reduces overfitting (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+    Its rows share prefixes, so a batch compares more. Each prompt is used once per epoch, which reduces overfitting
+    (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
     """
     groups: dict[tuple, list[list[int]]] = {}  # the responses of each
     for index, (responses, margin, _) in enumerate(rankings):
         chosen, *others = responses
         is_pair = len(others) == 1
         group = groups.setdefault((is_pair, margin, tuple(chosen) if is_pair else index), [chosen])
-        # A rejected response that occurs twice would be two rows of the same text.
-        for other in others:
+        for other in others:  # a repeated one would be two rows of the same text
             if other not in group:
                 group.append(other)
     return [Ranking(responses, margin, best_only=is_pair) for (is_pair, margin, _), responses in groups.items()]
-
-
-def swap_half(rankings: Sequence[Ranking], categories: Sequence[str | None], seed: int) -> list[Ranking]:
-    """Flip the labels of half the pairs, about half in each category (seeded), so that nothing is left to learn."""
-    generator = random.Random(seed)
-    order = generator.sample(range(len(rankings)), len(rankings))
-    order.sort(key=lambda index: str(categories[index]))  # random within a category
-    flipped = {generator.choice(two) for two in zip(order[::2], order[1::2], strict=False)}  # one of every two
-    return [
-        ranking._replace(responses=ranking.responses[::-1]) if index in flipped else ranking
-        for index, ranking in enumerate(rankings)
-    ]
 
 
 def _margin(row: Mapping[str, Any], name: str, where: str) -> float:
@@ -146,9 +114,6 @@ def _margin(row: Mapping[str, Any], name: str, where: str) -> float:
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= MAX_MARGIN:
         raise UserError(f"{subject} {margin!r:.40}, expected a number between -{MAX_MARGIN:,} and {MAX_MARGIN:,}")
     return float(margin)
-
-
-# ---- batches ----
 
 
 class PairBatch(NamedTuple):
@@ -169,10 +134,9 @@ class PairBatch(NamedTuple):
 
 
 def collate_rankings(rankings: Sequence[Ranking]) -> PairBatch:
-    """Lay rankings end to end, each shared prefix once.
+    """Lay rankings end to end, shared prefixes once. Raises ValueError for fewer than two responses, or an empty one.
 
-    A ranking of K responses gives K(K - 1)/2 pairs, with `best_only` the K - 1 pairs of its first response. Their
-    weights are equal and sum to 1. Raises ValueError for a ranking of one response, or with an empty one.
+    A ranking of K responses gives K(K - 1)/2 pairs of equal weights, with `best_only` the K - 1 of its first response.
 
     >>> batch = collate_rankings([Ranking([[2, 10, 11, 20, 2], [2, 10, 11, 2]], margin=0.5)])
     >>> batch.input_ids
@@ -202,11 +166,11 @@ def collate_rankings(rankings: Sequence[Ranking]) -> PairBatch:
         numbers = range(len(rows), len(rows) + len(responses))
         its_pairs = [(numbers[0], other) for other in numbers[1:]] if best_only else [*combinations(numbers, 2)]
         pairs.extend((chosen, rejected, margin, 1 / len(its_pairs)) for chosen, rejected in its_pairs)
-        start, best_length = len(input_ids), len(responses[0])  # the best row's tokens are the first of the tree
+        rows += [[len(input_ids) + index for index in row] for row in tree_rows]
         input_ids += tree_ids
         positions += tree_positions
+        best_length = len(responses[0])  # the best row's tokens are the first of the tree
         labels += tree_ids[:best_length] + [IGNORE_INDEX] * (len(tree_ids) - best_length)
-        rows += [[start + index for index in row] for row in tree_rows]
     chosen, rejected, margins, weights = zip(*pairs, strict=True)
     return PairBatch(
         input_ids=torch.tensor(input_ids),
@@ -224,9 +188,8 @@ def share_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[
     """Merge sequences into a prefix tree, a prefix that several of them share stored once.
 
     Return the tree's ids, their positions, and for each sequence the indices of its tokens in the tree. Causal
-    attention gives a shared token the same value in every sequence, so it is computed once. The gradients of all its
-    sequences add up in it (prefix sharing, arXiv 2410.20305). A sequence's last token is never shared: its reward is
-    read there.
+    attention gives a shared token the same value in every sequence, and their gradients add up in it (prefix sharing,
+    arXiv 2410.20305). A sequence's last token is never shared: its reward is read there.
 
     >>> share_prefixes([[2, 10, 20], [2, 10, 21]])
     ([2, 10, 20, 21], [0, 1, 2, 2], [[0, 1, 2], [0, 1, 3]])

@@ -1,8 +1,8 @@
 """A row → its prompt and completion, as pieces of text. Ids are made in encode.py.
 
 A template is plain text with the placeholders {instruction} {input} {response} {bos} {eos}. The text before {response}
-is the prompt; the text after it belongs to the completion. Every other brace, in the template or in a row, is ordinary
-text, because rows are code and code is full of braces.
+is the prompt; the text after it belongs to the completion. Every other brace, in the template or in a row, stays text:
+rows are code, and code is full of braces.
 
 Blanks right before {response} belong to the completion too. BPE joins them to the next word (" Hi" is one token), so a
 prompt that kept them would start generation from ids that were never trained on.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minift.errors import UserError
-from minift.tokenizer import Special
+from minift.tokenizer import Special, Tokenizer
 
 PLACEHOLDER = re.compile(r"(\{(?:instruction|input|response|bos|eos)\})")
 
@@ -29,10 +29,7 @@ class Template:
 
     @property
     def marker(self) -> str:
-        r"""Return the text between the last placeholder and {response}, without the blanks at its start; "" if none.
-
-        In `course` this is "### Response:\n".
-        """
+        r"""Return the text, left-stripped, from the last placeholder to {response}: "### Response:\n" in `course`."""
         return PLACEHOLDER.split(self.without_input.split("{response}")[0])[-1].lstrip()
 
     def cut(self, row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -61,14 +58,12 @@ def trailing_blanks(text: str) -> str:
 
 
 TEMPLATES = {
-    # The course's. A preamble would not help a small model.
-    "course": Template(
+    "course": Template(  # without a preamble, which would not help a small model
         "course",
         with_input="### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{response}",
         without_input="### Instruction:\n{instruction}\n\n### Response:\n{response}",
     ),
-    # Stanford Alpaca's train.py. Nothing follows "Response:", not even a line end.
-    "alpaca": Template(
+    "alpaca": Template(  # Stanford Alpaca's train.py; nothing follows "Response:", not even a line end
         "alpaca",
         with_input="Below is an instruction that describes a task, paired with an input that provides further context. "
         "Write a response that appropriately completes the request.\n\n"
@@ -77,8 +72,7 @@ TEMPLATES = {
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\n{instruction}\n\n### Response:{response}",
     ),
-    # The reward model's default.
-    "dialogue": Template(
+    "dialogue": Template(  # the reward model's default
         "dialogue",
         with_input="\n\nHuman: {instruction}\n\n{input}\n\nAssistant: {response}",
         without_input="\n\nHuman: {instruction}\n\nAssistant: {response}",
@@ -87,39 +81,34 @@ TEMPLATES = {
 }
 
 
-def render_prompt(row: Mapping[str, Any], template: Template, eos_token: str, bos_token: str | None) -> list[str]:
+def render_prompt(row: Mapping[str, Any], template: Template, tokenizer: Tokenizer) -> list[str]:
     """Return the pieces of a row's prompt: `Special` pieces for {bos} and {eos}, plain text otherwise.
 
     A row with an "instruction" goes through the template. A row with a "prompt" is used as it is, unlike in
     `question_of`. Raises UserError like `Template.cut`, and for {bos} if the tokenizer does not name a BOS token.
     """
-    if not uses_template(row):
-        return [row["prompt"]]
-    before, _, _ = template.cut(row)
-    return _fill(before, row, template, eos_token, bos_token)
+    return _fill(template.cut(row)[0], row, template, tokenizer) if uses_template(row) else [row["prompt"]]
 
 
-def render(
-    row: Mapping[str, Any], template: Template, eos_token: str, bos_token: str | None
-) -> tuple[list[str], list[str]]:
+def render(row: Mapping[str, Any], template: Template, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     """Return the pieces of a row's prompt and of its completion, without the EOS. Raises like `render_prompt`.
 
     The completion is the row's "completion", or for an instruction the template's blanks and the row's "output".
     """
-    prompt = render_prompt(row, template, eos_token, bos_token)
+    prompt = render_prompt(row, template, tokenizer)
     if not uses_template(row):
         return prompt, [row["completion"]]
     _, blanks, after = template.cut(row)
-    return prompt, [blanks + row["output"], *_fill(after, row, template, eos_token, bos_token)]
+    return prompt, [blanks + row["output"], *_fill(after, row, template, tokenizer)]
 
 
-def _fill(text: str, row: Mapping[str, Any], template: Template, eos_token: str, bos_token: str | None) -> list[str]:
+def _fill(text: str, row: Mapping[str, Any], template: Template, tokenizer: Tokenizer) -> list[str]:
     # The template is split at its placeholders before they are filled, so braces in a row's text stay text.
     texts: dict[str, str] = {"{instruction}": row["instruction"], "{input}": row.get("input", "")}
-    filled = texts | {"{bos}": Special(bos_token or ""), "{eos}": Special(eos_token)}
+    filled = texts | {"{bos}": Special(tokenizer.bos_token or ""), "{eos}": Special(tokenizer.eos_token)}
     pieces: list[str] = []
     for part in PLACEHOLDER.split(text):
-        if part == "{bos}" and bos_token is None:
+        if part == "{bos}" and tokenizer.bos_token is None:
             raise UserError(f"--template {template.name}: it has {{bos}}, but this tokenizer has no BOS token")
         if part:
             pieces.append(filled.get(part, part))
@@ -127,23 +116,16 @@ def _fill(text: str, row: Mapping[str, Any], template: Template, eos_token: str,
 
 
 def blanks_of(row: Mapping[str, Any], template: Template, marker: str = "") -> str:
-    """Return the blanks that a row's completion begins with and that are cut off an answer.
-
-    They come from the template, or from the marker of a `text` row.
-    """
+    """Return the blanks of the template, or of a `text` row's marker: they begin completions, and answers lose them."""
     if is_text_row(row):
         return trailing_blanks(marker)
     return template.cut(row)[1] if uses_template(row) else ""
 
 
-# ---- which fields of a row are used ----
-
-
 def question_fields(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the fields that hold a row's question: the instruction and its input, the prompt, or none.
 
-    Some data sets keep rendered copies of their instructions under "prompt". If a row has both, the instruction counts
-    if the row also has an "output", else the prompt. All commands follow this rule.
+    Of both, the instruction counts if the row has an "output": some data sets keep rendered copies under "prompt".
     """
     if "instruction" in row and ("output" in row or "prompt" not in row):
         return ("instruction", "input")

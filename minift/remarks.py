@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import Any, Generic, Literal, TypeVar
@@ -61,11 +61,13 @@ class Encoded(Generic[Item]):
             lines.append(f"  {len(locations):,} {noun} {remark} ({name_first(locations)})")
         return [*lines, *(f"    {cause}" for cause in self.causes)]
 
-    def keep(self, item: Item, row: Mapping[str, Any], index: int) -> None:
-        """Add a row's example or ranking, the row, and its index in the data set."""
+    def keep(self, item: Item, row: Mapping[str, Any], index: int, remarks: Iterable[str] = ()) -> None:
+        """Add a row's example or ranking, the row, its index in the data set, and remarks about it."""
         self.examples.append(item)
         self.rows.append(row)
         self.indices.append(index)
+        for remark in remarks:
+            self.remark(remark, location_of(row, index))
 
     def remark(self, remark: str, location: str) -> None:
         """Note that a remark applies to the row at a location."""

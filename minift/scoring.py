@@ -1,10 +1,9 @@
 """Use a reward model: score, compare, win rate, best of n; measure how well it agrees with held-out preferences."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations
-from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +19,7 @@ from minift.tokenizer import Tokenizer
 Z_95 = 1.959963984540054  # 95% of a normal distribution are within this many standard deviations
 BINS = 10  # of the calibration error
 
-# An instruction, alone or with its input; None: the response is a whole dialogue.
-Asked = str | Mapping[str, str] | None
+Asked = str | Mapping[str, str] | None  # an instruction, or one with its input; None: the response is a whole dialogue
 
 
 class WinRate(NamedTuple):
@@ -39,8 +37,7 @@ class WinRate(NamedTuple):
 class Judge:
     """A reward model with the tokenizer and template to read text with.
 
-    A question is an instruction for the template; None means that the response is a whole dialogue. Equal texts get
-    equal rewards. The other texts scored in the same call can change a reward by rounding; their order cannot.
+    Equal texts get equal rewards. The other texts of a call, not their order, can change a reward by rounding.
     """
 
     model: RewardModel
@@ -57,10 +54,7 @@ class Judge:
         return score_rows(self.model, [self.encode(*answer) for answer in answers], self.batch_size)
 
     def encode(self, question: Asked, response: str) -> list[int]:
-        """Return the ids to score. `prompts.question_of` makes a question of a row.
-
-        Raises ValueError if the model has too few positions or the text is not Unicode.
-        """
+        """Return the ids to score. Raises ValueError if the model has too few positions or the text is not Unicode."""
         question = {"instruction": question} if isinstance(question, str) else question
         ids = encode_response(question, response, self.tokenizer, self.template)
         max_positions = self.model.config.max_position_embeddings
@@ -83,12 +77,9 @@ class Judge:
 
 @torch.no_grad()
 def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], batch_size: int) -> list[float]:
-    """Return the reward of each row of ids. Rows of similar length share a batch, equal rows are scored once.
-
-    Raises UserError if a reward is NaN or infinite.
-    """
+    """Return the reward of each row of ids, each distinct row scored once. UserError if one is NaN or infinite."""
     device = model.score.weight.device
-    distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))
+    distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))  # similar lengths share a batch
     rewards: dict[tuple[int, ...], float] = {}
     with eval_mode(model):
         for start in range(0, len(distinct), batch_size):
@@ -106,9 +97,8 @@ def score_rankings(model: RewardModel, rankings: Sequence[Ranking], batch_size: 
     return [[next(rewards) for _ in ranking.responses] for ranking in rankings]
 
 
-def win_rate(differences: Iterable[float]) -> WinRate:
+def win_rate(differences: Sequence[float]) -> WinRate:
     """Return the win rate given the rewards' differences, first side − second side. Raises ValueError if empty."""
-    differences = list(differences)
     if not differences:
         raise ValueError("no pairs to count")
     wins, ties = sum(difference > 0 for difference in differences), differences.count(0)
@@ -121,10 +111,9 @@ def mean_best_of(values: Sequence[float], rewards: Sequence[float], k: int) -> f
     The best sample of a subset has its highest reward, the first of equal ones. Let v₁ … vₙ be the values, best sample
     first. vᵢ is a subset's best if the k − 1 others come after it, which C(n − i, k − 1) of the C(n, k) subsets do:
 
-        Σᵢ vᵢ C(n − i, k − 1) / C(n, k)
+        Σᵢ vᵢ C(n − i, k − 1) / C(n, k)      (Nakano et al. 2021, arXiv 2112.09332, appendix I)
 
-    So n samples say without bias what k ≤ n of them give, and none is wasted (Nakano et al. 2021, arXiv 2112.09332,
-    appendix I). With the values themselves as rewards this is pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1).
+    With the values themselves as rewards this is pass@k (Chen et al. 2021, arXiv 2107.03374, equation 1).
     """
     n = len(values)
     ranked = sorted(range(n), key=lambda sample: rewards[sample], reverse=True)  # stable: equal ones stay in order
@@ -132,18 +121,11 @@ def mean_best_of(values: Sequence[float], rewards: Sequence[float], k: int) -> f
     return total / math.comb(n, k)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% interval of the mean of independent values, mean ± z·s / √n; infinite for a single one."""
-    radius = Z_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return fmean(values) - radius, fmean(values) + radius
-
-
 def wilson_interval(wins: float, n: int) -> tuple[float, float]:
     """Return the 95% interval of a proportion, given `wins` in `n` independent trials (Wilson 1927).
 
-    It contains every p with |p − wins / n| ≤ z √(p(1 − p) / n). Unlike wins / n ± z·s it stays within 0 and 1, and it
-    has a width even if all or none won. `wins` may be a sum of probabilities; the interval is then too wide, if
-    anything: a value between 0 and 1 with mean p has at most the variance p(1 − p).
+    It has every p with |p − wins / n| ≤ z √(p(1 − p) / n), so it stays within 0 and 1 and has a width even if all won.
+    `wins` may be a sum of values from 0 to 1: with mean p their variance is at most p(1 − p), so it is wide enough.
     """
     proportion, z2 = wins / n, Z_95**2
     centre = (proportion + z2 / (2 * n)) / (1 + z2 / n)
@@ -172,11 +154,8 @@ def calibration(differences: Sequence[float]) -> tuple[float, float]:
 def examine(rewards: Sequence[Sequence[float]], categories: Sequence[str | None]) -> dict[str, Any]:
     """Measure how rewards agree with rankings: accuracy by category with 95% intervals, ties, calibration.
 
-    `rewards` holds the rewards of each row's responses, best first; K responses make K(K - 1)/2 pairs. Accuracy is the
-    win rate of the chosen response. If a model has no preference, the mean of σ(chosen − rejected) is near 0.5, and the
-    accuracy only reflects tiny differences.
-
-    The intervals treat pairs as independent, but pairs of one prompt are correlated.
+    `rewards` holds those of each row's responses, best first; K responses make K(K - 1)/2 pairs. Accuracy is the win
+    rate of the chosen response. The intervals treat pairs as independent, but pairs of one prompt are correlated.
     """
     differences = [[chosen - rejected for chosen, rejected in combinations(ranked, 2)] for ranked in rewards]
     groups = {name: [*chain(*group)] for name, group in by_category(differences, categories).items()}

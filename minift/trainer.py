@@ -24,9 +24,9 @@ from minift.progress import print_above, progress_bar
 
 SHOWN = ("loss", "lm_loss", "accuracy")  # the metrics that are printed after an evaluation
 
-# From a batch to the sum to minimise, the number of items (tokens, pairs) in the sum, and the sums of its metrics. The
-# sum is logged as `loss`, unless there is a metric `loss`, as where the sum has further terms. A metric is divided by
-# the number of items, or by its own count if there is one: `lm_loss` by `lm_loss_count`.
+# From a batch to the sum to minimise, its number of items (tokens, pairs), and the sums of its metrics. The sum is
+# logged as `loss`, unless a metric `loss` replaces it. A metric is divided by the number of items, or by a count of its
+# own: `lm_loss` by `lm_loss_count`.
 LossFunction = Callable[[Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
@@ -44,7 +44,7 @@ class Task(NamedTuple):
 
 @dataclass
 class Progress:
-    """The state of a run. With the parameters and AdamW's moments, this is everything needed to resume it."""
+    """The state of a run: with the parameters and AdamW's moments, all that resuming needs."""
 
     step: int = 0  # optimiser steps done
     tokens: int = 0
@@ -82,8 +82,7 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
     """Train `task.model` in place for `config.max_steps` optimiser steps, or `config.epochs` passes over the data.
 
     Dropout is seeded by (seed, step), the order by (seed, epoch), so neither evaluating more often nor resuming changes
-    anything. Raises DivergedError if the loss or gradient is not finite, and what `recorder.guard` raises after a
-    signal.
+    anything. Raises DivergedError if the loss or gradient is not finite, and like `recorder.guard` after a signal.
     """
     optimizer = adamw(task.model, config.weight_decay)
     total_steps = num_steps(config, task.train_batches)
@@ -119,9 +118,8 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
                 if means:
                     shown = ", ".join(f"{name} {means[name]:.3f}" for name in SHOWN if name in means)
                     print_above(bar, f"step {progress.step:,}: held-out {shown}")
-                    is_best = progress.best_loss is None or means["loss"] < progress.best_loss
-                if is_best:
-                    progress.best_loss = means["loss"]
+                    if progress.best_loss is None or means["loss"] < progress.best_loss:
+                        progress.best_loss, is_best = means["loss"], True
 
             stop = bool(signals)  # read once: a signal during `save` stops after the next step
             if stop or is_last or is_best or _is_due(config.save_every, progress.step):
@@ -141,8 +139,7 @@ def optimizer_step(
 ) -> tuple[dict[str, float], float]:
     """Update the weights once; return the step's sums, and the gradient's norm before clipping.
 
-    The gradient is that of the mean loss over all items of the step, not of a mean of the micro-batches' means. So it
-    does not depend on how the items are divided into micro-batches.
+    The gradient is that of the mean loss over all items of the step, however they are divided into micro-batches.
     """
     torch.manual_seed((config.seed << 32) + step)  # dropout
     sums = accumulate_gradient(task, step)
@@ -203,7 +200,7 @@ def _losses_of(task: Task, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 def _add(sums: dict[str, Any], values: dict[str, Any]) -> None:
     for name, value in values.items():
-        sums[name] = sums[name] + value if name in sums else value
+        sums[name] = sums.get(name, 0) + value
 
 
 def _means(sums: dict[str, float]) -> dict[str, float]:

@@ -36,9 +36,10 @@ from minift.files.datasets import PAIR_SCHEMAS, load_rows
 from minift.files.tokenizer import load_tokenizer, save_tokenizer
 from minift.files.weights import load_model, new_reward_model, save_model
 from minift.generate import Options, generate
-from minift.model import OPT, OPTConfig, RewardModel, set_dropout
+from minift.model import OPT, OPTConfig, RewardModel
 from minift.pairs import collate_rankings, encode_rankings
 from minift.prompts import TEMPLATES
+from minift.run.setup import set_dropout
 from minift.trainer import LossFunction, Task, train
 from tests.compare import reward, sft
 from tests.compare.training import Plan, make_trainer, quiet, reference_model, reference_tokenizer

@@ -19,7 +19,7 @@ from minift.errors import UserError
 from minift.files.datasets import TRAINING_SCHEMAS, load_rows
 from minift.files.pretrained import load_judge
 from minift.model import OPT, RewardModel
-from minift.scoring import mean_best_of, mean_interval, wilson_interval
+from minift.scoring import mean_best_of, wilson_interval
 from tests.runs import ROOT, read_lines, write_lines
 from tests.test_scoring import saved
 
@@ -88,8 +88,8 @@ def test_with_the_checks_as_judge_it_is_pass_at_k():
 def test_the_interval_of_a_mean():
     values = [1.0, 0.0, 0.25, 0.5]
     radius = 1.959963984540054 * stdev(values) / 2
-    assert mean_interval(values) == pytest.approx((0.4375 - radius, 0.4375 + radius))
-    assert mean_interval([1.0]) == (-math.inf, math.inf)
+    assert best_of.mean_interval(values) == pytest.approx((0.4375 - radius, 0.4375 + radius))
+    assert best_of.mean_interval([1.0]) == (-math.inf, math.inf)
 
 
 # --------------------------------------------------------------------------------------------------------- the command

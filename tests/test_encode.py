@@ -4,6 +4,7 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -14,7 +15,6 @@ from minift.encode import (
     encode_prompt,
     encode_rows,
     end_with_eos,
-    prompt_and_reference,
     split_row,
 )
 from minift.errors import UserError
@@ -22,6 +22,7 @@ from minift.files.templates import load_template
 from minift.files.tokenizer import load_tokenizer
 from minift.prompts import TEMPLATES, Template, render
 from minift.remarks import MAX_CATEGORIES, Encoded, by_category, category_of
+from minift.run.exam import prompt_and_reference
 from minift.tokenizer import Special
 from tests.compare import Setting
 from tests.compare.masks import compare_rows
@@ -48,7 +49,7 @@ def locations(encoded: Encoded, beginning: str) -> list[str]:
 
 
 def as_text_row(row: dict) -> dict:
-    prompt, completion = render(row, COURSE, "</s>", "</s>")
+    prompt, completion = render(row, COURSE, SimpleNamespace(eos_token="</s>", bos_token="</s>"))
     return {"text": "".join(prompt + completion)}
 
 
@@ -71,7 +72,7 @@ def test_supervised_ids_are_the_completion_and_its_end(tokenizer, template):
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids[:-1], skip_special_tokens=False) == row["output"]
         prompt = example.input_ids[1 : len(example.input_ids) - len(ids)]
-        assert tokenizer.decode(prompt) == "".join(render(row, TEMPLATES[template], "</s>", "</s>")[0])
+        assert tokenizer.decode(prompt) == "".join(render(row, TEMPLATES[template], tokenizer)[0])
     assert locations(encoded, "with an empty") == ["row 4"]
     assert encoded.supervised_tokens == sum(len(supervised_ids(example)) for example in encoded.examples)
 
@@ -231,11 +232,6 @@ def test_summary_names_only_the_first_rows(tokenizer):
 def test_errors_name_the_row(tokenizer):
     with pytest.raises(UserError, match="none of its 6 rows has a supervised token: 6 rows dropped: .* first 2 tokens"):
         encode_rows(ROWS, tokenizer, COURSE, max_length=2)
-    with pytest.raises(UserError, match="data: row 2: 1[0-9]{2} tokens, more than the model's 64 positions"):
-        rows = [ROWS[1], {"prompt": "q" * 120, "completion": "x"}]
-        encode_rows(rows, tokenizer, COURSE, max_length=None, max_positions=64, source="data")
-    with pytest.raises(UserError, match="--max-length 65: more than the model's 64 positions"):
-        encode_rows(ROWS, tokenizer, COURSE, max_length=65, max_positions=64)
     with pytest.raises(UserError, match=r"data: row 1: lone surrogate U\+D800"):
         encode_rows([{"prompt": "\ud800", "completion": ""}], tokenizer, COURSE, max_length=None, source="data")
     with pytest.raises(UserError, match="--response-template: `text` rows need one"):

@@ -20,7 +20,8 @@ EXPECTED = {
     "minift.prompts": 1,
     "minift.remarks": 1,
     "minift.batching": 5,
-    "minift.pairs": 9,
+    "minift.pairs": 8,
+    "minift.run.exam": 1,
     "minift.generate": 1,
 }
 

@@ -117,7 +117,12 @@ def test_bad_input_ends_in_one_line(tokenizer, data, tmp_path):
         ({"--supervise": "some"}, None, "--supervise"),
         ({"--max": "5"}, None, "unrecognized arguments"),
         ({"--max-length": "3"}, None, "none of its 3 rows has a supervised token"),
-        ({}, {"max_position_embeddings": 64}, "line 2: "),
+        ({}, {"max_position_embeddings": 64}, "data.jsonl: line 2: "),
+        (
+            {},
+            {"max_position_embeddings": 64},
+            "tokens, more than the model's 64 positions; cut such rows with --max-len",
+        ),
         (
             {"--max-length": "65"},
             {"max_position_embeddings": 64},

@@ -1,23 +1,28 @@
 """Templates and the pieces they turn rows into; template files."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from minift.encode import IGNORE_INDEX, encode_prompt, encode_rows, prompt_and_reference
+from minift.encode import IGNORE_INDEX, encode_prompt, encode_rows
 from minift.errors import UserError
 from minift.files.templates import load_template, save_template, template_of
 from minift.files.tokenizer import load_tokenizer
 from minift.prompts import TEMPLATES, Template, blanks_of, render, render_prompt
 from minift.remarks import likely_cause
+from minift.run.exam import prompt_and_reference
 from minift.tokenizer import Special
 
 ROW = {"instruction": "Add them.", "input": "1, 2", "output": "3"}
 BARE = {"instruction": "Say hi.", "input": "", "output": "hi"}
+# The part of a tokenizer that templates use.
+NAMES = SimpleNamespace(eos_token="</s>", bos_token="</s>")
+WITHOUT_BOS = SimpleNamespace(eos_token="</s>", bos_token=None)
 
 
 def joined(row: dict, name: str) -> tuple[str, str]:
-    prompt, completion = render(row, load_template(name), "</s>", "</s>")
+    prompt, completion = render(row, load_template(name), NAMES)
     return "".join(prompt), "".join(completion)
 
 
@@ -84,12 +89,12 @@ def test_every_built_in_template_starts_generation_from_trained_ids(tokenizer, n
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_prompt_rows_are_used_as_they_are(name):
     row = {"prompt": "{instruction} </s>", "completion": "{x}"}
-    assert render(row, TEMPLATES[name], "</s>", None) == (["{instruction} </s>"], ["{x}"])
+    assert render(row, TEMPLATES[name], WITHOUT_BOS) == (["{instruction} </s>"], ["{x}"])
 
 
 def test_a_prompt_is_rendered_without_a_response():
-    assert "".join(render_prompt({"instruction": "Go."}, TEMPLATES["course"], "</s>", None)).endswith("### Response:\n")
-    assert render_prompt({"prompt": "Go."}, TEMPLATES["course"], "</s>", None) == ["Go."]
+    assert "".join(render_prompt({"instruction": "Go."}, TEMPLATES["course"], WITHOUT_BOS)).endswith("### Response:\n")
+    assert render_prompt({"prompt": "Go."}, TEMPLATES["course"], WITHOUT_BOS) == ["Go."]
 
 
 def test_braces_are_text_in_rows_and_in_templates(tmp_path):
@@ -97,7 +102,7 @@ def test_braces_are_text_in_rows_and_in_templates(tmp_path):
     path = tmp_path / "template.txt"
     path.write_text("{{x}} {0} {instruction} {output} {}: {response} }\n")
     row = {"instruction": "f'{response} {input}' % {instruction}", "input": "", "output": "{bos} {'a': 1}"}
-    prompt, completion = render(row, load_template(str(path)), "</s>", "<s>")
+    prompt, completion = render(row, load_template(str(path)), NAMES)
     assert "".join(prompt) == "{{x}} {0} f'{response} {input}' % {instruction} {output} {}:"
     assert "".join(completion) == " {bos} {'a': 1} }"
     assert not any(isinstance(piece, Special) for piece in prompt + completion)
@@ -109,13 +114,13 @@ def test_a_template_file_carries_over_to_another_tokenizer(tmp_path, tokenizer_d
     template = load_template(str(path))
     for directory in (tokenizer_directory, gpt2_tokenizer_directory):
         tokenizer = load_tokenizer(directory)
-        prompt, completion = render(ROW, template, tokenizer.eos_token, tokenizer.bos_token)
+        prompt, completion = render(ROW, template, tokenizer)
         ids = tokenizer.encode(prompt + completion)
         eos = tokenizer.eos_token_id
         assert [index for index, token in enumerate(ids) if token == eos] == [0, ids.index(eos, 1), len(ids) - 1]
         assert tokenizer.decode(ids) == "Q: Add them. 1, 2A: 3"
     with pytest.raises(UserError, match="this tokenizer has no BOS token"):
-        render(ROW, template, "</s>", None)
+        render(ROW, template, WITHOUT_BOS)
 
 
 def test_json_template_has_both_forms(tmp_path):
@@ -180,10 +185,10 @@ def test_a_directory_is_not_a_template(tmp_path):
 
 def test_copies_of_an_instruction_under_other_names_are_not_used():
     row = {"instruction": "Add.", "output": "3", "prompt": "rendered", "text": "rendered"}
-    prompt, completion = render(row, TEMPLATES["course"], "</s>", "</s>")
+    prompt, completion = render(row, TEMPLATES["course"], NAMES)
     assert "".join(prompt) == "### Instruction:\nAdd.\n\n### Response:\n" and completion == ["3"]
     row = {"instruction": "Add.", "prompt": "rendered", "completion": "3"}
-    assert render(row, TEMPLATES["course"], "</s>", "</s>") == (["rendered"], ["3"])
+    assert render(row, TEMPLATES["course"], NAMES) == (["rendered"], ["3"])
 
 
 @pytest.mark.parametrize(
@@ -206,7 +211,7 @@ def test_a_saved_template_is_read_back_equal(tmp_path, text):
     assert load_template(str(tmp_path / "template.json")) == read
     if "{input}" not in template.with_input:
         with pytest.raises(UserError, match="--no-input-only"):
-            render_prompt(ROW, read, "</s>", "</s>")
+            render_prompt(ROW, read, NAMES)
 
 
 def test_a_template_that_is_too_long_for_any_row(tmp_path):

@@ -18,10 +18,11 @@ from minift.files.datasets import PAIR_SCHEMAS, load_rows
 from minift.files.pretrained import load_judge
 from minift.files.templates import load_template
 from minift.files.weights import new_reward_model
-from minift.pairs import Ranking, encode_rankings, encode_response, swap_half
+from minift.pairs import Ranking, encode_rankings, encode_response
 from minift.prompts import TEMPLATES
 from minift.remarks import Encoded
 from minift.run.exam import ranking_sample
+from minift.run.setup import swap_half
 from minift.trainer import train
 from tests.reference import MemoryRecorder, reference_rewards
 from tests.runs import (

@@ -14,7 +14,6 @@ import torch
 
 import minift.model
 import minift.scoring
-from minift import bleu
 from minift.commands import notebook, terminal, tour
 from minift.commands.cli import run_command
 from minift.encode import IGNORE_INDEX, Example
@@ -164,7 +163,7 @@ def plain_descent(model, weight_decay):
     return torch.optim.SGD(model.parameters())
 
 
-def without_clipping(hypotheses, references, smooth_method, corpus_bleu=bleu.corpus_bleu):
+def without_clipping(hypotheses, references, smooth_method, corpus_bleu=tour.corpus_bleu):
     found = corpus_bleu(hypotheses, references, smooth_method=smooth_method)
     return found._replace(counts=found.totals)
 
@@ -180,7 +179,7 @@ BROKEN = {
     "labels are not shifted": (5, tour, "completion_cross_entropy", unshifted, "loss"),
     "plain gradient descent": (6, tour, "adamw", plain_descent, "w after the step"),
     "another token": (7, tour, "generate", lambda *_: [[[5, 6, 7, 8, 9]]], "generate"),
-    "n-grams match too often": (8, bleu, "corpus_bleu", without_clipping, "matches"),
+    "n-grams match too often": (8, tour, "corpus_bleu", without_clipping, "matches"),
     "rewards at the first token": (9, RewardModel, "rewards", at_the_first_token, "reward of the chosen"),
     "the worse answer preferred": (10, tour, "bradley_terry", lambda c, r, m, w: (-((c - r).sigmoid().log() - 1).sum(),
                                                                                   w.sum()), "loss"),

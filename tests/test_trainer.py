@@ -20,11 +20,12 @@ from minift.encode import IGNORE_INDEX
 from minift.errors import UserError
 from minift.files.text import write_json
 from minift.files.weights import save_model
-from minift.model import OPT, set_dropout
+from minift.model import OPT
 from minift.progress import progress_bar
 from minift.run import checkpoint
 from minift.run.device import pick_device, pick_dtype, weights_dtype
 from minift.run.folder import Run
+from minift.run.setup import set_dropout
 from minift.trainer import Task, train
 from tests.reference import POST_LN, MemoryRecorder, mean_loss, random_examples, reference_loss, sft_loss, twins
 

@@ -448,10 +448,7 @@ def ask_base_model(rows: list[Row], settings: list[tuple[int, float]] = SETTINGS
     for first, (max_new_tokens, temperature) in enumerate(settings):
         indices = range(first, len(rows), len(settings))
         fields = [{"instruction": rows[index].instruction, "input": rows[index].input} for index in indices]
-        prompts = [
-            tokenizer.encode(render_prompt(row, TEMPLATES["course"], tokenizer.eos_token, tokenizer.bos_token))
-            for row in fields
-        ]
+        prompts = [tokenizer.encode(render_prompt(row, TEMPLATES["course"], tokenizer)) for row in fields]
         options = Options(max_new_tokens=max_new_tokens, temperature=temperature, eos_token_id=tokenizer.eos_token_id)
         for index, (ids,) in zip(indices, complete(model, prompts, options), strict=True):
             answers[index] = tokenizer.decode(ids).strip()

@@ -5,7 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, TextIO
 
 import torch
@@ -22,7 +22,7 @@ from minift.progress import progress_bar
 from minift.remarks import by_category, category_of
 from minift.run.device import pick_device
 from minift.run.sandbox import check_answers, check_available, checks_of
-from minift.scoring import Judge, mean_best_of, mean_interval, score_rows, wilson_interval
+from minift.scoring import Z_95, Judge, mean_best_of, score_rows, wilson_interval
 
 ADDED = ("samples", "rewards", "best")  # to the rows
 CHECKED = ("passed", "greedy", "greedy_passed")  # too, with --run-checks; None in rows without checks
@@ -167,6 +167,12 @@ def rates_by_label(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
         rates["mean of the samples: best of 1" if k == 1 else f"best of {k}"] = best
     rates[f"any of {num_samples}"] = [float(any(line["passed"])) for line in lines]
     return rates | {f"best of {num_samples}{MINUS_GREEDY}": [a - b for a, b in zip(best, greedy, strict=True)]}
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% interval of the mean of independent values, mean ± z·s / √n; infinite for a single one."""
+    radius = Z_95 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    return fmean(values) - radius, fmean(values) + radius
 
 
 def _cell(values: Sequence[float], label: str) -> str:

@@ -2,7 +2,8 @@
 
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, check_out, whole_number
-from minift.encode import encode_rows
+from minift.encode import Example, encode_rows
+from minift.errors import UserError
 from minift.files.datasets import load_rows
 from minift.files.pretrained import find_model
 from minift.files.templates import template_of
@@ -10,6 +11,8 @@ from minift.files.text import say, write_json_lines
 from minift.files.tokenizer import check_fits, load_tokenizer
 from minift.files.weights import read_config
 from minift.prompts import TEMPLATES
+from minift.remarks import Encoded, location_of
+from minift.run.setup import check_max_length
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,21 +26,33 @@ def main(arguments: list[str] | None = None) -> None:
         config, _ = read_config(files.folder)
         check_fits(tokenizer, config.vocab_size, args.model)
         max_positions = config.max_position_embeddings
+        if args.max_length is not None:
+            check_max_length(args.max_length, max_positions)
     encoded = encode_rows(
         load_rows(args.data),
         tokenizer,
         template_of(args.template, files.own, "course"),
         max_length=args.max_length,
-        max_positions=max_positions,
         response_template=args.response_template,
         supervise=args.supervise,
         source=args.data,
     )
+    if args.max_length is None and max_positions is not None:
+        _check_lengths(encoded, max_positions)
     if args.out is not None:
         numbered = zip(encoded.indices, encoded.examples, strict=True)
         write_json_lines(args.out, ({"row": number, **example._asdict()} for number, example in numbered))
     terminal.show_labels(encoded.examples, tokenizer, args.rows)
     say("\n" + encoded.summary)
+
+
+def _check_lengths(encoded: Encoded[Example], max_positions: int) -> None:
+    for row, index, example in zip(encoded.rows, encoded.indices, encoded.examples, strict=True):
+        if len(example.input_ids) > max_positions:
+            raise UserError(
+                f"{encoded.source}: {location_of(row, index)}: {len(example.input_ids)} tokens, more than the model's "
+                f"{max_positions} positions; cut such rows with --max-length {max_positions}, or remove them"
+            )
 
 
 def _parser() -> CommandParser:

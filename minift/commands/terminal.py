@@ -14,8 +14,9 @@ from minift.commands.flags import describe
 from minift.config import Config
 from minift.encode import IGNORE_INDEX, Example, count_supervised
 from minift.files.text import printable, say
-from minift.pairs import Ranking, collate_rankings, name_responses
+from minift.pairs import Ranking, collate_rankings
 from minift.remarks import Encoded
+from minift.run.exam import name_responses
 from minift.tokenizer import Tokenizer
 from minift.trainer import num_steps
 from minift.words import words

@@ -15,8 +15,8 @@ from os.path import commonprefix
 import torch
 from torch import Tensor
 
-from minift import bleu
 from minift.batching import Batch, Loader, collate, pack
+from minift.bleu import corpus_bleu
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, check_out
 from minift.commands.flags import PROJECT
@@ -29,12 +29,14 @@ from minift.files.pretrained import find_model, load_for_rm, load_language_model
 from minift.files.text import printable
 from minift.generate import Options, generate
 from minift.losses import bradley_terry, completion_cross_entropy
-from minift.model import OPT, RewardModel, row_layout, set_dropout
+from minift.model import OPT, RewardModel, row_layout
 from minift.optim import adamw, learning_rate
 from minift.pairs import PairBatch, collate_rankings, encode_rankings
 from minift.prompts import TEMPLATES, render
+from minift.run.setup import set_dropout
 from minift.scoring import Z_95, Judge, score_rankings, sigmoid, win_rate
 from minift.trainer import Task, evaluate, optimizer_step
+from minift.words import words
 
 DATA = PROJECT / "data"
 LINES, PAIR_LINE, NUM_PAIRS = (3578, 6335, 4197), 72, 20  # of instructions.jsonl and heldout_pairs.jsonl: short rows
@@ -65,7 +67,7 @@ class Tour:
         row = self.rows[0]
         yield f"{row.location.capitalize()} of data/instructions.jsonl: an instruction, its input, and the output."
         yield from (f"  {field:12} {json.dumps(row[field])}" for field in ("instruction", "input", "output"))
-        self.before, response = render(row, self.template, self.tokenizer.eos_token, self.tokenizer.bos_token)
+        self.before, response = render(row, self.template, self.tokenizer)
         self.after = end_with_eos(response, self.tokenizer)
         before, after = printable("".join(self.before)), printable("".join(self.after))
         yield f"The prompt without the response, in the template `{self.template.name}`. Answers are generated from it."
@@ -202,18 +204,18 @@ class Tour:
         yield "The whole answer, after three steps of training on three rows:"
         yield indented(printable(self.text))
 
-    @stop(bleu.tokens, bleu.corpus_bleu)
+    @stop(words, corpus_bleu)
     def compared(self) -> Text:
         """Compare the answer with the reference: BLEU."""
         output = self.rows[0]["output"]
-        answer, reference = bleu.tokens(self.text), bleu.tokens(output)
-        score = bleu.corpus_bleu([self.text], [[output]], smooth_method="none")
+        answer, reference = words(self.text), words(output)
+        score = corpus_bleu([self.text], [[output]], smooth_method="none")
         yield "BLEU compares words. The reference is the row's output."
         yield f"  answer     {printable(' '.join(answer))}\n  reference  {' '.join(reference)}"
         yield "An n-gram of the answer matches at most as often as it occurs in the reference."
         matches, totals, product = list[int](), list[int](), 1.0
         for n in (1, 2, 3, 4):
-            found, allowed = ([*zip(*(words[i:] for i in range(n)), strict=False)] for words in (answer, reference))
+            found, allowed = ([*zip(*(side[i:] for i in range(n)), strict=False)] for side in (answer, reference))
             matching = {gram: min(found.count(gram), allowed.count(gram)) for gram in found}
             too_many = " | ".join(" ".join(gram) for gram in matching if matching[gram] < found.count(gram)) or "none"
             matches.append(sum(matching.values()))
@@ -287,7 +289,7 @@ class Tour:
         yield "Below log 2 = 0.69315, the chosen answer has the higher reward. A choice among answers goes by rewards."
         yield agree("`Judge.best_of` chooses that answer", int(after > math.log(2)), best)
         scored = score_rankings(model, self.others, batch_size=32)
-        rate = win_rate(chosen - rejected for chosen, rejected in scored)
+        rate = win_rate([chosen - rejected for chosen, rejected in scored])
         yield f"The win rate of the chosen answers in the file's first {rate.pairs} pairs, with Wilson's 95% interval:"
         yield agree("wins", sum(chosen > rejected for chosen, rejected in scored), rate.wins)
         yield f"  {rate.wins} / {rate.pairs} = {rate.rate:.5f}, between {rate.low:.5f} and {rate.high:.5f}"

@@ -91,7 +91,7 @@ def questions_of(rows: Sequence[Row], judge: Judge, source: str) -> list[Row]:
 
 def _print_wins(args: Namespace, scores_a: list[float], scores_b: list[float], num_prompts: int) -> None:
     """Print the win rate and what belongs to it as JSON, and a sentence about it on stderr."""
-    rate = win_rate(a - b for a, b in zip(scores_a, scores_b, strict=True))
+    rate = win_rate([a - b for a, b in zip(scores_a, scores_b, strict=True)])
     wins_b = rate.pairs - rate.wins - rate.ties
     found = {
         "model_a": args.model_a,

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from minift.errors import UserError
-from minift.files.tensors import read_state, write_tensors
+from minift.files.tensors import SCORE, read_state, write_tensors
 from minift.files.text import read_json, write_json
-from minift.lora import SCORE, adapter_state, adapters_of, add_lora, last_name, targeted
+from minift.lora import adapters_of, add_lora, last_name, targeted
 from minift.model import OPT, RewardModel
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -83,6 +84,11 @@ def load_adapters(model: OPT | RewardModel, folder: str | Path, *, keep_reward_h
     add_lora(model, rank, alpha, dropout, targets)
     for name, weight in adapter_state(model).items():
         weight.copy_(state[_peft_name(name)])
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the trained weights: `….lora_A.weight` (rank, in), `….lora_B.weight` (out, rank), a reward head."""
+    return {name: weight for name, weight in model.state_dict().items() if ".lora_" in name or name == SCORE}
 
 
 def pick_adapter_weights(names: Collection[str]) -> str:

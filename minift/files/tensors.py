@@ -12,10 +12,10 @@ from torch import Tensor
 from minift.errors import UserError
 from minift.files.pickles import load_pickle
 from minift.files.text import atomic_write, check_not_pointer
-from minift.lora import SCORE
 
 EMBEDDING = "decoder.embed_tokens.weight"
 HEAD = "lm_head.weight"  # tied: another name for the embedding
+SCORE = "score.weight"  # a reward model's head, which is new and so is trained with adapters
 STRAY = "decoder.version"  # fairseq's file version, which the first conversions kept
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from minift.errors import UserError
 from minift.files.adapters import ADAPTER_CONFIG, pick_adapter_weights
 from minift.files.hub import Repository, fetch, look_up
-from minift.files.tensors import EMBEDDING, HEAD, read_state, write_tensors
+from minift.files.tensors import EMBEDDING, HEAD, SCORE, read_state, write_tensors
 from minift.files.text import check_not_pointer, read_json, write_json
-from minift.lora import SCORE
 from minift.model import ACTIVATIONS, OPT, Model, OPTConfig, RewardModel
 
 # The first of these that a folder or repository holds is its weights.

@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 from minift.bleu import corpus_bleu
 from minift.config import Config
-from minift.encode import prompt_and_reference
+from minift.encode import marker_of, split_row
+from minift.errors import UserError
 from minift.generate import Options, generate
 from minift.model import OPT
-from minift.pairs import name_responses, responses_of
+from minift.pairs import responses_of
 from minift.progress import progress_bar
-from minift.prompts import Template, is_text_row, question_of
-from minift.remarks import by_category, category_of, location_of
+from minift.prompts import Template, blanks_of, is_text_row, question_of
+from minift.remarks import by_category, category_of, likely_cause, location_of
 from minift.run.sandbox import Check, check_answers, checks_of
 from minift.scoring import examine, wilson_interval
 from minift.tokenizer import Special, Tokenizer
@@ -64,6 +65,24 @@ def held_out_prompts(
             checks = checks_of(row, where) if config.run_checks else None
             questions.append(Question(prompt_ids, prompt, reference, length, category_of(row), blanks, checks))
     return questions
+
+
+def prompt_and_reference(
+    row: Mapping[str, Any], tokenizer: Tokenizer, template: Template, response_template: str | None = None
+) -> tuple[list[int], str, str]:
+    """Return a training row's prompt as ids, its `blanks_of`, and the response that a model should give.
+
+    Raises UserError for a `text` row without the response template, and ValueError for text that cannot be encoded.
+    """
+    marker = marker_of(row, template, response_template)
+    pieces = split_row(row, tokenizer, template, marker)
+    if pieces is None:
+        text = row["text"]
+        raise UserError(f"--response-template {marker!r}: not in {text[:60]!r}: {likely_cause(text, marker)}")
+    prompt, completion = pieces
+    blanks = blanks_of(row, template, marker)
+    text = "".join(piece for piece in completion if not isinstance(piece, Special))
+    return tokenizer.encode(prompt), blanks, text.removeprefix(blanks)
 
 
 def sit_exam(model: OPT, tokenizer: Tokenizer, questions: Sequence[Question], description: str) -> list[Answer]:
@@ -140,6 +159,19 @@ def compare_rewards(
 
 def _by_measure(exams: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {measure: {name: exam[measure] for name, exam in exams.items()} for measure in exams["after"]}
+
+
+def name_responses(count: int, *, best_only: bool = False) -> list[str]:
+    """Return names for the responses of a ranking.
+
+    >>> name_responses(2), name_responses(3, best_only=True)
+    (['chosen', 'rejected'], ['chosen', 'rejected 1', 'rejected 2'])
+    """
+    if count == 2:
+        return ["chosen", "rejected"]
+    if best_only:
+        return ["chosen", *(f"rejected {number}" for number in range(1, count))]
+    return [f"response {number}" for number in range(1, count + 1)]
 
 
 def ranking_sample(row: Mapping[str, Any], before: Sequence[float], after: Sequence[float]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Steps of both scripts around the training loop: load and split rows, prepare the model, export it."""
 
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from minift.config import Config
-from minift.encode import check_max_length
 from minift.errors import UserError
 from minift.files.adapters import save_adapters
 from minift.files.datasets import Row, drop_rows_with_input, load_rows, split
@@ -16,8 +18,9 @@ from minift.files.templates import save_template
 from minift.files.text import say
 from minift.files.tokenizer import save_tokenizer
 from minift.files.weights import save_model
-from minift.lora import adapters_of, add_lora, merge, num_adapter_parameters, unmerge
-from minift.model import OPT, Model, RewardModel, set_dropout
+from minift.lora import adapters_of, add_lora, merge, unmerge
+from minift.model import OPT, Layer, Model, RewardModel
+from minift.pairs import Ranking
 from minift.prompts import Template
 from minift.run.folder import Run
 from minift.tokenizer import Tokenizer
@@ -57,6 +60,24 @@ def max_length_for(config: Config, model: OPT | RewardModel) -> int:
     return min(config.max_length, max_positions)
 
 
+def check_max_length(max_length: int, max_positions: int) -> None:
+    """Raise UserError if rows of `max_length` tokens do not fit into the model's positions."""
+    if max_length > max_positions:
+        raise UserError(f"--max-length {max_length}: more than the model's {max_positions} positions")
+
+
+def swap_half(rankings: Sequence[Ranking], categories: Sequence[str | None], seed: int) -> list[Ranking]:
+    """Flip the labels of half the pairs, about half in each category (seeded): nothing is left to learn."""
+    generator = random.Random(seed)
+    order = generator.sample(range(len(rankings)), len(rankings))
+    order.sort(key=lambda index: str(categories[index]))  # random within a category
+    flipped = {generator.choice(two) for two in zip(order[::2], order[1::2], strict=False)}  # one of every two
+    return [
+        ranking._replace(responses=ranking.responses[::-1]) if index in flipped else ranking
+        for index, ranking in enumerate(rankings)
+    ]
+
+
 def prepare(model: Model, run: Run) -> Model:
     """Move a loaded model to the run's device, set its dropout, and add adapters if the run trains these.
 
@@ -74,8 +95,20 @@ def prepare(model: Model, run: Run) -> Model:
             raise UserError(f"--lora-{error}") from None
         head = ", and the head" if isinstance(model, RewardModel) else ""
         note = " (--model is adapters: the run will have no adapter/)" if run.model_files.are_adapters else ""
-        say(f"LoRA: {num_adapter_parameters(model):,} parameters to train{head}{note}")
+        count = sum(weight.numel() for weight in model.decoder.parameters() if weight.requires_grad)
+        say(f"LoRA: {count:,} parameters to train{head}{note}")
     return model
+
+
+def set_dropout(model: nn.Module, dropout: float) -> None:
+    """Set the dropout after attention and feed-forward, and lower the one inside attention to at most this.
+
+    0 turns every dropout off. (trl's `disable_dropout` does not: it sets Dropout modules, and OPT calls F.dropout.)
+    """
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.dropout = dropout
+            module.self_attn.dropout = min(dropout, module.self_attn.dropout)
 
 
 def export(model: OPT | RewardModel, tokenizer: Tokenizer, template: Template, base: ModelFiles, folder: Path) -> None:

@@ -18,9 +18,10 @@ from minift.files.datasets import PAIR_SCHEMAS, Row, load_rows
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model
 from minift.losses import bradley_terry
-from minift.model import OPT, set_dropout
+from minift.model import OPT
 from minift.pairs import encode_rankings, responses_of
 from minift.prompts import TEMPLATES
+from minift.run.setup import set_dropout
 from minift.scoring import win_rate
 from minift.tokenizer import Tokenizer
 from minift.trainer import Task, evaluate

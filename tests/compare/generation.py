@@ -19,13 +19,13 @@ from torch import Tensor
 
 from minift import processors
 from minift.beam import Search, beam_search
-from minift.encode import prompt_and_reference
 from minift.files.datasets import load_rows
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model
 from minift.generate import Completions, Options, generate, process_logits
 from minift.model import OPT
 from minift.prompts import TEMPLATES
+from minift.run.exam import prompt_and_reference
 from tests.compare import Check, Setting
 from tests.compare.training import DTYPES, reference_model
 from tests.reference import padded

@@ -97,7 +97,7 @@ def compare_rows(
 def prompt_and_completion(row: Row, template: Template, ours: Tokenizer) -> tuple[str, str] | None:
     """Return a row as trl takes it; None for a text that lacks the response template."""
     if not is_text_row(row):
-        prompt, completion = render(row, template, ours.eos_token, ours.bos_token)
+        prompt, completion = render(row, template, ours)
         return "".join(prompt), "".join(completion)
     marker = template.marker
     start = row["text"].rfind(marker) + len(marker) - len(trailing_blanks(marker))

@@ -18,8 +18,9 @@ from minift.encode import IGNORE_INDEX, Example, encode_rows
 from minift.files.datasets import load_rows
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model, read_config
-from minift.model import OPT, set_dropout
+from minift.model import OPT
 from minift.prompts import TEMPLATES
+from minift.run.setup import set_dropout
 from tests.compare import Check, Setting
 from tests.compare.training import NO_DROPOUT, WITHOUT_EFFECT, quiet
 from tests.reference import (

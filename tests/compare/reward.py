@@ -126,7 +126,7 @@ def texts_of(row: Row, tokenizer: Tokenizer) -> list[str]:
     if prompt is None:
         return ["", *responses_of(row)]
     fields = [{"instruction": prompt, "output": response} for response in responses_of(row)]
-    sides = [render(field, TEMPLATE, tokenizer.eos_token, tokenizer.bos_token) for field in fields]
+    sides = [render(field, TEMPLATE, tokenizer) for field in fields]
     return ["".join(sides[0][0]), *("".join(completion) for _, completion in sides)]
 
 

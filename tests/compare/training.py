@@ -25,7 +25,7 @@ from minift.batching import Loader
 from minift.config import Config
 from minift.files.datasets import TRAINING_SCHEMAS, Row, load_rows
 from minift.files.weights import read_config
-from minift.model import set_dropout
+from minift.run.setup import set_dropout
 from minift.trainer import LossFunction, Task, train
 from tests.compare import Check, Setting
 from tests.reference import MemoryRecorder, trained, write_nothing
