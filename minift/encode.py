@@ -94,12 +94,11 @@ def encode_rows(
         if whole is None:
             encoded.drop_unmarked(row["text"], marker, location)
             continue
-        length = len(whole.input_ids)
         example = Example(whole.input_ids[:max_length], whole.labels[:max_length])
         if count_supervised(example.labels) == 0:
             encoded.remark(f"dropped: no supervised token {within}", location)
             continue
-        if len(example.input_ids) < length:
+        if len(example.input_ids) < len(whole.input_ids):
             encoded.remark(f"cut at {max_length} tokens, end token lost", location)
         encoded.keep(example, row, index, remarks)
     encoded.tokens = sum(len(example.input_ids) for example in encoded.examples)
