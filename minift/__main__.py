@@ -23,15 +23,11 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the process's arguments name; without a name, list the commands."""
-    run_command(lambda: run(sys.argv[1:]))
+    run_command(_run)
 
 
-def run(arguments: list[str]) -> None:
-    """Import the named command's module and call its `main`. UserError for an unknown name.
-
-    The import runs inside `run_command`: importing torch takes seconds, and Ctrl-C then prints one line too.
-    """
-    name, *rest = arguments or ["--help"]
+def _run() -> None:
+    name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         say("usage: minift COMMAND ...\n")
         for command, (_, description) in COMMANDS.items():
@@ -43,7 +39,7 @@ def run(arguments: list[str]) -> None:
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
         raise UserError(f"{name}: not a command, {hint} (`minift` lists the commands)")
     module, _ = COMMANDS[name]
-    importlib.import_module(module).main(rest)
+    importlib.import_module(module).main(rest)  # imported here: Ctrl-C during torch's import ends in one line too
 
 
 if __name__ == "__main__":

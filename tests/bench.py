@@ -34,7 +34,7 @@ from minift.config import Config
 from minift.encode import IGNORE_INDEX, encode_prompt, encode_rows
 from minift.files.datasets import PAIR_SCHEMAS, load_rows
 from minift.files.tokenizer import load_tokenizer, save_tokenizer
-from minift.files.weights import load_model, new_reward_model, save_model
+from minift.files.weights import load_model, load_reward_model, save_model
 from minift.generate import Options, generate
 from minift.model import OPT, OPTConfig, RewardModel
 from minift.pairs import collate_rankings, encode_rankings
@@ -186,7 +186,7 @@ def reward_line(folder: Path, args: argparse.Namespace, scratch: Path) -> Line:
     assert len(encoded.rows) == len(rows)
 
     def minift() -> Timing:
-        model = new_reward_model(folder, seed=0)
+        model = load_reward_model(folder, seed=0)
         batches = Loader(encoded.examples, collate_rankings, args.batch_size)
         return time_minift(model, rm_loss(model), batches, "pairs")
 

@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 
 import pytest
 
-from minift.commands import best_of, generate
+from minift.commands import best_of, generate, winrate
 from minift.commands.flags import parse
 from minift.errors import UserError
 from minift.files.datasets import TRAINING_SCHEMAS, load_rows
@@ -98,7 +98,7 @@ def test_the_interval_of_a_mean():
 def test_samples_their_rewards_and_the_best_are_added(scripted, judge, tmp_path, capsys):
     out, favourites = tmp_path / "out.jsonl", tmp_path / "rows.jsonl"
     scripted("--out", out, "--rows", favourites)
-    assert capsys.readouterr().err.count("1 of 9 samples are too long for the judge") == 1
+    assert capsys.readouterr().err.count("1 of 9 answers, too long for the judge, are left out") == 1
     lines, referee = read_lines(out), load_judge(judge)
     questions = [{"instruction": "Double."}, {"instruction": "Double.", "input": "x"}, {"instruction": "Hi"}]
     for row, question, texts, line in zip(ROWS, questions, SAMPLES, lines, strict=True):
@@ -173,12 +173,12 @@ def test_samples_are_kept_whatever_the_judge_does(scripted, monkeypatch, tmp_pat
             raise MemoryError
         return []
 
-    monkeypatch.setattr(best_of, "score_rows", fail)
+    monkeypatch.setattr(winrate, "score_rows", fail)
     with pytest.raises(MemoryError):
         scripted("--out", out)
     assert [line["samples"] for line in read_lines(out)] == SAMPLES
     out.unlink()
-    monkeypatch.setattr(best_of.Judge, "encode", lambda judge, question, text: too_long() if text else [])
+    monkeypatch.setattr(winrate.Judge, "encode", lambda judge, question, text: too_long() if text else [])
     with pytest.raises(UserError, match="--judge: .*none of the samples; ask for fewer --max-new-tokens"):
         scripted("--out", out, "--rows", favourites)
     assert [line["samples"] for line in read_lines(out)] == SAMPLES and not favourites.exists()

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from minift.commands import flags as flags_module
-from minift.commands.flags import TRL_NAMES, describe, parse
+from minift.commands.flags import TRL_NAMES, parse
 from minift.commands.recipes import RECIPES
+from minift.commands.terminal import print_values
 from minift.config import GROUPS, Config, defaults_of, flag_of, options_of, to_dict
 from minift.errors import UserError
 from tests.runs import ROOT
@@ -236,8 +237,9 @@ def test_the_names_known_from_trl_lead_to_flags_that_exist():
     assert not set(TRL_NAMES) & every_flag
 
 
-def test_description_shows_every_value_and_its_origin():
-    lines = describe(parse("sft", ["--lr", "0.002"]), "sft").splitlines()
+def test_description_shows_every_value_and_its_origin(capsys):
+    print_values(parse("sft", ["--lr", "0.002"]), "sft")
+    lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == len(BOTH + ONLY["sft"])
     words = {line.split()[0]: line.split()[1:] for line in lines}
     assert words["--lr"] == ["0.002", "flag"]
@@ -246,7 +248,8 @@ def test_description_shows_every_value_and_its_origin():
     assert words["--lora-targets"] == ["q_proj,v_proj", "default"]
     columns = {line.index(f" {line.split()[2]}") for line in lines}
     assert len(columns) == 1  # the last one is aligned
-    assert describe(parse("rm", ["--model", "mine"]), "rm").splitlines()[0].split() == ["--recipe", "none", "default"]
+    print_values(parse("rm", ["--model", "mine"]), "rm")
+    assert capsys.readouterr().out.splitlines()[0].split() == ["--recipe", "none", "default"]
 
 
 def test_the_course_evaluates_and_saves_once_an_epoch():

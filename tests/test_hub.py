@@ -278,7 +278,7 @@ def test_adapters_bring_their_base_at_its_commit(hub, tmp_path, tokenizer_direct
         hub.requests.clear()
         found = find_model(name)
         assert commit_of(found.folder) == base and found.are_adapters
-        loaded = load_language_model(found)
+        loaded = load_language_model(found.name)
         assert_holds(loaded.model, {f"model.{name}": weight for name, weight in tuned.state_dict().items()})
         assert loaded.tokenizer.encode("a list") == load_tokenizer(tokenizer_directory).encode("a list")
     hub.add("someone/adapters", {"adapter_config.json": b"{}"}, "empty")

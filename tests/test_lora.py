@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minift.batching import collate
 from minift.files.adapters import adapter_state, load_adapters, save_adapters
-from minift.files.tensors import SCORE
+from minift.files.weights import SCORE
 from minift.lora import LoRALinear, add_lora, merge, unmerge
 from minift.model import OPT, OPTConfig, RewardModel
 from minift.optim import adamw

@@ -21,10 +21,9 @@ from data.make import instructions
 from minift.commands import best_of, generate, preview, report, score, winrate
 from minift.commands.cli import check_out
 from minift.errors import UserError
-from minift.files.tensors import write_tensors
 from minift.files.text import atomic_write, target_of, write_text
 from minift.files.tokenizer import load_tokenizer, save_tokenizer
-from minift.files.weights import new_reward_model, save_model
+from minift.files.weights import load_reward_model, save_model, write_tensors
 from minift.run.lock import make_folder
 from tests.runs import write_lines
 
@@ -36,7 +35,7 @@ OLD = "old content\n"
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reward_model")
-    save_model(new_reward_model(MODEL, seed=0), folder)
+    save_model(load_reward_model(MODEL, seed=0), folder)
     save_tokenizer(load_tokenizer(MODEL), folder)
     return folder
 
@@ -237,9 +236,9 @@ def test_a_crash_keeps_what_the_link_leads_to(tmp_path: Path) -> None:
 
 def test_a_crash_while_weights_are_written_leaves_nothing_for_ever(tmp_path: Path) -> None:
     """safetensors writes under a random name first: a killed run left it, as large as the model, in its folder."""
-    killed = "import os, sys, pathlib, torch\nfrom minift.files import tensors\n" + (
+    killed = "import os, sys, pathlib, torch\nfrom minift.files import weights\n" + (
         "def save_file(_, path, **settings):\n    path.with_name('.tmpAbCdEf').touch()\n    os.kill(os.getpid(), 9)\n"
-        "tensors.save_file = save_file\ntensors.write_tensors(pathlib.Path(sys.argv[1]), {})\n"
+        "weights.save_file = save_file\nweights.write_tensors(pathlib.Path(sys.argv[1]), {})\n"
     )
     out = tmp_path / "model.safetensors"
     ended = subprocess.run([sys.executable, "-c", killed, str(out)], cwd=MODEL.parents[1])

@@ -62,7 +62,7 @@ def of_a_run(script: str, folder: Path) -> Tuned:
 
 
 def of_save_adapters(script: str, folder: Path) -> Tuned:
-    model = weights.load_model(SHIPPED) if script == "sft" else weights.new_reward_model(SHIPPED, seed=1)
+    model = weights.load_model(SHIPPED) if script == "sft" else weights.load_reward_model(SHIPPED, seed=1)
     add_lora(model, 3, 7.0, 0.5, TARGETS)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -243,8 +243,8 @@ def test_an_eos_beyond_the_embedding_is_refused(tmp_path):
 
 def test_a_new_reward_model_on_a_tuned_language_model(language):
     found, tokenizer = load_for_rm(find_model(language.adapters), seed=SEED)
-    assert_same_weights(found, weights.new_reward_model(language.merged, seed=SEED))
-    assert torch.equal(found.score.weight, weights.new_reward_model(SHIPPED, seed=SEED).score.weight)
+    assert_same_weights(found, weights.load_reward_model(language.merged, seed=SEED))
+    assert torch.equal(found.score.weight, weights.load_reward_model(SHIPPED, seed=SEED).score.weight)
     assert tokenizer.files == load_tokenizer(SHIPPED).files
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minift.batching import Loader
 from minift.encode import IGNORE_INDEX
-from minift.files.weights import load_model, load_reward_model, new_reward_model, save_model
+from minift.files.weights import load_model, load_reward_model, save_model
 from minift.losses import bradley_terry, preference_metrics
 from minift.model import OPT, RewardModel
 from minift.pairs import PairBatch, Ranking, collate_rankings, share_prefixes
@@ -445,7 +445,7 @@ def test_shards_that_transformers_saved_are_loaded(tmp_path):
 def test_a_new_reward_model_is_the_body_and_a_fresh_head(tmp_path, name):
     body = saved_language_model(name, tmp_path)
     random_state = torch.get_rng_state()
-    model = new_reward_model(tmp_path, seed=0)
+    model = load_reward_model(tmp_path, seed=0)
     assert torch.equal(torch.get_rng_state(), random_state), "a run would depend on what it started from"
     assert model.state_dict().keys() == body.state_dict().keys() | {"score.weight"}
     for name, tensor in body.state_dict().items():
@@ -453,12 +453,12 @@ def test_a_new_reward_model_is_the_body_and_a_fresh_head(tmp_path, name):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
     head = model.score.weight
-    assert torch.equal(new_reward_model(tmp_path, seed=0).score.weight, head)
-    assert not torch.equal(new_reward_model(tmp_path, seed=1).score.weight, head)
-    double = new_reward_model(tmp_path, seed=0, dtype=torch.float64)
+    assert torch.equal(load_reward_model(tmp_path, seed=0).score.weight, head)
+    assert not torch.equal(load_reward_model(tmp_path, seed=1).score.weight, head)
+    double = load_reward_model(tmp_path, seed=0, dtype=torch.float64)
     assert {tensor.dtype for tensor in double.state_dict().values()} == {torch.float64}
     assert torch.equal(double.score.weight, head.double())
-    heads = torch.cat([new_reward_model(tmp_path, seed=seed).score.weight.flatten() for seed in range(100)])
+    heads = torch.cat([load_reward_model(tmp_path, seed=seed).score.weight.flatten() for seed in range(100)])
     assert heads.std().item() == pytest.approx(model.config.init_std, rel=0.1)
     assert abs(heads.mean().item()) < 0.1 * model.config.init_std
 
@@ -469,11 +469,11 @@ def test_a_new_reward_model_from_a_tied_save_and_from_a_reward_model(tmp_path):
     state = load_file(path)
     state["lm_head.weight"] = state.pop("model.decoder.embed_tokens.weight")  # as in the hub's conversions
     save_file(state, path, {"format": "pt"})
-    assert torch.equal(new_reward_model(tmp_path / "language", seed=0).decoder.embed_tokens.weight, body.head)
+    assert torch.equal(load_reward_model(tmp_path / "language", seed=0).decoder.embed_tokens.weight, body.head)
 
     model = our_model(PRE_LN)
     save_model(model, tmp_path / "reward")
-    assert torch.equal(new_reward_model(tmp_path / "reward", seed=0).score.weight, model.score.weight)
+    assert torch.equal(load_reward_model(tmp_path / "reward", seed=0).score.weight, model.score.weight)
 
 
 def assert_refused(load, folder: Path, *words: str) -> None:
@@ -502,7 +502,7 @@ def test_a_language_model_given_for_a_reward_model_and_the_reverse(tmp_path):
         ("model.decoder.layers.0.fc1.weight", None, ("1 missing, first decoder.layers.0.fc1.weight",)),
     ],
 )
-@pytest.mark.parametrize("load", [load_reward_model, lambda folder: new_reward_model(folder, seed=0)])
+@pytest.mark.parametrize("load", [load_reward_model, lambda folder: load_reward_model(folder, seed=0)])
 def test_weights_that_do_not_fit(tmp_path, load, name, tensor, words):
     save_model(our_model(PRE_LN), tmp_path)
     path = tmp_path / "model.safetensors"
@@ -512,7 +512,7 @@ def test_weights_that_do_not_fit(tmp_path, load, name, tensor, words):
 
 
 def test_folders_without_a_reward_model(tmp_path):
-    for load in (load_reward_model, lambda folder: new_reward_model(folder, seed=0)):
+    for load in (load_reward_model, lambda folder: load_reward_model(folder, seed=0)):
         assert_refused(load, tmp_path / "nowhere", "nowhere", "config.json", "no such file")
         assert_refused(load, tmp_path, "config.json", "no such file")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')

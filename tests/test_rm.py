@@ -17,7 +17,7 @@ from minift.errors import UserError
 from minift.files.datasets import PAIR_SCHEMAS, load_rows
 from minift.files.pretrained import load_judge
 from minift.files.templates import load_template
-from minift.files.weights import new_reward_model
+from minift.files.weights import load_reward_model
 from minift.pairs import Ranking, encode_rankings, encode_response
 from minift.prompts import TEMPLATES
 from minift.remarks import Encoded
@@ -156,7 +156,7 @@ def test_lora_trains_its_linears_and_the_head(data, tmp_path):
     before, after = load_file(SHIPPED / "model.safetensors"), load_file(out / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
     assert changed == {name for name in before if name.endswith(("q_proj.weight", "v_proj.weight"))}
-    fresh = new_reward_model(SHIPPED, seed=42).score.weight  # the default seed
+    fresh = load_reward_model(SHIPPED, seed=42).score.weight  # the default seed
     lines = read_lines(out / "metrics.jsonl")
     assert all("lm_loss" in line for line in lines)
     results = json.loads((out / "run.json").read_text())["results"]

@@ -371,11 +371,11 @@ def test_an_answer_that_kills_the_interpreter_fails_alone(open_box: Sandbox) -> 
 
 def test_an_interpreter_that_is_lost_is_replaced(box: Sandbox) -> None:
     assert box.passes(RIGHT, CHECKS)
-    lost = box._interpreter._process
+    lost = box._process
     lost.send_signal(signal.SIGKILL)
     lost.wait()
     box.passes(RIGHT, CHECKS)
-    assert box.passes(RIGHT, CHECKS) and box._interpreter._process.pid != lost.pid
+    assert box.passes(RIGHT, CHECKS) and box._process.pid != lost.pid
 
 
 def test_an_answer_does_not_change_the_next(open_box: Sandbox) -> None:
@@ -390,7 +390,7 @@ def test_an_answer_does_not_change_the_next(open_box: Sandbox) -> None:
 def test_nobody_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Sandbox() as opened:
         assert opened.passes(RIGHT, CHECKS)
-        process, scratch = opened._interpreter._process, Path(opened._scratch.name)
+        process, scratch = opened._process, Path(opened._scratch)
         assert scratch.is_dir()
     assert process.poll() is not None and not scratch.exists()
 
@@ -414,13 +414,13 @@ def test_rows_without_checks_have_no_verdict() -> None:
         ({}, "field 'checks', expected a list"),
         (["f(0)"], "check 1: expected an object with 'expression' and 'expected'"),
         ([{"expression": "f(0)"}], "check 1: expected an object with 'expression' and 'expected'"),
-        ([CHECKS[0], {"expression": "f(0)", "expected": 1}], "check 2: 'expected' is 1, expected a string"),
-        ([CHECKS[0] | {"before": 1}], "check 1: 'before' is 1, expected a string"),
-        ([CHECKS[0] | {"expected": "f(0)"}], "check 1: 'expected' is 'f(0)', expected a Python literal"),
+        ([CHECKS[0], {"expression": "f(0)", "expected": 1}], "check 2: 'expected' is 1, expected a Python literal"),
+        ([CHECKS[0] | {"before": 1}], "check 1: 'before' is 1, expected Python statements"),
+        ([CHECKS[0] | {"expected": "f(0)"}], "check 1: 'expected' is \"f(0)\", expected a Python literal"),
         ([CHECKS[0] | {"expected": "("}], "expected a Python literal"),
         ([CHECKS[0] | {"expected": "..."}], "expected a Python literal"),
-        ([CHECKS[0] | {"expression": "f("}], "check 1: 'expression' is not Python"),
-        ([CHECKS[0] | {"before": "1 +"}], "check 1: 'before' is not Python"),
+        ([CHECKS[0] | {"expression": "f("}], "check 1: 'expression' is \"f(\", expected a Python expression"),
+        ([CHECKS[0] | {"before": "1 +"}], "check 1: 'before' is \"1 +\", expected Python statements"),
     ],
 )
 def test_malformed_checks_are_named(checks: object, problem: str) -> None:
@@ -456,6 +456,6 @@ def test_an_answer_that_hangs_is_ended_by_the_clock(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sandbox, "FOLDER", tmp_path)
     with Sandbox() as opened:
         assert opened.passes(RIGHT, CHECKS)
-        interpreter = opened._interpreter
+        interpreter = opened._process
         assert not opened.passes("import signal, time\nsignal.alarm(0)\ntime.sleep(600)\n" + RIGHT, CHECKS)
-        assert opened.passes(RIGHT, CHECKS) and opened._interpreter is interpreter
+        assert opened.passes(RIGHT, CHECKS) and opened._process is interpreter

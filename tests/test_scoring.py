@@ -389,7 +389,7 @@ def test_winrate_leaves_out_answers_that_are_too_long_for_the_judge(folder, toke
     printed = capsys.readouterr()
     found, rows = json.loads(printed.out), read_lines(out)
     assert (found["prompts"], found["ties"], found["left_out"]) == (2, 2, 1)
-    assert "1 of 3 prompts left out, an answer is too long: line 2 (" in printed.err
+    assert "2 of 6 answers, too long for the judge, are left out: line 2" in printed.err
     assert [row["answer_a"] for row in rows] == answers == [row["answer_b"] for row in rows]
     assert [row["score_a"] is None for row in rows] == [False, True, False] == [row["score_b"] is None for row in rows]
     mean = (rows[0]["score_a"] + rows[2]["score_a"]) / 2

@@ -195,6 +195,8 @@ def broken_copies(opt: Path, gpt2: Path, target: Path):
     fresh(opt)
     (target / "merges.txt").write_text("#version: 0.2\nqqqq zzzz\n")
     yield "merges of another vocabulary", "can't be read"
+    (target / "merges.txt").write_text("#version: 0.2\na b\nab\n")
+    yield "a merge of one token", "merges.txt: 'ab', expected two tokens"
     fresh(opt)
     (target / "vocab.json").write_text((opt / "vocab.json").read_text()[:500])
     yield "cut vocab.json", "vocab.json:1:"
@@ -209,7 +211,7 @@ def broken_copies(opt: Path, gpt2: Path, target: Path):
     (target / "tokenizer_config.json").write_text("[]")
     yield "a list instead of an object", "expected a JSON object"
     (target / "tokenizer_config.json").write_text('{"eos_token": 2}')
-    yield "an id instead of a name", "can't be read"
+    yield "an id instead of a name", "eos_token is 2, expected its text"
     (target / "tokenizer_config.json").write_text("{}")
     yield "no EOS", "its EOS token is '', expected one in its vocabulary"
     (target / "config.json").write_text('{"eos_token_id": -1}')

@@ -8,21 +8,20 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TextIO
 
-import torch
-
+from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, add_judging_flags, check_out, whole_number
 from minift.commands.generate import complete, encode_prompts, texts_of
-from minift.commands.winrate import questions_of
+from minift.commands.winrate import questions_of, rewards_of
 from minift.errors import UserError
-from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
+from minift.files.datasets import PROMPT_SCHEMAS, check_added, load_rows
 from minift.files.pretrained import load_judge, load_language_model
-from minift.files.text import say, to_json_lines, write_json_lines
+from minift.files.text import write_json_lines
 from minift.generate import Options
 from minift.progress import progress_bar
 from minift.remarks import by_category, category_of
-from minift.run.device import pick_device
-from minift.run.sandbox import check_answers, check_available, checks_of
-from minift.scoring import Z_95, Judge, mean_best_of, score_rows, wilson_interval
+from minift.run.device import placement
+from minift.run.sandbox import Check, check_answers, check_available, checks_of
+from minift.scoring import Z_95, mean_best_of, wilson_interval
 
 ADDED = ("samples", "rewards", "best")  # to the rows
 CHECKED = ("passed", "greedy", "greedy_passed")  # too, with --run-checks; None in rows without checks
@@ -32,20 +31,20 @@ MINUS_GREEDY = ", less greedy"  # ends the label of a difference
 def main(arguments: list[str] | None = None) -> None:
     """Sample answers, let the judge score them, write them and the best one; print how often it passes its checks."""
     args = _parser().parse_args(arguments)
-    placement = {"device": pick_device(args.device), "dtype": getattr(torch, args.dtype)}
+    device = placement(args.device, args.dtype)
     _check_flags(args)
     rows = load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)[: args.limit]
     check_added(rows, (*ADDED, *(CHECKED if args.run_checks else ())), args.prompts)
-    checks: list[Any] = [None for _ in rows]
+    checks: list[list[Check]] = [[] for _ in rows]
     if args.run_checks:
         check_available()
-        checks = [checks_of(row, f"{args.prompts}: {row.location}") for row in rows]
+        checks = [checks_of(row, f"{args.prompts}: {row.location}") or [] for row in rows]
         if not any(checks):
             raise UserError(f"--run-checks: no row of {args.prompts} has 'checks', leave the flag out")
 
-    judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **placement)
+    judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **device)
     questions = questions_of(rows, judge, args.prompts)
-    model = load_language_model(args.model, template=args.template, **placement)
+    model = load_language_model(args.model, template=args.template, **device)
     max_positions = model.model.config.max_position_embeddings
     prompts = encode_prompts(
         questions, model.tokenizer, model.template, max_positions, args.max_new_tokens, args.prompts
@@ -53,45 +52,37 @@ def main(arguments: list[str] | None = None) -> None:
 
     def answer(numbers: Sequence[int], temperature: float, num_samples: int) -> list[list[str]]:
         """Return answers to the prompts with these numbers."""
-        options = Options(
-            args.max_new_tokens,
-            eos_token_id=model.tokenizer.eos_token_id,
-            temperature=temperature,
-            num_samples=num_samples,
-            batch_size=args.batch_size,
-            seed=args.seed,
-        )
+        options = Options(args.max_new_tokens, eos_token_id=model.tokenizer.eos_token_id, temperature=temperature,
+                          num_samples=num_samples, batch_size=args.batch_size, seed=args.seed)  # fmt: skip
         completions = complete(model, [prompts[n] for n in numbers], options, "samples" if temperature else "greedy")
         return texts_of([questions[n] for n in numbers], completions, model)
 
-    def keep(lines: Sequence[dict[str, Any]]) -> None:
+    def keep() -> None:
         """Write the lines so far: whatever stops the command later, the samples are kept."""
         if args.out is not None:
             write_json_lines(args.out, lines)
 
     samples = answer(range(len(rows)), args.temperature, args.samples)
     lines: list[dict[str, Any]] = [row | {"samples": texts} for row, texts in zip(rows, samples, strict=True)]
-    keep(lines)
-    rewards = _rewards_of(judge, questions, samples)
-    lines = [
-        line | {"rewards": its_rewards, "best": _best(line["samples"], its_rewards)}
-        for line, its_rewards in zip(lines, rewards, strict=True)
-    ]
-    keep(lines)
+    keep()
+    all_rewards = rewards_of(judge, questions, samples)
+    if max(map(max, all_rewards)) == -math.inf:
+        raise UserError("--judge: it can read none of the samples; ask for fewer --max-new-tokens")
+    for line, rewards in zip(lines, all_rewards, strict=True):
+        best = line["samples"][rewards.index(max(rewards))]  # the first of equal ones
+        line |= {"rewards": rewards, "best": None if max(rewards) == -math.inf else best}
+    keep()
     if args.rows is not None:
         favourites = [question | {"output": line["best"]} for question, line in zip(questions, lines, strict=True)]
         write_json_lines(args.rows, (row for row in favourites if row["output"] is not None))
+    examined = [number for number, its_checks in enumerate(checks) if its_checks]
     if args.run_checks:
-        examined = [number for number, its_checks in enumerate(checks) if its_checks]
         answers = [[text, *samples[n]] for n, (text,) in zip(examined, answer(examined, 0.0, 1), strict=True)]
         verdicts = _run(answers, [checks[number] for number in examined])
         lines = [line | dict.fromkeys(CHECKED) for line in lines]
         for number, (text, *_), (greedy_passed, *passed) in zip(examined, answers, verdicts, strict=True):
             lines[number] |= {"passed": passed, "greedy": text, "greedy_passed": greedy_passed}
-
-    keep(lines)
-    for line in to_json_lines(lines) if args.out is None else ():
-        say(line.rstrip())
+    write_json_lines(args.out, lines)
     if args.run_checks:  # where the lines are printed, standard output has nothing else
         _print_table([lines[number] for number in examined], sys.stderr if args.out is None else sys.stdout)
 
@@ -105,34 +96,7 @@ def _check_flags(args: Namespace) -> None:
         raise UserError(f"--rows {args.rows}: this is the file of --out, expected another one")
 
 
-def _rewards_of(judge: Judge, questions: Sequence[Row], samples: Sequence[Sequence[str]]) -> list[list[float]]:
-    """Return the reward of each sample, -inf for one that is too long for the judge; say how many are.
-
-    Raises UserError if all are.
-    """
-    encoded: list[list[int] | None] = []
-    for question, texts in zip(questions, samples, strict=True):
-        for text in texts:
-            try:
-                encoded.append(judge.encode(question, text))
-            except ValueError:
-                encoded.append(None)
-    if too_long := encoded.count(None):
-        say(f"{too_long:,} of {len(encoded):,} samples are too long for the judge and never chosen", sys.stderr)
-    if too_long == len(encoded):
-        raise UserError("--judge: it can read none of the samples; ask for fewer --max-new-tokens")
-    scored = iter(score_rows(judge.model, [ids for ids in encoded if ids is not None], judge.batch_size))
-    rewards = iter([-math.inf if ids is None else next(scored) for ids in encoded])
-    return [[next(rewards) for _ in texts] for texts in samples]
-
-
-def _best(texts: Sequence[str], rewards: Sequence[float]) -> str | None:
-    """Return the text with the highest reward, the first of equal ones; None if the judge could read none."""
-    highest = max(rewards)
-    return None if highest == -math.inf else texts[rewards.index(highest)]
-
-
-def _run(answers: Sequence[Sequence[str]], checks: Sequence[Any]) -> list[list[bool]]:
+def _run(answers: Sequence[Sequence[str]], checks: Sequence[Sequence[Check]]) -> list[list[bool]]:
     """Return which answers of each row pass its checks; equal answers to a row run once."""
     distinct = list(dict.fromkeys((number, text) for number, texts in enumerate(answers) for text in texts))
     with progress_bar(len(distinct), "checks", "answer") as bar:
@@ -141,20 +105,13 @@ def _run(answers: Sequence[Sequence[str]], checks: Sequence[Any]) -> list[list[b
     return [[bool(passed[number, text]) for text in texts] for number, texts in enumerate(answers)]
 
 
-# ---- the table ----
-
-
 def _print_table(lines: Sequence[dict[str, Any]], stream: TextIO) -> None:
     """Print the pass rates of the rows that were checked, of all and by category, each with its 95% interval."""
     groups = by_category(lines, [category_of(line) for line in lines])
-    columns = {f"{name}, {len(group):,} prompts": rates_by_label(group) for name, group in groups.items()}
-    cells = {
-        column: {label: _cell(values, label) for label, values in rates.items()} for column, rates in columns.items()
-    }
-    widths = {column: max(map(len, [column, *its.values()])) + 4 for column, its in cells.items()}
-    say(f"{'pass rate':30}" + "".join(f"{column:>{width}}" for column, width in widths.items()), stream)
-    for label in next(iter(cells.values())):
-        say(f"{label:30}" + "".join(f"{its[label]:>{widths[column]}}" for column, its in cells.items()), stream)
+    rates = [rates_by_label(group) for group in groups.values()]
+    head = ["pass rate", *(f"{name}, {len(group):,} prompts" for name, group in groups.items())]
+    cells = [[label, *(_cell(of_group[label], label) for of_group in rates)] for label in rates[0]]
+    terminal.print_columns([head, *cells], stream)
 
 
 def rates_by_label(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
@@ -177,12 +134,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def _cell(values: Sequence[float], label: str) -> str:
     """Return a mean and its 95% interval; prompts are independent, and both sides of a difference answer the same."""
-    mean = fmean(values)
     if label.endswith(MINUS_GREEDY):
         low, high = mean_interval(values)
-        return f"{mean:+.1%} ({low:+.1%} to {high:+.1%})"
+        return f"{fmean(values):+.1%} ({low:+.1%} to {high:+.1%})"
     low, high = wilson_interval(sum(values), len(values))
-    return f"{mean:.1%} ({low:.1%}-{high:.1%})"
+    return f"{fmean(values):.1%} ({low:.1%}-{high:.1%})"
 
 
 def _parser() -> CommandParser:
@@ -193,9 +149,7 @@ def _parser() -> CommandParser:
     add_judging_flags(parser)
     add("--samples", type=whole_number(1), default=16, help="answers to each prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.7, help="of sampling (default: %(default)s)")
-    add(
-        "--out", help="JSONL: the prompts with `samples`, their `rewards` and the `best` one (default: standard output)"
-    )
+    add("--out", help="JSONL: the prompts with `samples`, `rewards` and the `best` one (default: standard output)")
     add("--rows", help="JSONL: the prompts with the best sample as `output`: rows to train on")
     add("--run-checks", action="store_true", help="run the samples, and a greedy answer, against the `checks` of rows "
         "that have some, and print how often each passes; only for rows that you trust")  # fmt: skip

@@ -1,11 +1,12 @@
 """The command line's error contract: one line on stderr; status 2 for a user's mistake, 1 for a machine's fault."""
 
-import argparse
 import errno
 import os
 import re
+import reprlib
 import signal
 import sys
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
@@ -18,7 +19,7 @@ from minift.run.interrupts import interrupt_with, leave, on_signals
 LONGEST_WORD = 340  # characters of a value or path in a message; of a longer one only the beginning is printed
 
 
-class CommandParser(argparse.ArgumentParser):
+class CommandParser(ArgumentParser):
     """An argparse parser whose errors are one-line `UserError`s and whose flags cannot be abbreviated."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
@@ -37,23 +38,22 @@ def whole_number(least: int) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         if not text.isdecimal() or len(text) > 9 or int(text) < least:
-            shown = text if len(text) <= 60 else text[:60] + "…"
-            raise argparse.ArgumentTypeError(
-                f"{shown!r}: expected a whole number of at least {least}, of 9 digits at most"
+            raise ArgumentTypeError(
+                f"{reprlib.repr(text)}: expected a whole number of at least {least}, of 9 digits at most"
             )
         return int(text)
 
     return read
 
 
-def add_device_flags(parser: argparse.ArgumentParser, *, half: bool = True) -> None:
+def add_device_flags(parser: ArgumentParser, *, half: bool = True) -> None:
     """Add --device and --dtype, which choose where and in which precision a command computes; float16 if `half`."""
     dtypes = ["float32", "bfloat16", *(["float16"] if half else []), "float64"]
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="(default: %(default)s)")
 
 
-def add_judging_flags(parser: argparse.ArgumentParser) -> None:
+def add_judging_flags(parser: ArgumentParser) -> None:
     """Add the flags of a command in which a reward model judges answers to prompts."""
     add = parser.add_argument
     add("--judge", required=True, help="a reward model's folder or hub id, such as runs/rm")
@@ -61,16 +61,13 @@ def add_judging_flags(parser: argparse.ArgumentParser) -> None:
         "through the templates")  # fmt: skip
     add("--limit", type=whole_number(1), help="only that many prompts, the first ones")
     add("--judge-template", help="template of the reward model (default: that of its training run, or dialogue)")
-    add(
-        "--max-new-tokens", type=whole_number(1), default=128, help="tokens of an answer at most (default: %(default)s)"
-    )
+    add("--max-new-tokens", type=whole_number(1), default=128, help="of an answer, at most (default: %(default)s)")
 
 
 def check_out(path: str | None, flag: str, input_path: str, *, hint: str = "", own_flag: str = "--out") -> None:
-    """Raise UserError if --out cannot be written, or would overwrite `input_path`, the file that `flag` names.
+    """Raise UserError if --out (or `own_flag`) cannot be written, or is `input_path`, the file that `flag` names.
 
-    Commands call this before any work, so that a wrong --out does not cost the results. `hint` ends the message;
-    `own_flag` is another name for --out.
+    Commands call this before any work, so that a wrong --out does not cost the results. `hint` ends the message.
     """
     if path is None:
         return
@@ -99,7 +96,11 @@ def run_command(main: Callable[[], None]) -> None:
     other exception is a bug in minift and keeps its traceback.
     """
     on_signals(interrupt_with())
-    _prepare_streams()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started with the stream closed (`>&-`), as some schedulers do
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(getattr(sys, name), TextIOWrapper):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -111,28 +112,16 @@ def run_command(main: Callable[[], None]) -> None:
         # The reader of stdout (`| head`) has closed it. Without this, Python's flush at exit would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (OSError, MemoryError) as error:
+    except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
             _exit(2, f"error: {error.filename}: {error.strerror}")
-        _exit(1, f"error: the machine failed: {error or type(error).__name__}")
-    except Exception as error:
         # torch raises RuntimeErrors for memory: OutOfMemoryError on a GPU, "DefaultCPUAllocator: …" on a CPU.
-        # safetensors raises SafetensorError when the disk is full.
         if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
             _exit(1, f"error: out of memory, try a smaller --batch-size: {error}")
-        if type(error).__name__ == "SafetensorError":
-            _exit(1, f"error: the machine failed: {error}")
+        # safetensors raises SafetensorError when the disk is full.
+        if isinstance(error, OSError | MemoryError) or type(error).__name__ == "SafetensorError":
+            _exit(1, f"error: the machine failed: {str(error) or type(error).__name__}")
         raise
-
-
-def _prepare_streams() -> None:
-    """Let both streams take any text."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # started with the stream closed (`>&-`), as some schedulers do
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _exit(status: int, line: str) -> NoReturn:

@@ -1,9 +1,7 @@
-"""Flags of both scripts → `Config`.
-
-A value comes from the first of: the flag, the recipe, the default.
-"""
+"""Flags of both scripts → `Config`. A value comes from the first of: the flag, the recipe, the default."""
 
 import argparse
+import reprlib
 from dataclasses import Field
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 from minift.commands.cli import CommandParser
 from minift.commands.recipes import DROPPED_BY, RECIPES
-from minift.config import GROUPS, SWITCH, TEXT, Config, defaults_of, flag_of, options_of, to_dict
+from minift.config import GROUPS, SWITCH, TEXT, Config, defaults_of, flag_of, options_of
 from minift.errors import UserError
 from minift.run import sandbox
 
@@ -20,23 +18,14 @@ SCRIPTS = {"sft": "train_sft.py", "rm": "train_rm.py"}
 
 # The names under which people coming from trl know a flag, where they are not spelled alike.
 TRL_NAMES = {
-    "--learning-rate": "--lr",
-    "--lr-scheduler-type": "--schedule",
-    "--num-train-epochs": "--epochs",
-    "--per-device-train-batch-size": "--batch-size",
-    "--gradient-accumulation-steps": "--grad-accum",
-    "--model-name-or-path": "--model",
-    "--dataset-name": "--data",
-    "--output-dir": "--out",
-    "--resume-from-checkpoint": "--resume",
-    "--bf16": "--dtype",
-    "--logging-steps": "--log-every",
-    "--eval-steps": "--eval-every",
-    "--save-steps": "--save-every",
-    "--lora-r": "--lora-rank",
-    "--lora-target-modules": "--lora-targets",
+    "--learning-rate": "--lr", "--lr-scheduler-type": "--schedule", "--num-train-epochs": "--epochs",
+    "--per-device-train-batch-size": "--batch-size", "--gradient-accumulation-steps": "--grad-accum",
+    "--model-name-or-path": "--model", "--dataset-name": "--data", "--output-dir": "--out",
+    "--resume-from-checkpoint": "--resume", "--bf16": "--dtype",
+    "--logging-steps": "--log-every", "--eval-steps": "--eval-every", "--save-steps": "--save-every",
+    "--lora-r": "--lora-rank", "--lora-target-modules": "--lora-targets",
     "--center-rewards-coefficient": "--center-rewards",
-}
+}  # fmt: skip
 
 
 def parse(script: str, argv: list[str] | None = None) -> Config:
@@ -47,15 +36,24 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
     texts, unknown = _parser(script).parse_known_args(argv)
     if unknown:
         raise UserError(_explain_unknown(unknown[0], script))
-    given = {
-        option.name: _read(option, getattr(texts, option.name))
-        for option in options_of(script)
-        if hasattr(texts, option.name)
-    }
-    if given.get("eval_fraction") and "eval_data" in given:
-        raise UserError("--eval-fraction: --eval-data already holds the evaluation rows, give one of the two")
+    options = {option.name: option for option in options_of(script)}
+    given = {name: _read(options[name], text) for name, text in vars(texts).items()}
     config = _resolve(script, given)
-    _check_together(config)
+    half = f"--base-dtype {config.base_dtype}" if config.base_dtype != "float32" else ""
+    for is_wrong, problem in (
+        (given.get("eval_fraction") and "eval_data" in given,
+         "--eval-fraction: --eval-data already holds the evaluation rows, give one of the two"),
+        (half and not config.lora_rank,
+         f"{half}: only frozen weights can be in half precision: give --lora-rank"),
+        (half and config.dtype != "auto",
+         f"{half}: it also sets the dtype of the forward pass, so omit --dtype"),
+        (config.shuffle_labels and config.group_prompts,
+         "--group-prompts: with --shuffle-labels there is no chosen response to group by"),
+    ):  # fmt: skip
+        if is_wrong:
+            raise UserError(problem)
+    if config.run_checks:
+        sandbox.check_available()
     return config
 
 
@@ -71,18 +69,14 @@ def _resolve(script: str, given: dict[str, Any]) -> Config:
 
     values = defaults_of(script) | recipe | given
     for name in {"model", "data", "eval_data"} - given.keys():
-        values[name] = _shipped(values[name])
+        if str(values[name]).startswith("data/"):  # in the project's folder, which need not be the current one
+            path = PROJECT / values[name]
+            is_here = path.exists() and path.resolve() == Path(values[name]).resolve()
+            values[name] = values[name] if is_here else str(path)
     origins = {option: "flag" if option in given else "recipe" if option in recipe else "default" for option in values}
     if values["eval_data"] is not None:
         values["eval_fraction"], origins["eval_fraction"] = 0.0, origins["eval_data"]
     return Config(**values, origins=origins)
-
-
-def describe(config: Config, script: str) -> str:
-    """Return one line for each flag: its name, its resolved value, and whether flag, recipe or default set it."""
-    rows = [(flag_of(name), _show(value), config.origins[name]) for name, value in to_dict(config, script).items()]
-    flag_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{flag:{flag_width}}  {value:{value_width}}  {origin}" for flag, value, origin in rows)
 
 
 def _parser(script: str) -> CommandParser:
@@ -92,9 +86,8 @@ def _parser(script: str) -> CommandParser:
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for option in options_of(script):
         domain = option.metadata["domain"]
-        settings: dict[str, Any] = (
-            {"action": "store_true"} if domain is SWITCH else {"metavar": option.name.split("_")[-1].upper()}
-        )
+        metavar = option.name.split("_")[-1].upper()
+        settings: dict[str, Any] = {"action": "store_true"} if domain is SWITCH else {"metavar": metavar}
         groups[option.metadata["group"]].add_argument(flag_of(option.name), help=_help(option, script), **settings)
     return parser
 
@@ -103,9 +96,9 @@ def _help(option: Field, script: str) -> str:
     """Return an option's meaning, the values allowed, its default, and its value in `make sft` or `make rm`."""
     domain, default = option.metadata["domain"], defaults_of(script)[option.name]
     notes = [domain.expected] if domain not in (SWITCH, TEXT) else []
-    notes += [f"default {_show(default)}"] if default is not None and domain is not SWITCH else []
+    notes += [f"default {shown(default)}"] if default is not None and domain is not SWITCH else []
     tiny = getattr(_resolve(script, {}), option.name)
-    notes += [f"`make {script}`: {'on' if tiny is True else _show(tiny)}"] if tiny != default else []
+    notes += [f"`make {script}`: {'on' if tiny is True else shown(tiny)}"] if tiny != default else []
     text = option.metadata["meaning"] + (f" ({'; '.join(notes)})" if notes else "")
     return text.replace("%", "%%")
 
@@ -118,31 +111,7 @@ def _read(option: Field, text: str | bool) -> Any:
             return value
     except ValueError:
         pass  # not even a number: the same message
-    shown = text if isinstance(text, bool) or len(text) <= 60 else text[:60] + "…"
-    raise UserError(f"{flag_of(option.name)}: expected {domain.expected}, got {shown!r}")
-
-
-def _shipped(name: str | None) -> str | None:
-    """Return the path of a default's or a recipe's file for use in the current folder; a hub id unchanged.
-
-    It is given relative to the project's folder, which the current folder need not be.
-    """
-    if name is None or not name.startswith("data/"):
-        return name
-    path = PROJECT / name
-    return name if path.exists() and path.resolve() == Path(name).resolve() else str(path)
-
-
-def _check_together(config: Config) -> None:
-    base_dtype = config.base_dtype
-    if base_dtype != "float32" and not config.lora_rank:
-        raise UserError(f"--base-dtype {base_dtype}: only frozen weights can be in half precision: give --lora-rank")
-    if base_dtype != "float32" and config.dtype != "auto":
-        raise UserError(f"--base-dtype {base_dtype}: it also sets the dtype of the forward pass, so omit --dtype")
-    if config.shuffle_labels and config.group_prompts:
-        raise UserError("--group-prompts: with --shuffle-labels there is no chosen response to group by")
-    if config.run_checks:
-        sandbox.check_available()
+    raise UserError(f"{flag_of(option.name)}: expected {domain.expected}, got {reprlib.repr(text)}")
 
 
 def _explain_unknown(text: str, script: str) -> str:
@@ -159,7 +128,8 @@ def _explain_unknown(text: str, script: str) -> str:
     return f"unknown flag {text}" + (f", did you mean {guess}?" if guess else f" (see {SCRIPTS[script]} --help)")
 
 
-def _show(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return an option's value as text."""
     if value is None:
         return "none"
     return ",".join(value) if isinstance(value, list | tuple) else str(value)

@@ -3,11 +3,8 @@
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-
-import torch
 
 from minift.beam import beam_search, check_beams
 from minift.commands import terminal
@@ -17,12 +14,12 @@ from minift.encode import encode_prompt
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
 from minift.files.pretrained import LanguageModel, load_language_model
-from minift.files.text import say, to_json_lines, write_json_lines
+from minift.files.text import write_json_lines
 from minift.generate import Completions, Options, check_prompt, generate
 from minift.progress import progress_bar
 from minift.prompts import TEMPLATES, Template, blanks_of
 from minift.remarks import Encoded, unread, wraps_again
-from minift.run.device import pick_device
+from minift.run.device import placement
 from minift.tokenizer import Tokenizer
 
 # Fields of `Options` that are flags of the same type and default, and what --help says of each.
@@ -48,24 +45,23 @@ def main(arguments: list[str] | None = None) -> None:
     check_out(args.out, "--prompts", args.prompts, hint="; without --out the lines are printed")
     rows = load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)
     check_added(rows, ("completion", "token_ids", *(("sample",) if options.num_samples > 1 else ())), args.prompts)
-    dtype, device = getattr(torch, args.dtype), pick_device(args.device)
-    language_model = load_language_model(args.model, template=args.template, dtype=dtype, device=device)
-    model, tokenizer, template = language_model
-    max_positions = model.config.max_position_embeddings
-    prompts = encode_prompts(rows, tokenizer, template, max_positions, options.max_new_tokens, args.prompts)
+    model = load_language_model(args.model, template=args.template, **placement(args.device, args.dtype))
+    config, tokenizer, template = model.model.config, model.tokenizer, model.template
+    prompts = encode_prompts(
+        rows, tokenizer, template, config.max_position_embeddings, options.max_new_tokens, args.prompts
+    )
     options = replace(options, eos_token_id=tokenizer.eos_token_id)
     try:
-        # Before the progress bar, which no message should follow.
-        check_beams(options.num_beams, model.config.vocab_size)
-        completions = complete(language_model, prompts, options, "completions")
+        check_beams(options.num_beams, config.vocab_size)  # before the progress bar, which no message should follow
+        completions = complete(model, prompts, options, "completions")
     except ValueError as error:
         raise _name_flag(error) from None
-    lines = _lines(rows, completions, language_model)
-    if args.out is None:
-        for line in to_json_lines(lines):
-            say(line.rstrip())
-    else:
-        write_json_lines(args.out, lines)
+    lines = []
+    for row, samples, texts in zip(rows, completions, texts_of(rows, completions, model), strict=True):
+        for number, (token_ids, text) in enumerate(zip(samples, texts, strict=True)):
+            added = {"completion": text, "token_ids": token_ids}
+            lines.append(row | added | ({"sample": number} if len(samples) > 1 else {}))
+    write_json_lines(args.out, lines)
 
 
 def encode_prompts(
@@ -102,19 +98,11 @@ def complete(
 
 def texts_of(rows: Sequence[Row], completions: Completions, language_model: LanguageModel) -> list[list[str]]:
     """Return completions of rows as text, without the template's blanks before them."""
-    _, tokenizer, template = language_model
+    decode, template = language_model.tokenizer.decode, language_model.template
     return [
-        [tokenizer.decode(token_ids).removeprefix(blanks_of(row, template)) for token_ids in samples]
+        [decode(token_ids).removeprefix(blanks_of(row, template)) for token_ids in samples]
         for row, samples in zip(rows, completions, strict=True)
     ]
-
-
-def _lines(rows: Sequence[Row], completions: Completions, language_model: LanguageModel) -> Iterator[dict[str, Any]]:
-    texts = texts_of(rows, completions, language_model)
-    for row, samples, its_texts in zip(rows, completions, texts, strict=True):
-        for number, (token_ids, text) in enumerate(zip(samples, its_texts, strict=True)):
-            added = {"completion": text, "token_ids": token_ids}
-            yield row | added | ({"sample": number} if len(samples) > 1 else {})
 
 
 def _parser() -> CommandParser:
@@ -138,11 +126,9 @@ def _parser() -> CommandParser:
 
 def _options(args: Namespace) -> Options:
     values = {name: getattr(args, name) for name in FLAGS}
-    values["early_stopping"] = {"true": True, "false": False}.get(args.early_stopping, args.early_stopping)
-    values["temperature"] = args.temperature
-    if args.temperature is None:
-        is_sampled = args.num_beams == 1 and (args.top_k != 0 or args.top_p != 1 or args.num_samples > 1)
-        values["temperature"] = 1.0 if is_sampled else 0.0
+    values["early_stopping"] = {"true": True, "false": False, "never": "never"}[args.early_stopping]
+    is_sampled = args.num_beams == 1 and (args.top_k != 0 or args.top_p != 1 or args.num_samples > 1)
+    values["temperature"] = float(is_sampled) if args.temperature is None else args.temperature
     try:
         return Options(**values)
     except ValueError as error:
@@ -150,10 +136,7 @@ def _options(args: Namespace) -> Options:
 
 
 def _name_flag(error: ValueError) -> UserError:
-    name, rest = str(error).split(" ", 1)
-    rest = re.sub("[a-z]+(_[a-z]+)+", lambda option: _flag(option[0]), rest)
-    return UserError(f"{_flag(name)} {rest}")
-
-
-def _flag(name: str) -> str:
-    return flag_of(name) if hasattr(Options, name) else name
+    """Return the error with flags for the names of options in it."""
+    names = "[a-z]+(_[a-z]+)+|^[a-z]+"
+    flagged = re.sub(names, lambda name: flag_of(name[0]) if hasattr(Options, name[0]) else name[0], str(error))
+    return UserError(flagged)

@@ -29,14 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
         if args.max_length is not None:
             check_max_length(args.max_length, max_positions)
     encoded = encode_rows(
-        load_rows(args.data),
-        tokenizer,
-        template_of(args.template, files.own, "course"),
-        max_length=args.max_length,
-        response_template=args.response_template,
-        supervise=args.supervise,
-        source=args.data,
-    )
+        load_rows(args.data), tokenizer, template_of(args.template, files.own, "course"), source=args.data,
+        max_length=args.max_length, response_template=args.response_template, supervise=args.supervise,
+    )  # fmt: skip
     if args.max_length is None and max_positions is not None:
         _check_lengths(encoded, max_positions)
     if args.out is not None:

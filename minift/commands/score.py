@@ -1,8 +1,7 @@
 """`minift score`: the rewards of responses, or of both sides of preference pairs."""
 
 import sys
-
-import torch
+from statistics import fmean
 
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
@@ -12,21 +11,21 @@ from minift.files.pretrained import load_judge
 from minift.files.text import say, write_json_lines
 from minift.prompts import question_of
 from minift.remarks import Encoded, about_preferences, category_of
-from minift.run.device import pick_device
+from minift.run.device import placement
 from minift.scoring import examine, score_rows
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Score every response; print a summary, for pairs the accuracy by category."""
     args = _parser().parse_args(arguments)
-    device, dtype = pick_device(args.device), getattr(torch, args.dtype)
+    device = placement(args.device, args.dtype)
     check_out(args.out, "--data", args.data)
     rows = load_rows(args.data, SCORE_SCHEMAS)
     are_pairs = "chosen" in rows[0] and "rejected" in rows[0]
     fields = {"score_chosen": "chosen", "score_rejected": "rejected"} if are_pairs else {"score": "response"}
     if args.out is not None:
         check_added(rows, [*fields], args.data)
-    judge = load_judge(args.model, template=args.template, batch_size=args.batch_size, device=device, dtype=dtype)
+    judge = load_judge(args.model, template=args.template, batch_size=args.batch_size, **device)
 
     encoded: Encoded[list[int]] = Encoded(args.data, "pair" if are_pairs else "row", len(rows))
     for number, row in enumerate(rows):
@@ -47,13 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
         exam = examine([[*its_rewards.values()] for its_rewards in scored], [category_of(row) for row in rows])
         terminal.print_table({measure: {"": value} for measure, value in exam.items()})
     else:
-        _print_spread(sorted(its_rewards["score"] for its_rewards in scored))
-
-
-def _print_spread(ranked: list[float]) -> None:
-    mean, median = sum(ranked) / len(ranked), ranked[len(ranked) // 2]
-    say(f"{len(ranked):,} responses: lowest {ranked[0]:.3f}, median {median:.3f}, "
-        f"highest {ranked[-1]:.3f}, mean {mean:.3f}")  # fmt: skip
+        ranked = sorted(its_rewards["score"] for its_rewards in scored)
+        spread = f"lowest {ranked[0]:.3f}, median {ranked[len(ranked) // 2]:.3f}, highest {ranked[-1]:.3f}"
+        say(f"{len(ranked):,} responses: {spread}, mean {fmean(ranked):.3f}")
 
 
 def _parser() -> CommandParser:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minift.batching import Loader
-from minift.commands.flags import describe
-from minift.config import Config
+from minift.commands.flags import shown
+from minift.config import Config, flag_of, to_dict
 from minift.encode import IGNORE_INDEX, Example, count_supervised
 from minift.files.text import printable, say
 from minift.pairs import Ranking, collate_rankings
@@ -30,8 +30,10 @@ MEASURED_STEPS, MEASURED_RANKINGS = 50, 1000  # how many are collated to measure
 
 
 def print_values(config: Config, script: str) -> None:
-    """Print the value of each flag and where it comes from."""
-    say(describe(config, script) + "\n")
+    """Print one line for each flag: its name, its resolved value, and whether flag, recipe or default set it."""
+    rows = [(flag_of(name), shown(value), config.origins[name]) for name, value in to_dict(config, script).items()]
+    flag_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+    say("".join(f"{flag:{flag_width}}  {value:{value_width}}  {origin}\n" for flag, value, origin in rows))
 
 
 def print_summaries(*data_sets: Encoded) -> None:
@@ -56,9 +58,6 @@ def print_plan(batches: Loader, config: Config) -> None:
     say(f"\n{total_steps:,} optimiser steps of about {tokens:,.0f} tokens")
     if config.warmup_steps >= total_steps:
         say(f"--warmup-steps {config.warmup_steps:,}: the run ends before its learning rate reaches --lr {config.lr}")
-
-
-# ---- what the loss sees ----
 
 
 def show_labels(
@@ -131,9 +130,6 @@ def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer
             print_text(f"{name}: {len(ids) - shared} more", tokenizer.decode(ids[shared:], skip_special_tokens=False))
 
 
-# ---- results ----
-
-
 def print_answers(samples: Sequence[dict[str, Any]]) -> None:
     """Print the first samples of a language model: prompt, answers and reference."""
     for sample in samples[:SHOWN]:
@@ -172,7 +168,7 @@ def print_table(results: dict[str, dict[str, Any]], samples: Sequence[dict[str, 
     `results` maps a measure (`eval_loss`, those of `exam.compare_answers` or `scoring.examine`) to its value in each
     exam. `samples` have the answers that BLEU is of: it is 0 if none of them has four words.
     """
-    rows: list[tuple[str, list[str]]] = []
+    rows: list[list[str]] = []
     for measure, label in (("bleu", "BLEU"), ("pass_rate", "pass rate"), ("accuracy", "accuracy")):
         exams = results.get(measure, {})
         for category in [*exams.values()][-1] if exams else []:
@@ -181,7 +177,7 @@ def print_table(results: dict[str, dict[str, Any]], samples: Sequence[dict[str, 
                 counts, _, noun = COUNTED[measure]
                 count = [*results[counts].values()][-1][category]
                 name += f", {count:,} {noun if count != 1 else noun.removesuffix('s')}"
-            rows.append((name, [_cell(results, measure, exam, category, samples) for exam in exams]))
+            rows.append([name, *(_cell(results, measure, exam, category, samples) for exam in exams)])
     for measure, label, form in (
         ("ties", "ties, counted as wrong", ","),
         ("mean_probability", "mean probability of chosen", ".3f"),
@@ -191,13 +187,17 @@ def print_table(results: dict[str, dict[str, Any]], samples: Sequence[dict[str, 
         ("eval_lm_loss", "eval lm loss, per token", ".3f"),
     ):
         if measure in results:
-            rows.append((label, [format(value, form) for value in results[measure].values()]))
+            rows.append([label, *(format(value, form) for value in results[measure].values())])
     columns = [*next(iter(results.values()), {})]
-    width = max((len(cell) for _, cells in rows for cell in [*cells, *columns]), default=0) + 4
-    if any(columns):
-        say(f"{'':30}" + "".join(f"{column:>{width}}" for column in columns))
-    for label, cells in rows:
-        say(f"{label:30}" + "".join(f"{cell:>{width}}" for cell in cells))
+    print_columns([["", *columns], *rows] if any(columns) else rows)
+
+
+def print_columns(rows: Sequence[Sequence[str]], stream: TextIO | None = None) -> None:
+    """Print rows of texts: the first text of each on the left, the others in columns, aligned on the right."""
+    widths = [max(map(len, column)) + 4 for column in zip(*rows, strict=True)]
+    for label, *cells in rows:
+        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
+        say(f"{label:30}" + "".join(aligned), stream)
 
 
 def _cell(

@@ -1,11 +1,10 @@
 """`minift winrate`: two language models answer the same prompts; a reward model says how often each one wins."""
 
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, add_judging_flags, check_out, whole_number
@@ -17,7 +16,7 @@ from minift.files.text import say, to_json, write_json_lines
 from minift.generate import Options
 from minift.prompts import question_of
 from minift.remarks import Encoded, name_first, unread
-from minift.run.device import pick_device
+from minift.run.device import placement
 from minift.scoring import Judge, score_rows, win_rate
 
 ADDED = ("answer_a", "answer_b", "score_a", "score_b")  # to the rows, with --out
@@ -26,20 +25,19 @@ ADDED = ("answer_a", "answer_b", "score_a", "score_b")  # to the rows, with --ou
 def main(arguments: list[str] | None = None) -> None:
     """Let both models answer and the judge score; count the wins, with their interval."""
     args = _parser().parse_args(arguments)
-    placement = {"device": pick_device(args.device), "dtype": getattr(torch, args.dtype)}
+    device = placement(args.device, args.dtype)
     check_out(args.out, "--prompts", args.prompts)
     rows = load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)[: args.limit]
     if args.out is not None:
         check_added(rows, ADDED, args.prompts)
-    judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **placement)
+    judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **device)
     questions = questions_of(rows, judge, args.prompts)
     models = {"a": find_model(args.model_a), "b": find_model(args.model_b)}
-    prompts, texts = {}, {}
-    for side, files in models.items():  # both are checked before either answers
-        tokenizer, template, max_positions = load_for_prompts(files, template=args.template)
-        texts[side] = tokenizer, template
-        source = f"{args.prompts}: --model-{side}"
-        prompts[side] = encode_prompts(questions, tokenizer, template, max_positions, args.max_new_tokens, source)
+    readers = {side: load_for_prompts(files, template=args.template) for side, files in models.items()}
+    prompts = {  # both are checked before either answers
+        side: encode_prompts(questions, *reader, args.max_new_tokens, f"{args.prompts}: --model-{side}")
+        for side, reader in readers.items()
+    }
     columns: dict[str, list[Any]] = {}
 
     def add(name: str, values: list[Any]) -> None:
@@ -50,30 +48,26 @@ def main(arguments: list[str] | None = None) -> None:
             write_json_lines(args.out, (row | its for row, its in zip(rows, added, strict=True)))
 
     for side, files in models.items():
-        loaded, _ = load_for_sft(files, dtype=placement["dtype"])
-        model = LanguageModel(loaded.to(placement["device"]), *texts[side])
+        loaded, _ = load_for_sft(files, dtype=device["dtype"])
+        model = LanguageModel(loaded.to(device["device"]), *readers[side][:2])
         options = Options(args.max_new_tokens, eos_token_id=model.tokenizer.eos_token_id, batch_size=args.batch_size)
         completions = complete(model, prompts[side], options, f"--model-{side}")
         add(f"answer_{side}", [text for (text,) in texts_of(questions, completions, model)])
         del loaded, model  # its memory is free before the next one is loaded
 
-    encoded = _encode_pairs(judge, questions, columns)
-    judged = [both for both in encoded if both is not None]
+    rewards = rewards_of(judge, questions, [*zip(columns["answer_a"], columns["answer_b"], strict=True)])
+    judged = [pair for pair in rewards if -math.inf not in pair]
     if not judged:
         raise UserError(f"--judge {args.judge}: it can read no pair of answers; ask for fewer --max-new-tokens")
-    scores = score_rows(judge.model, [ids for both in judged for ids in both], judge.batch_size)
-    scores_a, scores_b = scores[::2], scores[1::2]
-    for name, values in (("score_a", scores_a), ("score_b", scores_b)):
-        found = iter(values)
-        add(name, [None if both is None else next(found) for both in encoded])
-    _print_wins(args, scores_a, scores_b, len(rows))
+    for number, side in enumerate(models):
+        add(f"score_{side}", [None if -math.inf in pair else pair[number] for pair in rewards])
+    _print_wins(args, judged, len(rows))
 
 
 def questions_of(rows: Sequence[Row], judge: Judge, source: str) -> list[Row]:
     """Return each row's question as an instruction, for the templates of the models and of the judge.
 
-    Prints which fields are not read. Raises UserError if the judge can't read one; `source` is what messages call the
-    rows.
+    Prints which fields are not read. Raises UserError, which calls the rows `source`, if the judge can't read one.
     """
     seen: Encoded[Row] = Encoded(source, "row", len(rows))
     for row in rows:
@@ -89,45 +83,43 @@ def questions_of(rows: Sequence[Row], judge: Judge, source: str) -> list[Row]:
     return questions
 
 
-def _print_wins(args: Namespace, scores_a: list[float], scores_b: list[float], num_prompts: int) -> None:
+def rewards_of(judge: Judge, questions: Sequence[Row], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Return the rewards of the answers to each question, -inf for one that the judge cannot read; say how many."""
+    encoded: list[list[int] | None] = []
+    too_long = []
+    for question, texts in zip(questions, answers, strict=True):
+        for text in texts:
+            try:
+                encoded.append(judge.encode(question, text))
+            except ValueError:
+                encoded.append(None)
+                too_long.append(question.location)
+    if too_long:
+        named = name_first(list(dict.fromkeys(too_long)))
+        say(f"{len(too_long):,} of {len(encoded):,} answers, too long for the judge, are left out: {named}", sys.stderr)
+    scored = iter(score_rows(judge.model, [ids for ids in encoded if ids is not None], judge.batch_size))
+    rewards = iter([-math.inf if ids is None else next(scored) for ids in encoded])
+    return [[next(rewards) for _ in texts] for texts in answers]
+
+
+def _print_wins(args: Namespace, rewards: Sequence[Sequence[float]], num_prompts: int) -> None:
     """Print the win rate and what belongs to it as JSON, and a sentence about it on stderr."""
-    rate = win_rate([a - b for a, b in zip(scores_a, scores_b, strict=True)])
+    rate = win_rate([a - b for a, b in rewards])
+    scores_a, scores_b = zip(*rewards, strict=True)
     wins_b = rate.pairs - rate.wins - rate.ties
     found = {
-        "model_a": args.model_a,
-        "model_b": args.model_b,
-        "judge": args.judge,
-        "prompts": rate.pairs,
-        "left_out": num_prompts - rate.pairs,
-        "wins_a": rate.wins,
-        "wins_b": wins_b,
-        "ties": rate.ties,
-        "win_rate_a": rate.rate,
-        "interval_95": [rate.low, rate.high],
-        "mean_score_a": sum(scores_a) / rate.pairs,
-        "mean_score_b": sum(scores_b) / rate.pairs,
-    }
+        "model_a": args.model_a, "model_b": args.model_b, "judge": args.judge,
+        "prompts": rate.pairs, "left_out": num_prompts - rate.pairs,
+        "wins_a": rate.wins, "wins_b": wins_b, "ties": rate.ties,
+        "win_rate_a": rate.rate, "interval_95": [rate.low, rate.high],
+        "mean_score_a": sum(scores_a) / rate.pairs, "mean_score_b": sum(scores_b) / rate.pairs,
+    }  # fmt: skip
     say(to_json(found))
     say(
         f"{args.model_a} wins {rate.rate:.1%} of {rate.pairs:,} prompts (95%: {rate.low:.1%} to {rate.high:.1%}), "
         f"{args.model_b} {wins_b / rate.pairs:.1%}, {rate.ties} ties",
         sys.stderr,
     )
-
-
-def _encode_pairs(judge: Judge, rows: Sequence[Row], columns: dict[str, list[Any]]) -> list[list[list[int]] | None]:
-    """Return the ids of both answers to each row; None, and a message, where one is too long for the judge."""
-    encoded, left_out = list[list[list[int]] | None](), list[str]()
-    for row, *both in zip(rows, columns["answer_a"], columns["answer_b"], strict=True):
-        try:
-            encoded.append([judge.encode(row, text) for text in both])
-        except ValueError as error:
-            encoded.append(None)
-            left_out.append(f"{row.location} ({error})")
-    if left_out:
-        named = name_first(left_out)
-        say(f"{len(left_out):,} of {len(rows):,} prompts left out, an answer is too long: {named}", sys.stderr)
-    return encoded
 
 
 def _parser() -> CommandParser:

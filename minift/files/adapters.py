@@ -1,7 +1,7 @@
 """Adapters as peft's two files: a small folder that turns the model it was trained on into the tuned one."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from minift.errors import UserError
-from minift.files.tensors import SCORE, read_state, write_tensors
 from minift.files.text import read_json, write_json
+from minift.files.weights import SCORE, read_state, write_tensors
 from minift.lora import adapters_of, add_lora, last_name, targeted
 from minift.model import OPT, RewardModel
 
@@ -32,29 +32,22 @@ def save_adapters(
 ) -> None:
     """Write the adapters, and a reward model's head, as peft's `PeftModel.from_pretrained(model, folder)` reads them.
 
-    peft's `model` is the frozen one: `OPTForCausalLM`, or `OPTForSequenceClassification` with one label. `base` (hub id
-    or folder) and `revision` (commit) name it. The folder must not hold a model: transformers would add the adapters to
-    it. Each write is atomic. Raises ValueError for a model without adapters.
+    `base` (hub id or folder) and `revision` (commit) name the frozen model. In `folder` there must be no model, because
+    transformers would add the adapters to it. Each write is atomic. Raises ValueError for a model without adapters.
     """
     adapters = adapters_of(model)
     if not adapters:
         raise ValueError("the model has no adapters to save")
     first = next(iter(adapters.values()))
     state = {_peft_name(name): weight.cpu().contiguous() for name, weight in adapter_state(model).items()}
-    is_reward_model = _peft_name(SCORE) in state
+    is_reward_model = isinstance(model, RewardModel)
     settings = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if is_reward_model else "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
-        "inference_mode": True,
-        "r": first.lora_A.out_features,
-        "lora_alpha": first.alpha,
-        "lora_dropout": first.dropout,
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if is_reward_model else "CAUSAL_LM",
+        "base_model_name_or_path": base, "revision": revision, "inference_mode": True,
+        "r": first.lora_A.out_features, "lora_alpha": first.alpha, "lora_dropout": first.dropout,
         "target_modules": sorted({last_name(name) for name in adapters}),
-        "modules_to_save": ["score"] if is_reward_model else None,
-        "bias": "none",
-    }
+        "modules_to_save": ["score"] if is_reward_model else None, "bias": "none",
+    }  # fmt: skip
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / ADAPTER_WEIGHTS, state)
@@ -75,7 +68,7 @@ def load_adapters(model: OPT | RewardModel, folder: str | Path, *, keep_reward_h
     except ValueError as error:
         raise UserError(f"{folder / ADAPTER_CONFIG}: {error}") from None
     score = {_peft_name(SCORE): model.score.weight.detach()} if isinstance(model, RewardModel) else {}
-    shapes: dict[str, tuple[int, ...]] = {name: tuple(weight.shape) for name, weight in score.items()}
+    shapes: dict[str, Sequence[int]] = {name: weight.shape for name, weight in score.items()}
     for name, linear in linears.items():
         shapes[_peft_name(f"{name}.lora_A.weight")] = (rank, linear.in_features)
         shapes[_peft_name(f"{name}.lora_B.weight")] = (linear.out_features, rank)
@@ -111,9 +104,7 @@ def read_base(folder: str | Path) -> tuple[str, str | None]:
     base, revision = settings.get("base_model_name_or_path"), settings.get("revision")
     if not base or not isinstance(base, str) or not isinstance(revision, str | None):
         found = f"base_model_name_or_path is {base!r} and revision {revision!r}"
-        raise UserError(
-            f"{path}: {found}, expected the model that the adapters were trained on, and its revision or null"
-        )
+        raise UserError(f"{path}: {found}, expected the model they were trained on, and its revision or null")
     return base, revision or None
 
 
@@ -124,11 +115,11 @@ def _read_settings(path: Path) -> tuple[int, float, float, list[str]]:
     peft_type, is_rank_stabilised, rank, alpha, dropout, targets = values
     if peft_type != "LORA":
         raise UserError(f"{path}: peft_type is {peft_type!r}, expected 'LORA'")
+    if not isinstance(is_rank_stabilised, bool | None):
+        raise UserError(f"{path}: use_rslora is {is_rank_stabilised!r}, expected true or false")
     for name, value in settings.items():
         if value and name not in (*READ, *WITHOUT_EFFECT) and [name, value] not in PLAIN:
             raise UserError(f"{path}: {name} is {value!r}, expected plain LoRA: merge this adapter with peft instead")
-    if not isinstance(is_rank_stabilised, bool | None):
-        raise UserError(f"{path}: use_rslora is {is_rank_stabilised!r}, expected true or false")
     numbers = type(rank) is int and all(type(value) in (int, float) for value in (alpha, dropout))
     names = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     if not (numbers and names and rank > 0 and 0 <= alpha < 1e9 and 0 <= dropout < 1):  # NaN is outside as well

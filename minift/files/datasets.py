@@ -15,26 +15,20 @@ from minift.files.hub import DATA_SUFFIXES, data_files
 from minift.files.text import MACHINE_ERRORS, check_not_pointer, parse_json, parse_json_lines, read_text
 from minift.prompts import question_fields
 
+Schemas = Mapping[str, tuple[str, ...]]
 # A schema's required fields, each a string. A row's schema is the first one whose fields are all present. In a row with
 # both "instruction" and "prompt", `prompts.question_fields` chooses. A null field counts as absent.
 TRAINING_SCHEMAS = {"instruction": ("instruction", "output"), "prompt": ("prompt", "completion"), "text": ("text",)}
 PROMPT_SCHEMAS = {"instruction": ("instruction",), "prompt": ("prompt",)}
 # A question is optional: in whole dialogues (hh-rlhf) it is the shared beginning. "responses": strings, best first.
 PAIR_SCHEMAS = {"pair": ("chosen", "rejected"), "ranking": ("responses",)}
-SCORE_SCHEMAS = {
-    "pair": ("chosen", "rejected"),
-    "response": ("prompt", "response"),
-    "instruction": ("instruction", "response"),
-}
+SCORE_SCHEMAS = {"pair": PAIR_SCHEMAS["pair"], "response": ("prompt", "response"),
+    "instruction": ("instruction", "response")}  # fmt: skip
 # Names of fields in other data sets, for messages.
 QUESTIONS = ("question", "query", "problem", "instruction", "prompt", "input", "inputs")
 ANSWERS = ("response", "answer", "completion", "output", "solution", "target", "targets")
-ALIASES = {
-    **dict.fromkeys(("instruction", "prompt"), QUESTIONS),
-    **dict.fromkeys(("output", "completion", "response"), ANSWERS),
-    "input": ("context",),
-    "text": ("content",),
-}
+ALIASES = {"instruction": QUESTIONS, "prompt": QUESTIONS, "input": ("context",), "text": ("content",),
+    "output": ANSWERS, "completion": ANSWERS, "response": ANSWERS}  # fmt: skip
 LINES_OR_ARRAY = "an array of objects, or one object a line"
 
 
@@ -48,12 +42,7 @@ class Row(dict[str, Any]):
         self.location = location
 
 
-def load_rows(
-    data: str | Path,
-    schemas: Mapping[str, tuple[str, ...]] = TRAINING_SCHEMAS,
-    *,
-    mixed: bool = False,
-) -> list[Row]:
+def load_rows(data: str | Path, schemas: Schemas = TRAINING_SCHEMAS, *, mixed: bool = False) -> list[Row]:
     """Return the rows of a JSON, JSONL or parquet file, or of a hub data set (`hub.data_files`), in order.
 
     All rows follow one schema of `schemas`, unless `mixed`. Null fields are dropped, nested ones too; the others are
@@ -62,20 +51,16 @@ def load_rows(
     """
     files = data_files(data)
     rows: list[Row] = []
-    first_schema = None
+    first = None  # the fields of the first row's schema
     for path in files:
         unit, values = _read_values(path)
         for number, value in values:
             where = f"{path}:{number}" if unit == "line" else f"{path}: row {number}"
-            schema = _check_row(value, schemas, where)
-            if "kind" in value:  # runs and tables show it
-                _check_unicode("kind", value["kind"], where)
-            first_schema = first_schema or schema
-            if schema != first_schema and not mixed:
-                earlier = _quoted(schemas[first_schema])
-                raise UserError(
-                    f"{where}: this row has {_quoted(schemas[schema])}, earlier ones {earlier}: split the file"
-                )
+            fields = _check_row(value, schemas, where)
+            first = first or fields
+            if fields != first and not mixed:
+                has, had = _quoted(fields), _quoted(first)
+                raise UserError(f"{where}: this row has {has}, earlier ones {had}: split the file")
             location = f"{unit} {number}"
             rows.append(Row(value, location if len(files) == 1 else f"{path.name}: {location}"))
     if not rows:
@@ -87,9 +72,8 @@ def check_added(rows: Sequence[Row], names: Sequence[str], source: str) -> None:
     """Raise UserError if rows cannot be written with fields added: one is there already, or a text is not valid."""
     for row in rows:
         where = f"{source}: {row.location}"
-        for name in names:
-            if name in row:
-                raise UserError(f"{where}: the row has a field '{name}', which is to be added: rename the row's own")
+        if taken := [name for name in names if name in row]:
+            raise UserError(f"{where}: the row has a field '{taken[0]}', which is to be added: rename the row's own")
         for name, value in row.items():
             _check_unicode(name, value, where)
             _check_unicode(name, name, where)
@@ -150,8 +134,10 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         with ParquetFile(path) as file:
             for batch in file.iter_batches():
                 for value in batch.to_pylist():
-                    text = json.dumps(value, default=_as_text)
-                    # Parquet has NaN and Infinity, JSON does not.
+                    # Bytes that are not UTF-8 become lone surrogates, which are refused. NaN and Infinity become null.
+                    text = json.dumps(
+                        value, default=lambda v: str(v, "utf-8", "surrogateescape") if isinstance(v, bytes) else str(v)
+                    )
                     yield json.loads(text, parse_constant=lambda _: None, object_hook=_without_nulls)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         if getattr(error, "errno", None) in MACHINE_ERRORS:
@@ -163,48 +149,39 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _as_text(value: object) -> str:
-    """Convert a value that JSON does not have; bytes that are not UTF-8 become lone surrogates, which are not text."""
-    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+def _check_row(row: object, schemas: Schemas, where: str) -> tuple[str, ...]:
+    """Return the required fields of a row's schema; raise UserError if it has none, or a field of the wrong type.
 
-
-def _check_row(row: object, schemas: Mapping[str, tuple[str, ...]], where: str) -> str:
-    """Return the name of the row's schema; raise UserError if it follows none or has a field of the wrong type."""
+    The schema is the first whose fields the row has and which asks the question that `question_fields` chose.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where}: {json.dumps(row):.40}, expected an object with the fields of a row")
+    begun = [name for name, fields in schemas.items() if any(field in row for field in fields)]
+    # A "text" beside an "instruction" is a rendered copy: it does not make up for a missing "output".
+    open_to = begun if begun == ["text"] else [name for name in begun if name != "text"]
+    complete = [name for name in open_to if all(field in row for field in schemas[name])]
+    if not complete:
+        raise UserError(f"{where}: {_missing(row, schemas, begun)}")
     question = question_fields(row)
-    schema = _schema_of(row, schemas, question, where)
-    fields = dict.fromkeys((*schemas[schema], *question))
-    texts = [text for field in fields for text in _texts_in(row, field, where)]
-    if schema in PAIR_SCHEMAS and not question:  # whole dialogues, which have their question in them
+    passed_over = {"instruction", "prompt"} - {*question}
+    required = next(schemas[name] for name in complete if not passed_over & {*schemas[name]})
+    texts = [text for field in dict.fromkeys((*required, *question)) for text in _texts_in(row, field, where)]
+    if required in PAIR_SCHEMAS.values() and not question:  # whole dialogues, which have their question in them
         for field in ALIASES["prompt"]:
             text = row.get(field)
             if isinstance(text, str) and not all(text.strip() in side for side in texts):
                 raise UserError(f"{where}: '{field}' is not read: rename it to 'prompt', or remove it")
-    return schema
-
-
-def _schema_of(
-    row: Mapping[str, Any], schemas: Mapping[str, tuple[str, ...]], question: tuple[str, ...], where: str
-) -> str:
-    """Return the first schema whose fields the row has and which asks the question that `question_fields` chose."""
-    begun = [name for name, fields in schemas.items() if any(field in row for field in fields)]
-    if begun == ["text"]:
-        return "text"
-    # A "text" beside an "instruction" is a rendered copy: it does not make up for a missing "output".
-    complete = [name for name in begun if name != "text" and all(field in row for field in schemas[name])]
-    if not complete:
-        raise UserError(f"{where}: {_missing(row, schemas, begun)}")
-    passed_over = {"instruction", "prompt"} - {*question}
-    return next(name for name in complete if not passed_over & {*schemas[name]})
+    if "kind" in row:  # runs and tables show it
+        _check_unicode("kind", row["kind"], where)
+    return required
 
 
 def _texts_in(row: Mapping[str, Any], field: str, where: str) -> list[str]:
     """Return the text of a field, or the list of texts in "responses"; UserError if it holds anything else."""
     value = row.get(field, "")
-    if field == "responses" and not (isinstance(value, list) and len(value) >= 2):
-        raise UserError(f"{where}: field 'responses', expected a list of two or more strings, best first")
     texts = value if field == "responses" else [value]
+    if not isinstance(texts, list) or (field == "responses" and len(texts) < 2):
+        raise UserError(f"{where}: field 'responses', expected a list of two or more strings, best first")
     for text in texts:
         if not isinstance(text, str):
             raise UserError(f"{where}: field '{field}' is {json.dumps(text):.40}, expected a string")
@@ -212,7 +189,7 @@ def _texts_in(row: Mapping[str, Any], field: str, where: str) -> list[str]:
     return texts
 
 
-def _missing(row: Mapping[str, Any], schemas: Mapping[str, tuple[str, ...]], begun: Sequence[str]) -> str:
+def _missing(row: Mapping[str, Any], schemas: Schemas, begun: Sequence[str]) -> str:
     """Return what a row lacks, what it has, and which of its fields to rename."""
     renames, spelled = "", {name.lower(): name for name in row}
     for name in begun or schemas:
@@ -237,10 +214,7 @@ def _missing(row: Mapping[str, Any], schemas: Mapping[str, tuple[str, ...]], beg
 
 
 def _check_unicode(field: str, value: object, where: str) -> None:
-    try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except RecursionError:
-        raise UserError(f"{where}: field {field!r} is nested too deeply to be written: remove it") from None
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     if bad := re.search("[\ud800-\udfff]", text):  # JSON allows "\ud800" in a string; Unicode does not
         at = bad.start() + 1
         raise UserError(f"{where}: field {field!r} has a lone surrogate at character {at}: not valid Unicode")

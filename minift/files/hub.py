@@ -25,10 +25,10 @@ DATA_NAME = re.compile(rf"({NAME.pattern})(?:@([^:@]+))?(?::([\w./-]+))?")  # ow
 # The part of a path in which the shards of one split differ: -00000-of-00001, a hash, the suffix.
 SHARD = re.compile(r"([-_.]?\d+)?([-_.]of[-_.]\d+)?(-[0-9a-f]{16})?\.\w+(\.gz)?$")
 SPLITS = {  # a word in a file's path → its split
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
 WITHOUT_ROWS = re.compile(r"(^|/)[._]|^dataset_infos\.json$")  # hidden files; metadata in older data sets
 
 
@@ -46,17 +46,14 @@ class Repository(NamedTuple):
 
 
 class PrintableBar(tqdm):
-    """A download's progress bar, whose description is the name of a file: escaped."""
+    """A download's progress bar with the escaped name of a file."""
 
     def __init__(self, *, desc: str, **settings: Any) -> None:
         super().__init__(desc=printable(desc), **settings)
 
 
 def model_folder(model: str | Path, revision: str | None = None) -> Path:
-    """Return a model's or adapters' folder: `model` itself, or for a hub id the cache's, with all but the weights.
-
-    Raises UserError when `model` is neither, and like `look_up`.
-    """
+    """Return a model's or adapters' folder; for a hub id that of the cache, without weights. Raises like `look_up`."""
     folder = Path(model)
     if folder.is_dir() and str(model):
         if revision not in (None, commit_of(folder)):
@@ -107,23 +104,21 @@ def look_up(name: str, repo_type: str, revision: str | None = None) -> Repositor
     """Return a repository's commit and files; a revision is a branch, tag, commit or refs/pr/N.
 
     Raises UserError when the name or revision does not exist or is not in the cache that replaces the hub, or when the
-    hub refuses; ConnectionError when it can't be reached or fails. Messages are one line.
+    hub refuses; ConnectionError when it can't be reached or fails.
     """
+    where: dict[str, Any] = {"repo_type": repo_type, "revision": revision}
     with _translate_errors(name, repo_type, revision):
         if constants.is_offline_mode():
             # Without allow_patterns, huggingface_hub would require the whole repository to be cached.
-            snapshot = snapshot_download(
-                name, repo_type=repo_type, revision=revision, allow_patterns=[], local_files_only=True
-            )
-            folder = Path(snapshot)
+            folder = Path(snapshot_download(name, **where, allow_patterns=[], local_files_only=True))
+            commit = folder.name
             files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-            return Repository(name, repo_type, revision, folder.name, tuple(sorted(files)))
-        repo_info = HfApi().dataset_info if repo_type == "dataset" else HfApi().model_info
-        info = repo_info(name, revision=revision, timeout=TIMEOUT)
-        if info.sha is None or not re.fullmatch("[0-9a-f]{40}", info.sha):
-            raise ValueError(f"no commit in its answer: {info.sha}")
-        files = [file.rfilename for file in info.siblings or ()]
-        return Repository(name, repo_type, revision, info.sha, tuple(sorted(files)))
+        else:
+            info: Any = HfApi().repo_info(name, **where, timeout=TIMEOUT)
+            commit, files = str(info.sha), [file.rfilename for file in info.siblings or ()]
+            if not re.fullmatch("[0-9a-f]{40}", commit):
+                raise ValueError(f"no commit in its answer: {commit}")
+        return Repository(name, repo_type, revision, commit, tuple(sorted(files)))
 
 
 def fetch(repository: Repository, files: Iterable[str]) -> list[Path]:
@@ -136,7 +131,7 @@ def fetch(repository: Repository, files: Iterable[str]) -> list[Path]:
     for file in files:
         with _translate_errors(name, repo_type, revision, file):
             path = hf_hub_download(name, file, repo_type=repo_type, revision=commit, tqdm_class=PrintableBar)
-            paths.append(Path(path))
+        paths.append(Path(path))
     if not constants.is_offline_mode() and revision != commit:
         # Record the branch's commit, by which it is found offline. Last: an incomplete set of files must not be found.
         folder = f"{repo_type}s--{name.replace('/', '--')}"
@@ -155,18 +150,17 @@ def _files_of_split(repository: Repository, split: str | None) -> list[str]:
     elsewhere = "" if repository.revision == CONVERTED else f"try {repository.name}@{CONVERTED}, or "
     names = [name for name in repository.files if name.endswith(DATA_SUFFIXES) and not WITHOUT_ROWS.search(name)]
     if not names:
-        raise UserError(
-            f"{repository}: no {', '.join(DATA_SUFFIXES[:3])} file in it: {elsewhere}convert one, and name the file"
-        )
+        formats = ", ".join(DATA_SUFFIXES[:3])
+        raise UserError(f"{repository}: no {formats} file in it: {elsewhere}convert one, and name the file")
     stems = {name: SHARD.sub("", name) for name in names}
-    splits = {name: _split_of(name) for name in names}
-    known = sorted(set(splits.values()) - {""})
+    words = {name: [SPLITS[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLITS] for name in names}
+    known = sorted({found[-1] for found in words.values() if found})  # the last such word in a path counts
     files = [name for name in names if split in (stems[name], re.sub(r"\.\w+(\.gz)?$", "", name))]
     if not files and not known and split in (None, "train"):
         files = names
     elif not files:
         wanted = SPLITS.get(split, split) if split else "train"
-        files = [name for name in names if splits[name] == wanted]
+        files = [name for name in names if words[name][-1:] == [wanted]]
         if not files:
             hint = f"expected {' or '.join(known)}" if known else f"as no path names one: leave :{split} out"
             raise UserError(f"{repository}: no {wanted} split, {hint}")
@@ -176,23 +170,14 @@ def _files_of_split(repository: Repository, split: str | None) -> list[str]:
             hint = f"name one of them, as in {repository.name}{at}:{candidates[0]}"
             raise UserError(f"{repository}: several are a {wanted} split ({', '.join(candidates[:5])}): {hint}")
     if len({suffix for suffix in DATA_SUFFIXES for name in files if name.endswith(suffix)}) > 1:
-        formats = f"files of several formats ({', '.join(files[:5])})"
-        raise UserError(f"{repository}: {formats}: {elsewhere}download and name one")
+        found = ", ".join(files[:5])
+        raise UserError(f"{repository}: files of several formats ({found}): {elsewhere}download and name one")
     return files
-
-
-def _split_of(path: str) -> str:
-    """Return the split that the last such word in a path names, or ""."""
-    words = reversed(re.split("[^a-z]+", path.lower()))
-    return next((SPLITS[word] for word in words if word in SPLITS), "")
 
 
 @contextmanager
 def _translate_errors(name: str, repo_type: str, revision: str | None, file: str | None = None) -> Iterator[None]:
-    """Translate huggingface_hub's errors: UserError for the user's mistakes, ConnectionError for the rest.
-
-    `file` is the requested file; None means that the repository is being looked up.
-    """
+    """Translate huggingface_hub's errors to UserError or ConnectionError; without `file`, those of a look-up."""
     try:
         yield
     # hf_xet raises RuntimeError. The last three are raised over answers that are not a hub's, such as a login page.

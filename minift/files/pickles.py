@@ -29,7 +29,11 @@ def load_pickle(path: Path) -> dict[str, Tensor]:
             file.seek(0)
             # Files from before torch 1.6 begin with five pickles; the fourth is the state dict.
             for pickled in [_pickle_of_archive(path)] if is_zip else [file] * 5:
-                _check_calls(pickled, path)
+                for operation, name, _ in pickletools.genops(pickled):
+                    is_storage = isinstance(name, str) and re.fullmatch(r"torch \w+Storage", name)
+                    if operation.name in CALLS and not is_storage and name not in MAKES_TENSORS:
+                        problem = f"holds more than weights ({operation.name} {name}) and was not run"
+                        raise UserError(f"{path}: {problem}, expected a plain state dict, of pickle protocol 2")
         with warnings.catch_warnings(action="ignore"):  # torch warns about a pickle before it refuses it
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (UserError, MemoryError):
@@ -50,11 +54,3 @@ def _pickle_of_archive(path: Path) -> IO[bytes]:
         if sum(map(reader.get_record_size, reader.get_all_records())) <= path.stat().st_size:
             return io.BytesIO(reader.get_record("data.pkl"))
     raise UserError(f"{path}: not an archive as torch.save writes it, uncompressed: save it again")
-
-
-def _check_calls(pickled: IO[bytes], path: Path) -> None:
-    for operation, name, _ in pickletools.genops(pickled):
-        makes_storage = isinstance(name, str) and re.fullmatch(r"torch \w+Storage", name)
-        if operation.name in CALLS and not makes_storage and name not in MAKES_TENSORS:
-            problem = f"holds more than weights ({operation.name} {name}) and was not run"
-            raise UserError(f"{path}: {problem}, expected a plain state dict, of pickle protocol 2")

@@ -13,8 +13,8 @@ import torch
 
 from minift.errors import UserError
 from minift.files import adapters, weights
-from minift.files.adapters import ADAPTER_CONFIG, adapter_weights, load_adapters, read_base
-from minift.files.hub import model_folder
+from minift.files.adapters import ADAPTER_CONFIG, adapter_weights, load_adapters, pick_adapter_weights, read_base
+from minift.files.hub import fetch, look_up, model_folder
 from minift.files.templates import template_of
 from minift.files.text import sha256
 from minift.files.tokenizer import FILES as TOKENIZER_FILES
@@ -35,7 +35,7 @@ class ModelFiles(NamedTuple):
 
     @property
     def are_adapters(self) -> bool:
-        """Return whether `own` holds adapters, to be merged into the model in `folder`."""
+        """Return True if `own` holds adapters, to be merged into the model in `folder`."""
         return self.own != self.folder
 
     @property
@@ -64,8 +64,8 @@ class LanguageModel(NamedTuple):
 def find_model(name: str | Path, revision: str | None = None, *, fetch_weights: bool = True) -> ModelFiles:
     """Resolve a folder or hub id to local files, and those of the base model for adapters.
 
-    Raises UserError if there is no such model, if adapters name no base model or one that cannot be found, and like
-    `hub.look_up`; ConnectionError if the hub cannot be reached.
+    Raises UserError if there is no such model, or if adapters name no base model or one that cannot be found, and like
+    `hub.look_up`.
     """
     own = folder = _find_folder(name, revision, fetch_weights)
     if _holds_adapters(own):
@@ -80,28 +80,22 @@ def find_model(name: str | Path, revision: str | None = None, *, fetch_weights: 
 
 
 def load_language_model(
-    model: ModelFiles | str | Path,
-    *,
-    template: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    model: str | Path, *, template: str | None = None, dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> LanguageModel:
+) -> LanguageModel:  # fmt: skip
     """Load a language model, its tokenizer and its template; adapters are merged.
 
-    `template` is a name or file; by default that of the training run, or `course`. Raises UserError like `find_model`
-    and the files' own loaders.
+    `template` is a name or file; by default that of the training run, or `course`. Raises like `find_model` and the
+    files' own loaders.
     """
-    files = model if isinstance(model, ModelFiles) else find_model(model)
+    files = find_model(model)
     own_template = template_of(template, files.own, "course")
     loaded, tokenizer = load_for_sft(files, dtype=dtype)
     return LanguageModel(loaded.to(device), tokenizer, own_template)
 
 
 def load_for_prompts(files: ModelFiles, *, template: str | None = None) -> tuple[Tokenizer, Template, int]:
-    """Return a language model's tokenizer, its template and its number of positions; its weights are not read.
-
-    Raises UserError like `load_language_model`.
-    """
+    """Return a language model's tokenizer, template and number of positions. Raises like `load_language_model`."""
     config, tokenizer = weights.read_language_config(files.folder), load_tokenizer(files.tokenizer_folder)
     check_fits(tokenizer, config.vocab_size, files.name)
     return tokenizer, template_of(template, files.own, "course"), config.max_position_embeddings
@@ -113,25 +107,18 @@ def load_for_sft(files: ModelFiles, *, dtype: torch.dtype = torch.float32) -> tu
 
 
 def load_judge(
-    model: ModelFiles | str | Path,
-    *,
-    template: str | None = None,
-    flag: str = "--template",
-    batch_size: int = 32,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Judge:
+    model: str | Path, *, template: str | None = None, flag: str = "--template", batch_size: int = 32,
+    dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+) -> Judge:  # fmt: skip
     """Load a reward model to score with; adapters are merged.
 
     `template` is a name or file; by default that of the training run, or `dialogue`. Raises UserError for a language
     model, and like `load_language_model`.
     """
-    files = model if isinstance(model, ModelFiles) else find_model(model)
+    files = find_model(model)
     own_template = template_of(template, files.own, "dialogue", flag)
-    load: Callable[..., RewardModel] = weights.load_reward_model
-    if files.are_adapters:  # they replace the head
-        load = partial(weights.new_reward_model, seed=0)
-    loaded, tokenizer = _load(files, load, dtype)
+    seed = 0 if files.are_adapters else None  # they replace the head
+    loaded, tokenizer = _load(files, partial(weights.load_reward_model, seed=seed), dtype)
     return Judge(loaded.to(device).eval(), tokenizer, own_template, batch_size)
 
 
@@ -140,7 +127,7 @@ def load_for_rm(files: ModelFiles, *, seed: int, dtype: torch.dtype = torch.floa
 
     If the model already has a reward head, that is kept. Raises UserError like `load_language_model`.
     """
-    return _load(files, partial(weights.new_reward_model, seed=seed), dtype, keep_reward_head=True)
+    return _load(files, partial(weights.load_reward_model, seed=seed), dtype, keep_reward_head=True)
 
 
 def _load(
@@ -163,7 +150,12 @@ def _load(
 def _find_folder(name: str | Path, revision: str | None, fetch_weights: bool) -> Path:
     folder = model_folder(name, revision)
     if fetch_weights and not Path(name).is_dir():
-        weights.fetch_weights(str(name), revision)
+        repository = look_up(str(name), "model", revision)
+        files = [pick_adapter_weights(repository.files)]
+        if ADAPTER_CONFIG not in repository.files or {*weights.LAYOUTS} & {*repository.files}:
+            top = [file for file in repository.files if "/" not in file]
+            files = weights.pick_weights(top, folder, repository)
+        fetch(repository, files)
     return folder
 
 

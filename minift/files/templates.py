@@ -13,10 +13,7 @@ FORMS = ("with_input", "without_input")
 
 
 def template_of(name_or_path: str | None, folder: Path, default: str, flag: str = "--template") -> Template:
-    """Return the named template, else that of the model in `folder`, else `default`.
-
-    Raises UserError like `load_template`.
-    """
+    """Return the named template, else that of the model in `folder`, else `default`. Raises like `load_template`."""
     own = folder / TEMPLATE_FILE
     if name_or_path is not None:
         return load_template(name_or_path, flag)
@@ -34,10 +31,8 @@ def load_template(name_or_path: str, flag: str = "--template") -> Template:
     """Return one of `TEMPLATES` by its name, or read a template from a file.
 
     A file ending in .json holds an object with both forms, "with_input" and "without_input". Any other file is one form
-    for all rows, in which {input} may be empty; the line end at the end of the file does not belong to it.
-
-    Raises UserError, which begins with `flag`: unknown name or file, not exactly one {response}, no {instruction}
-    before it.
+    for all rows, in which {input} may be empty; the line end at the end of the file does not belong to it. Raises
+    UserError, which begins with `flag`: unknown name or file, not exactly one {response}, no {instruction} before it.
     """
     if name_or_path in TEMPLATES:
         return TEMPLATES[name_or_path]

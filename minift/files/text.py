@@ -50,10 +50,7 @@ def check_not_pointer(path: str | Path) -> None:
 
 
 def read_text(path: str | Path, expected: str, encoding: str = "utf-8-sig") -> str:
-    """Return a file's text, decompressed if it is gzip; by default without a byte order mark.
-
-    Raises UserError with `expected` if it can't be read.
-    """
+    """Return a file's text, decompressed if it is gzip; UserError with `expected` if it can't be read."""
     try:
         data = read_bytes(path)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
@@ -89,11 +86,10 @@ def parse_json(
     allow_nan: bool = False,
     object_hook: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Any:
-    """Parse the JSON value that is a whole file, or its line number `line`; `object_hook` is that of `json.loads`.
+    """Parse the JSON value that is a whole file, or its line number `line`; with `several`, a list of all values in it.
 
-    With `several`, return the list of the values in the text, one after the other. Raises UserError with file, line and
-    column for malformed JSON, and without `allow_nan` for numbers that are not finite: Python's NaN and Infinity, and
-    1e999.
+    Raises UserError with file, line and column for malformed JSON, and without `allow_nan` for numbers that are not
+    finite: Python's NaN and Infinity, and 1e999.
     """
 
     def finite(number: str) -> float:
@@ -107,15 +103,18 @@ def parse_json(
     number = None if allow_nan else finite
     decoder = json.JSONDecoder(object_hook=object_hook, parse_constant=number, parse_float=number)
     try:
-        return [*_values(decoder, text)] if several else decoder.decode(text)
+        if not several:
+            return decoder.decode(text)
+        values, end = [], 0
+        while start := NOT_BLANK.search(text, end):
+            value, end = decoder.raw_decode(text, start.start())
+            values.append(value)
+        return values
     except json.JSONDecodeError as error:
         where, problem = f"{path}:{line or error.lineno}:{error.colno}", error.msg
-    except (ValueError, RecursionError) as error:
-        where, problem = f"{path}:{line}" if line else f"{path}", str(error)
-        if isinstance(error, RecursionError):
-            problem = "nested too deeply"
-        elif "int_max_str_digits" in problem:
-            problem = "a number has too many digits"
+    except (ValueError, RecursionError) as error:  # Python reads no more digits than sys.get_int_max_str_digits()
+        where = f"{path}:{line}" if line else f"{path}"
+        problem = "a number has too many digits" if isinstance(error, ValueError) else "nested too deeply"
     raise UserError(f"{where}: malformed JSON: {problem}; expected {expected}")
 
 
@@ -148,9 +147,8 @@ def target_of(path: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror}") from None
     if not stat.S_ISREG(mode):
-        raise UserError(
-            f"{path}: {FILE_TYPES.get(stat.S_IFMT(mode), 'a device')}, expected a regular file or a new name"
-        )
+        found = FILE_TYPES.get(stat.S_IFMT(mode), "a device")
+        raise UserError(f"{path}: {found}, expected a regular file or a new name")
     if not os.access(path, os.W_OK):
         raise UserError(f"{path}: no permission to write it, expected another name")
     return Path(os.path.realpath(path))
@@ -158,11 +156,10 @@ def target_of(path: str | Path) -> Path:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path; rename it to `path` on success, delete it otherwise.
+    """Yield a temporary path; rename it to `path` on success, delete it otherwise. A crash leaves the earlier file.
 
-    A crash leaves the earlier file. A link stays, and the file that it leads to is replaced; a file's mode stays too.
-    Of a hard link, only this name gets the new content. Raises UserError like `target_of`, and if nothing can be
-    written.
+    A link stays, and the file that it leads to is replaced; a file's mode stays too. Of a hard link, only this name
+    gets the new content. Raises UserError like `target_of`, and if nothing can be written.
     """
     target = target_of(path)
     unfinished = target.with_name(f".{target.name}.unfinished")
@@ -192,9 +189,13 @@ def write_json(path: str | Path, value: Mapping[str, Any]) -> None:
     write_text(path, to_json(value, indent=2) + "\n")
 
 
-def write_json_lines(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, atomically."""
-    write_text(path, "".join(to_json_lines(rows)))
+def write_json_lines(path: str | Path | None, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, atomically; print the lines if `path` is None."""
+    if path is not None:
+        write_text(path, "".join(to_json(row) + "\n" for row in rows))
+    else:
+        for row in rows:
+            say(to_json(row))
 
 
 def append_json_line(path: str | Path, value: Mapping[str, Any]) -> None:
@@ -203,20 +204,10 @@ def append_json_line(path: str | Path, value: Mapping[str, Any]) -> None:
         file.write(to_json(value) + "\n")
 
 
-def to_json_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield each row as one line of JSON."""
-    for row in rows:
-        yield to_json(row) + "\n"
-
-
 def to_json(value: object, indent: int | None = None) -> str:
     """Return a value as JSON, which lacks NaN and Infinity: they become null."""
-    try:
-        text = json.dumps(value, indent=indent, allow_nan=False)
-    except ValueError:
-        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-        text = json.dumps(finite, indent=indent, allow_nan=False)
-    return text.replace("\x7f", "\\u007f")  # DEL, the one control character that `dumps` leaves
+    finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=indent).replace("\x7f", "\\u007f")  # the one control character that is left
 
 
 def fsync(path: Path) -> None:
@@ -235,10 +226,3 @@ def sha256(paths: Iterable[Path]) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
-
-
-def _values(decoder: json.JSONDecoder, text: str) -> Iterator[Any]:
-    end = 0
-    while start := NOT_BLANK.search(text, end):
-        value, end = decoder.raw_decode(text, start.start())
-        yield value

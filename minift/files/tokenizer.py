@@ -31,7 +31,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     files, settings = _read_files(folder)
     try:
-        named = {key: _content(key, settings[key]) for key in NAMED_TOKENS if settings.get(key)}
+        named = {key: settings[key] for key in NAMED_TOKENS if key in settings}
         if "tokenizer.json" in files:
             text = files["tokenizer.json"].decode("utf-8")
             _check_algorithm(parse_json(text, folder / "tokenizer.json", "a tokenizer", allow_nan=True))
@@ -58,8 +58,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         problem = f"its EOS token is {named['eos_token']!r}, expected one in its vocabulary"
         raise UserError(f"{folder}: {problem}; set eos_token in tokenizer_config.json")
     named = {key: token for key, token in named.items() if backend.token_to_id(token) is not None}
-
-    _keep_text_plain(backend, named)
+    # `encode_special_tokens` works only for tokens flagged "special": text that spells another would become that token.
+    flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    unflagged = sorted(set(named.values()) - flagged)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unflagged])
+    backend.encode_special_tokens = True
     bos_token_id = None
     if "tokenizer.json" in files:
         bos_token_id = _bos_of_post_processor(backend, folder)
@@ -102,6 +105,11 @@ def _read_files(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     token_map = _read_object(folder / "special_tokens_map.json")
     # transformers' precedence: the map is the older format, which `added_tokens_decoder` replaced.
     settings = token_map | settings if "added_tokens_decoder" in settings else settings | token_map
+    for key in NAMED_TOKENS:
+        if token := settings.pop(key, None):  # a text, or an object with it as "content"
+            settings[key] = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(settings[key], str):
+                raise UserError(f"{folder}: {key} is {token!r}, expected its text")
     return files, settings
 
 
@@ -120,14 +128,11 @@ def _byte_level_bpe(folder: Path, settings: dict[str, Any], named: set[str]) -> 
     vocabulary, text = _read_object(folder / "vocab.json"), read_text(folder / "merges.txt", "merges", "utf-8")
     if not all(type(token_id) is int and 0 <= token_id < 2**32 for token_id in vocabulary.values()):
         raise UserError(f"{folder / 'vocab.json'}: expected an object from tokens to ids")
-    lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-    merges: list[tuple[str, str]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.startswith("#version"):
-            first, space, second = line.partition(" ")
-            if not space or " " in second:
-                raise UserError(f"{folder / 'merges.txt'}:{number}: expected two tokens with a blank between them")
-            merges.append((first, second))
+    rows = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    merges: list[Any] = [tuple(row.split(" ")) for row in rows if not row.startswith("#version")]
+    if odd := [merge for merge in merges if len(merge) != 2]:
+        line = " ".join(odd[0])
+        raise UserError(f"{folder / 'merges.txt'}: {line!r:.60}, expected two tokens with a blank between them")
     # Not from_file(): the library cannot open every path that Python can.
     model = models.BPE(vocabulary, merges)
     absent = [symbol for symbol in pre_tokenizers.ByteLevel.alphabet() if model.token_to_id(symbol) is None]
@@ -155,15 +160,6 @@ def _byte_level_bpe(folder: Path, settings: dict[str, Any], named: set[str]) -> 
     return backend
 
 
-def _keep_text_plain(backend: tokenizers.Tokenizer, named: dict[str, str]) -> None:
-    """Make the backend encode special tokens that are spelled in a text as plain text."""
-    # `encode_special_tokens` works only for tokens flagged "special": text that spells another would become that token.
-    flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    unflagged = sorted(set(named.values()) - flagged)
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unflagged])
-    backend.encode_special_tokens = True
-
-
 def _bos_of_post_processor(backend: tokenizers.Tokenizer, folder: Path) -> int | None:
     """Return the one token that tokenizer.json's post-processor adds in front of a text, or None."""
     bare, full = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
@@ -178,11 +174,3 @@ def _bos_of_post_processor(backend: tokenizers.Tokenizer, folder: Path) -> int |
 def _read_object(path: Path) -> dict[str, Any]:
     """Read a file's JSON object, or return {} if there is no such file."""
     return read_json(path, "a tokenizer's file") if path.is_file() else {}
-
-
-def _content(key: str, token: str | dict[str, Any]) -> str:
-    """Return a token's text: the files hold either the text itself or an object with it as "content"."""
-    text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
-        raise ValueError(f"{key} is {token!r}, expected its text")
-    return text

@@ -1,24 +1,29 @@
 """Model folder → OPT or a reward model, and back: config.json and safetensors or `.bin` weights, as on the hub."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minift.errors import UserError
-from minift.files.adapters import ADAPTER_CONFIG, pick_adapter_weights
-from minift.files.hub import Repository, fetch, look_up
-from minift.files.tensors import EMBEDDING, HEAD, SCORE, read_state, write_tensors
-from minift.files.text import check_not_pointer, read_json, write_json
+from minift.files.pickles import load_pickle
+from minift.files.text import atomic_write, check_not_pointer, read_json, write_json
 from minift.model import ACTIVATIONS, OPT, Model, OPTConfig, RewardModel
 
 # The first of these that a folder or repository holds is its weights.
 LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 REWARD_ARCHITECTURE = "OPTForSequenceClassification"
 TYPES = {bool: "true or false", float: "a number", int: "a whole number", str: "a text"}
+SCORE = "score.weight"  # a reward model's head, which is new and so is trained with adapters
+EMBEDDING = "decoder.embed_tokens.weight"
+HEAD = "lm_head.weight"  # tied: another name for the embedding
+STRAY = "decoder.version"  # fairseq's file version, which the first conversions kept
 HARMLESS = 2**24  # this many weights may be claimed by a config.json without files of that size
 
 
@@ -60,10 +65,7 @@ def config_values(config: OPTConfig) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path) -> tuple[OPTConfig, str]:
-    """Read a folder's config.json: an OPT's config, and the name of its architecture or "".
-
-    Raises UserError if the file is absent, malformed, or of another architecture.
-    """
+    """Return the OPT config in a folder's config.json, and the name of its architecture or ""; UserError if wrong."""
     path = Path(folder, "config.json")
     values = read_json(path, "an OPT's config.json")
     try:
@@ -74,33 +76,41 @@ def read_config(folder: str | Path) -> tuple[OPTConfig, str]:
     return config, str(architectures[0]) if isinstance(architectures, list) and architectures else ""
 
 
-def weight_files(folder: str | Path) -> list[Path]:
-    """Return the files that hold a folder's weights, shards sorted by name; UserError if there are none."""
-    folder = Path(folder)
-    names = [path.name for path in folder.glob("*") if path.is_file()]
-    return [folder / name for name in _pick_weights(names, folder, lambda index: folder / index)]
-
-
-def fetch_weights(name: str, revision: str | None = None) -> None:
-    """Fetch the weights of a hub id into the hub's cache; those of the adapters if it holds no model.
-
-    Raises UserError if the repository has no weights, and like `look_up`.
-    """
-    repository = look_up(name, "model", revision)
-    if ADAPTER_CONFIG in repository.files and not {*LAYOUTS} & {*repository.files}:
-        names = [pick_adapter_weights(repository.files)]
-    else:
-        names = [name for name in repository.files if "/" not in name]
-        names = _pick_weights(names, repository, lambda index: fetch(repository, [index])[0])
-    fetch(repository, names)
-
-
 def read_language_config(folder: str | Path) -> OPTConfig:
     """Return a language model's config. Raises UserError for a reward model's, and like `read_config`."""
     config, architecture = read_config(folder)
     if architecture == REWARD_ARCHITECTURE:
-        raise UserError(f"{Path(folder, 'config.json')}: this is a reward model, expected a language model")
+        raise UserError(f"{folder}/config.json: this is a reward model, expected a language model")
     return config
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """Return the files that hold a folder's weights, shards sorted by name; UserError if there are none."""
+    folder = Path(folder)
+    names = [path.name for path in folder.glob("*") if path.is_file()]
+    return [folder / name for name in pick_weights(names, folder, folder)]
+
+
+def pick_weights(names: Sequence[str], folder: Path, where: object) -> list[str]:
+    """Return which of a folder's or repository's files hold its weights, sorted; raise UserError if any are missing.
+
+    An index is read from `folder`. Messages call the folder or repository `where`.
+    """
+    layout = next((layout for layout in LAYOUTS if layout in names), None)
+    if layout is None:
+        raise UserError(f"{where}: no weights, expected one of {', '.join(LAYOUTS)}")
+    if not layout.endswith(".index.json"):
+        return [layout]
+    index = folder / layout
+    shard_of = read_json(index, "which file holds which weight").get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise UserError(f"{index}: expected a weight_map from weights to files")
+    suffix = Path(layout.removesuffix(".index.json")).suffix
+    for shard in shard_of.values():
+        # Only a file of the same format in this very folder: an index is as untrusted as the weights.
+        if shard not in names or not shard.endswith(suffix):
+            raise UserError(f"{index}: weight_map names {shard!r:.200}, expected a {suffix} file in the same folder")
+    return sorted(set(shard_of.values()))
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> OPT:
@@ -111,25 +121,21 @@ def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> OPT
     return _load(OPT, read_language_config(folder), folder, dtype, fresh={})
 
 
-def load_reward_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> RewardModel:
+def load_reward_model(
+    folder: str | Path, *, seed: int | None = None, dtype: torch.dtype = torch.float32
+) -> RewardModel:
     """Return a folder's reward model on the CPU, written by `save_model` or transformers (one label).
 
-    Raises UserError like `load_model`, and for a language model, which has no head to score with.
+    With a `seed`, a language model gets a fresh head, drawn from N(0, init_std²) by a generator of its own, as in
+    transformers: rewards start near 0 and the loss near ln 2. Without a `seed`, raises UserError for a language model;
+    otherwise like `load_model`.
     """
     config, _ = read_config(folder)
-    return _load(RewardModel, config, folder, dtype, fresh={})
-
-
-def new_reward_model(folder: str | Path, *, seed: int, dtype: torch.dtype = torch.float32) -> RewardModel:
-    """Return a reward model to train: a language model's body under a fresh head, or the folder's reward model.
-
-    The head is drawn from N(0, init_std²), as in transformers, by its own generator. Rewards then start near 0 and the
-    loss near ln 2. Raises UserError like `load_model`.
-    """
-    config, _ = read_config(folder)
-    generator = torch.Generator().manual_seed(seed)
-    head = torch.randn(1, config.word_embed_proj_dim, generator=generator) * config.init_std
-    return _load(RewardModel, config, folder, dtype, fresh={SCORE: head.to(dtype)})
+    fresh = {}
+    if seed is not None:
+        head = torch.randn(1, config.word_embed_proj_dim, generator=torch.Generator().manual_seed(seed))
+        fresh[SCORE] = (head * config.init_std).to(dtype)
+    return _load(RewardModel, config, folder, dtype, fresh)
 
 
 def save_model(model: OPT | RewardModel, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -140,13 +146,10 @@ def save_model(model: OPT | RewardModel, folder: str | Path, dtype: torch.dtype 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name if name == SCORE else f"model.{name}": tensor.to("cpu", dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    write_tensors(folder / "model.safetensors", state)
-    stored = str(dtype or model.head.dtype).removeprefix("torch.")
-    config = config_values(model.config) | {"dtype": stored}
+    state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    named = {name if name == SCORE else f"model.{name}": tensor for name, tensor in state.items()}
+    write_tensors(folder / "model.safetensors", named)
+    config = config_values(model.config) | {"dtype": str(dtype or model.head.dtype).removeprefix("torch.")}
     if isinstance(model, RewardModel):
         # transformers counts labels by their names: without them it would expect a head of two.
         config |= {"architectures": [REWARD_ARCHITECTURE], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
@@ -157,23 +160,73 @@ def save_model(model: OPT | RewardModel, folder: str | Path, dtype: torch.dtype 
     write_json(folder / "config.json", config)
 
 
-def _pick_weights(names: list[str], where: Path | Repository, fetch_index: Callable[[str], Path]) -> list[str]:
-    """Return which of a folder's or repository's files hold its weights, sorted; raise UserError if any are missing."""
-    layout = next((layout for layout in LAYOUTS if layout in names), None)
-    if layout is None:
-        raise UserError(f"{where}: no weights, expected one of {', '.join(LAYOUTS)}")
-    if not layout.endswith(".index.json"):
-        return [layout]
-    index = fetch_index(layout)
-    shard_of = read_json(index, "which file holds which weight").get("weight_map")
-    if not isinstance(shard_of, dict) or not shard_of:
-        raise UserError(f"{index}: expected a weight_map from weights to files")
-    suffix = Path(layout.removesuffix(".index.json")).suffix
-    for shard in shard_of.values():
-        # Only a file of the same format in this very folder: an index is as untrusted as the weights.
-        if shard not in names or not shard.endswith(suffix):
-            raise UserError(f"{index}: weight_map names {shard!r:.200}, expected a {suffix} file in the same folder")
-    return sorted(set(shard_of.values()))
+def read_state(
+    files: Sequence[Path], shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, fresh: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return copies in `dtype` of the tensors that `shapes` names, or `fresh` ones for those that the files lack.
+
+    The files hold them with or without a leading `model.`. They are copied one at a time out of one mapped file after
+    the other, so they are never in memory twice. No code in a file runs. Raises UserError if a file is damaged, or if
+    a tensor is missing, unexpected, of another shape, not of floating point numbers, or NaN or infinite in `dtype`.
+    """
+    state: dict[str, Tensor] = {}
+    unexpected: set[str] = set()
+    misshapen: dict[str, str] = {}
+    for path in files:
+        room = path.stat().st_size
+        for full_name, tensor in _read_tensors(path):
+            name = full_name.removeprefix("model.")
+            if name == STRAY:
+                continue
+            if name in state or name not in shapes:
+                unexpected.add(full_name)
+            elif tensor.shape != torch.Size(shapes[name]):
+                misshapen[name] = f"{full_name} {[*tensor.shape]} for {[*shapes[name]]}"
+            else:
+                # A pickle can spread one number over any shape. The head may share the embedding's bytes.
+                room -= tensor.nbytes if name != HEAD else 0
+                if room < 0:
+                    raise UserError(f"{path}: damaged: {full_name} is said to be larger than the file has room for")
+                # A copy even if nothing is cast: the tensor is a view of the mapped file.
+                state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+                # One NaN makes the extremes NaN; isfinite() of the whole tensor would allocate as much again.
+                if not tensor.is_floating_point() or not all(limit.isfinite() for limit in state[name].aminmax()):
+                    raise UserError(f"{path}: {full_name} holds NaN, infinite or whole numbers when read as {dtype}")
+
+    where = files[0] if len(files) == 1 else files[0].parent
+    head = state.pop(HEAD, None)  # a tied save may keep the tensor under either name or both
+    if head is not None and not torch.equal(state.setdefault(EMBEDDING, head), head):
+        raise UserError(f"{where}: lm_head.weight differs from embed_tokens.weight, expected a tied head")
+    state = {**fresh, **state}
+    missing = shapes.keys() - state.keys() - misshapen.keys() - {HEAD}
+    odd = min(missing | unexpected, default="")
+    if len(missing | unexpected) == 1 and odd.endswith(SCORE) and not misshapen:
+        subject = "these adapters are of" if odd.startswith("base_model.") else "this is"
+        problem = f"has {SCORE}: {subject} a reward model, expected a language model"
+        if missing:
+            problem = f"no {SCORE}: {subject} a language model; train a reward model from it with train_rm.py"
+        raise UserError(f"{where}: {problem}")
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": {*misshapen.values()}}
+    if found := [f"{len(names)} {problem}, first {min(names)}" for problem, names in problems.items() if names]:
+        raise UserError(f"{where}: weights do not fit the model: {'; '.join(found)}")
+    return state
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically, marked as PyTorch's. Raises like `atomic_write`."""
+    with atomic_write(path) as unfinished:
+        # safetensors writes under a random name first. A killed process would leave that file for ever, so it is
+        # written in a folder, which the next write of `path` deletes.
+        folder = unfinished.with_suffix(".folder")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            save_file(tensors, folder / path.name, metadata={"format": "pt"})
+            (folder / path.name).replace(unfinished)
+            folder.rmdir()
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _load(
@@ -195,3 +248,17 @@ def _load(
     state = read_state(files, shapes | {HEAD: shapes[EMBEDDING]}, dtype, fresh)
     model.load_state_dict(state, assign=True)
     return model
+
+
+def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the named tensors of a file, as views of it wherever it can be mapped."""
+    check_not_pointer(path)
+    if path.suffix != ".safetensors":
+        yield from load_pickle(path).items()
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.offset_keys():
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{path}: unreadable, truncated or damaged: download or copy it again ({error})") from None

@@ -82,10 +82,7 @@ def thinned(points: list[Point]) -> list[Point]:
 
 
 def smoothed(points: list[Point]) -> list[Point]:
-    """Return an exponential moving average without bias towards its start value (Kingma & Ba 2015, section 3).
-
-    With too few points to smooth, return [].
-    """
+    """Return an exponential moving average (Kingma & Ba 2015, section 3: without bias), [] for too few points."""
     keep = 1 - 1 / max(1.0, SMOOTHING * len(points))
     if keep == 0:
         return []

@@ -29,18 +29,12 @@ NAMES = ("last", "best")
 
 
 def save(
-    checkpoints: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    write_model: Callable[[Path], None],
-    *,
-    is_best: bool,
-) -> None:
+    checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress,
+    write_model: Callable[[Path], None], *, is_best: bool,
+) -> None:  # fmt: skip
     """Write a checkpoint, name it in steps.json, and delete those that are no longer named there.
 
-    The folder is renamed only after everything is on disk. A crash at any moment leaves the previous checkpoint as it
-    was.
+    The folder is renamed only after everything is on disk: a crash at any moment leaves the previous checkpoint.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     folder = _step_folder(checkpoints, progress.step)
@@ -49,7 +43,11 @@ def save(
     try:
         unfinished.mkdir()
         write_model(unfinished)
-        save_file(_training_tensors(model, optimizer), unfinished / "training.safetensors")
+        tensors = {}
+        for name, parameter in _trained(model).items():
+            tensors[f"parameter.{name}"] = parameter.data
+            tensors |= {f"{moment}.{name}": tensor for moment, tensor in optimizer.state[parameter].items()}
+        save_file(tensors, unfinished / "training.safetensors")
         write_json(unfinished / "progress.json", asdict(progress))
         for path in unfinished.rglob("*"):
             fsync(path)
@@ -71,8 +69,7 @@ def find(checkpoints: Path) -> Path | None:
 def load(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Put the last checkpoint's parameters and moments into model and optimiser; return its progress.
 
-    Delete what a killed process left. Raises UserError if there is no checkpoint, or if it is damaged or of another
-    model.
+    Delete what a killed process left. Raises UserError if there is no checkpoint, or a damaged or unsuitable one.
     """
     steps = _read_steps(checkpoints)
     folder = steps.get("last")
@@ -82,9 +79,12 @@ def load(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
         progress = _read_progress(file)
     with _damage_named(checkpoints, folder / "training.safetensors") as file:
         check_not_pointer(file)
-        tensors = load_file(file)
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        _check_model(folder, trained, tensors)
+        tensors, trained = load_file(file), _trained(model)
+        expected = {f"parameter.{name}": parameter.shape for name, parameter in trained.items()}
+        found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter.")}
+        if odd := sorted(name for name, _ in expected.items() ^ found.items()):
+            problem = f"{len({*odd})} of its parameters differ, first {odd[0]}"
+            raise UserError(f"--resume: {folder} is of another model: {problem}")
         states = {name: _read_moments(name, parameter, tensors) for name, parameter in trained.items()}
     for name, parameter in trained.items():
         parameter.data.copy_(tensors[f"parameter.{name}"])
@@ -101,10 +101,8 @@ def _damage_named(checkpoints: Path, file: Path) -> Iterator[Path]:
     except (ValueError, OSError, SafetensorError) as error:
         if getattr(error, "errno", None) in MACHINE_ERRORS:
             raise
-        earlier = [path for path in _all_folders(checkpoints) if path != file.parent]
-        way = (
-            f"delete {file.parent} to continue from {earlier[-1].name}" if earlier else "start afresh without --resume"
-        )
+        earlier = [path.name for path in _all_folders(checkpoints) if path != file.parent]
+        way = f"delete {file.parent} to continue from {earlier[-1]}" if earlier else "start afresh without --resume"
         problem = getattr(error, "strerror", None) or error
         raise UserError(f"--resume: {file} is damaged ({problem}); {way}") from None
 
@@ -117,25 +115,21 @@ def _read_progress(path: Path) -> Progress:
         raise ValueError(str(error).removeprefix(f"{path}:").strip()) from None
     if values.keys() != {field.name for field in fields(Progress)}:
         raise ValueError(f"its names are {', '.join(values) or 'missing'}")
+    progress = Progress(**values)
     for name in ("step", "tokens", "items"):
         if type(values[name]) is not int or values[name] < 1:
             raise ValueError(f"{name} is {values[name]!r}")
-    if path.parent.name.startswith("step-") and path.parent != _step_folder(path.parent.parent, values["step"]):
-        raise ValueError(f"step is {values['step']!r:.40}, unlike its folder's")
-    best_loss, sums = values["best_loss"], values["sums"]
-    numbers = [values["seconds"], 0.0 if best_loss is None else best_loss]
-    numbers += sums.values() if isinstance(sums, dict) else [sums]
-    if not isinstance(sums, dict) or not all(type(number) in (int, float) for number in numbers):
+    if path.parent.name.startswith("step-") and path.parent != _step_folder(path.parent.parent, progress.step):
+        raise ValueError(f"step is {progress.step!r:.40}, unlike its folder's")
+    best_loss = 0.0 if progress.best_loss is None else progress.best_loss
+    sums = progress.sums.values() if isinstance(progress.sums, dict) else [None]
+    if not all(type(value) in (int, float) for value in (progress.seconds, best_loss, *sums)):
         raise ValueError("seconds, best_loss and sums are not all numbers")
-    return Progress(**values)
+    return progress
 
 
-def _check_model(folder: Path, trained: dict[str, nn.Parameter], tensors: dict[str, torch.Tensor]) -> None:
-    expected = {f"parameter.{name}": parameter.shape for name, parameter in trained.items()}
-    found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter.")}
-    if expected != found:
-        odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise UserError(f"--resume: {folder} is of another model: {len(odd)} of its parameters differ, first {odd[0]}")
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _read_moments(name: str, parameter: nn.Parameter, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -202,12 +196,3 @@ def _delete(folder: Path) -> None:
         shutil.rmtree(removed, ignore_errors=True)
         folder.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
-
-
-def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            tensors[f"parameter.{name}"] = parameter.data
-            tensors.update({f"{moment}.{name}": tensor for moment, tensor in optimizer.state[parameter].items()})
-    return tensors

@@ -1,4 +1,6 @@
-"""The device and dtypes of a run, from its options."""
+"""The device and dtypes of a run or command, from its options."""
+
+from typing import Any
 
 import torch
 
@@ -16,19 +18,21 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Return the dtype of the forward pass.
+def placement(device: str, dtype: str) -> dict[str, Any]:
+    """Return the `device` and `dtype` that a command's flags choose. Raises UserError like `pick_device`."""
+    return {"device": pick_device(device), "dtype": getattr(torch, dtype)}
 
-    It is that of the frozen weights, if they are in half precision. Otherwise `auto` is bfloat16 autocast on a GPU that
-    has it, and float32 on a CPU. Trained weights stay in float32 (float64 if asked for): an AdamW update is often below
-    bfloat16's resolution and would round to zero.
+
+def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Return the dtype of the forward pass: that of the frozen weights, if they are in half precision.
+
+    Otherwise `auto` is bfloat16 autocast on a GPU that has it, and float32 on a CPU. Trained weights stay in float32
+    (float64 if asked for): an AdamW update is often below bfloat16's resolution and would round to zero.
     """
-    if config.base_dtype != "float32":
-        return getattr(torch, config.base_dtype)
-    if config.dtype == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if has_bfloat16 else torch.float32
-    return getattr(torch, config.dtype)
+    dtype = config.dtype if config.base_dtype == "float32" else config.base_dtype
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, dtype)
 
 
 def weights_dtype(config: Config) -> torch.dtype:

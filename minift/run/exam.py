@@ -40,23 +40,18 @@ class Question(NamedTuple):
 
 
 def held_out_prompts(
-    rows: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    template: Template,
-    config: Config,
-    max_positions: int,
+    rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: Template, config: Config, max_positions: int
 ) -> list[Question]:
     """Return questions for the first --bleu-samples rows whose prompt and reference fit into `max_positions`.
 
-    With `--supervise all`, `text` rows are learned as a whole, so they do not have a prompt. With --run-checks, raises
-    UserError for malformed checks.
+    With --run-checks, raises UserError for malformed checks.
     """
     questions: list[Question] = []
     for index, row in enumerate(rows):
         if len(questions) == config.bleu_samples:
             break
         if config.supervise == "all" and is_text_row(row):
-            continue
+            continue  # it is learned as a whole, so it has no prompt
         prompt_ids, blanks, reference = prompt_and_reference(row, tokenizer, template, config.response_template)
         length = len(tokenizer.encode([blanks + reference, Special(tokenizer.eos_token)]))
         if prompt_ids and len(prompt_ids) + length <= max_positions:
@@ -111,54 +106,43 @@ def complete_greedily(model: OPT, tokenizer: Tokenizer, questions: Sequence[Ques
     return [answer.removeprefix(question.blanks) for answer, question in zip(answers, questions, strict=True)]
 
 
-def bleu_by_category(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Return sacreBLEU's corpus BLEU (0 to 100) of all answers, under "all", and of each category's."""
-    pairs = [(answer, question.reference) for question, answer in zip(questions, answers, strict=True)]
-    groups = by_category(pairs, [question.category for question in questions])
-    return {
-        name: corpus_bleu([answer for answer, _ in group], [[reference for _, reference in group]]).score
-        for name, group in groups.items()
-    }
-
-
-def pass_rates(questions: Sequence[Question], passed: Sequence[bool | None]) -> dict[str, dict[str, Any]]:
-    """Return how many answers have checks, how many of these pass, and the 95% interval, by category; {} if none has.
-
-    The intervals treat answers as independent.
-    """
-    checked = [index for index, mark in enumerate(passed) if mark is not None]
-    if not checked:
-        return {}
-    groups = by_category([bool(passed[index]) for index in checked], [questions[index].category for index in checked])
-    return {
-        "pass_rate": {name: sum(marks) / len(marks) for name, marks in groups.items()},
-        "pass_interval": {name: list(wilson_interval(sum(marks), len(marks))) for name, marks in groups.items()},
-        "checked": {name: len(marks) for name, marks in groups.items()},
-    }
-
-
 def compare_answers(questions: Sequence[Question], before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Any]:
     """Return BLEU and pass rates before and after training, as run.json has them; {} without questions."""
-    if not questions:
-        return {}
-    exams = {}
-    for name, answers in (("before", before), ("after", after)):
-        texts, passed = zip(*answers, strict=True)
-        exams[name] = {"bleu": bleu_by_category(questions, texts)} | pass_rates(questions, passed)
-    return _by_measure(exams)
+    return _by_measure(_measure(questions, before), _measure(questions, after)) if questions else {}
 
 
 def compare_rewards(
     before: Sequence[Sequence[float]], after: Sequence[Sequence[float]], categories: Sequence[str | None]
 ) -> dict[str, Any]:
     """Return every measure of `scoring.examine` before and after training, as run.json has it; {} without rankings."""
-    if not before:
-        return {}
-    return _by_measure({"before": examine(before, categories), "after": examine(after, categories)})
+    return _by_measure(examine(before, categories), examine(after, categories)) if before else {}
 
 
-def _by_measure(exams: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {measure: {name: exam[measure] for name, exam in exams.items()} for measure in exams["after"]}
+def _measure(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return sacreBLEU's corpus BLEU (0 to 100), and of answers with checks the pass rate, its 95% interval, the count.
+
+    Each is by category, with that of all answers under "all". The intervals treat answers as independent.
+    """
+    categories = [question.category for question in questions]
+    pairs = [(text, question.reference) for (text, _), question in zip(answers, questions, strict=True)]
+    bleu = {
+        name: corpus_bleu([answer for answer, _ in group], [[reference for _, reference in group]]).score
+        for name, group in by_category(pairs, categories).items()
+    }
+    checked = [index for index, (_, passed) in enumerate(answers) if passed is not None]
+    if not checked:
+        return {"bleu": bleu}
+    groups = by_category([bool(answers[index][1]) for index in checked], [categories[index] for index in checked])
+    return {
+        "bleu": bleu,
+        "pass_rate": {name: sum(marks) / len(marks) for name, marks in groups.items()},
+        "pass_interval": {name: list(wilson_interval(sum(marks), len(marks))) for name, marks in groups.items()},
+        "checked": {name: len(marks) for name, marks in groups.items()},
+    }
+
+
+def _by_measure(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    return {measure: {"before": before[measure], "after": after[measure]} for measure in after}
 
 
 def name_responses(count: int, *, best_only: bool = False) -> list[str]:

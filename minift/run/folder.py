@@ -35,7 +35,7 @@ from minift.files.text import (
     sha256,
     write_json,
     write_json_lines,
-)
+)  # fmt: skip
 from minift.prompts import Template
 from minift.run import checkpoint, interrupts, lock, resume
 from minift.run.device import pick_device, pick_dtype, weights_dtype
@@ -49,10 +49,8 @@ PACKAGES = ("minift", "torch", "tokenizers", "safetensors", "numpy", "huggingfac
 class Run:
     """A run of train_sft.py or train_rm.py; a `trainer.Recorder`. Nothing in its folder is touched before `open`.
 
-    A resumed run uses the commits of model and data that it began with: the hub's branches may have moved since.
-
-    Raises UserError if the folder cannot be used, or if another process trains in it; with --resume, if there is no
-    checkpoint, or if values differ.
+    A resumed run uses the commits of model and data that it began with: the hub's branches may have moved since. Raises
+    UserError if the folder cannot be used; with --resume, if there is no checkpoint, or if values differ.
     """
 
     model_files: ModelFiles  # from `find_model` on
@@ -96,11 +94,13 @@ class Run:
         fingerprints = {name: sha256(data_files(file)) for name, file in self.data.items()}
         fingerprints |= self.model_files.fingerprints()
         commits = {name: commit_of(data_files(file)[0]) for name, file in self.data.items()}
+        # None: minift runs from its folder and has no metadata.
+        versions = {name: next((it.version for it in metadata.distributions(name=name)), None) for name in PACKAGES}
         self.record = {
             "task": self.script,
             "values": self._values,
             "template": asdict(template),
-            "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+            "versions": {"python": platform.python_version()} | versions,
             "fingerprints": fingerprints,
             "commits": commits | {"weights": commit_of(self.model_files.own)},
         }
@@ -153,8 +153,8 @@ class Run:
 
     def save(self, task: Task, optimizer: torch.optim.Optimizer, progress: Progress, *, is_best: bool) -> None:
         """Write a checkpoint."""
-        checkpoints = self.folder / "checkpoints"
-        checkpoint.save(checkpoints, task.model, optimizer, progress, task.write_model, is_best=is_best)
+        folder = self.folder / "checkpoints"
+        checkpoint.save(folder, task.model, optimizer, progress, task.write_model, is_best=is_best)
 
     @contextmanager
     def guard(self) -> Iterator[list[int]]:
@@ -173,19 +173,15 @@ class Run:
         interrupts.on_signals(handler)
 
     def finish(self, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Write the results to run.json, the samples, and report.html; return the results with the evaluation losses.
-
-        `results` maps a measure to its values "before" and "after" training.
-        """
+        """Write `results` (measure → before and after), samples and report.html; return results with eval losses."""
         losses = {}
         for name in ("loss", "lm_loss"):
             values = [line[name] for line in self.metrics if line["split"] == "eval" and line.get(name) is not None]
             if values:
                 losses[f"eval_{name}"] = {"before": values[0], "after": values[-1]}
-        results = losses | results
+        self.record["results"] = results = losses | results
         if samples:
             write_json_lines(self.folder / "samples.jsonl", samples)
-        self.record["results"] = results
         write_json(self.folder / "run.json", self.record)
         write_report(self.folder, self.record, self.metrics, samples)
         interrupts.on_signals(interrupts.interrupt_with())
@@ -194,12 +190,12 @@ class Run:
 
     def _explain(self, error: DivergedError) -> UserError:
         """Return the error with its cause, if that is not the learning rate, or with the way to continue."""
+        problem = error.problem
         if error.steps > self.first_step:
             if checkpoint.find(self.folder / "checkpoints") is None:
                 return error
             lower = resume.command("--lr", f"{self.config.lr / 10:g}")
             return UserError(f"{error}, from the last checkpoint on: {lower}")
-        problem = error.problem  # before this process used its learning rate
         if self.config.resume:
             return UserError(f"--resume: {problem} at the checkpoint: start afresh, at a lower --lr")
         cause = "its weights are damaged"
@@ -209,10 +205,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the record, metrics and samples in a run's folder.
-
-    Raises UserError if run.json or metrics.jsonl is missing, or a file is not what a run writes.
-    """
+    """Return the record, metrics and samples in a run's folder; UserError if they are not as a run writes them."""
     folder = Path(folder)
     record = read_json(folder / "run.json", A_RUN)  # first: without it, the folder is not a run's
     metrics_file, samples_file = folder / "metrics.jsonl", folder / "samples.jsonl"
@@ -224,12 +217,11 @@ def read_run(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]], 
 def _parse_metrics(text: str, path: Path) -> list[dict[str, Any]]:
     lines = _parse_objects(text, path)
     for number, line in lines:
-        step = line.get("step")
-        if not isinstance(step, int | float) or isinstance(step, bool) or line.get("split") not in ("train", "eval"):
-            expected = "expected a number as `step` and train or eval as `split`"
-            raise UserError(f"{path}:{number}: {expected}; correct or remove it")
-        if not isinstance(line.get("loss"), int | float | None):  # null: it was not finite
-            raise UserError(f"{path}:{number}: expected a number as `loss`; correct or remove it")
+        wrong = "" if isinstance(line.get("loss"), int | float | None) else "a number as `loss`"  # null: not finite
+        if type(line.get("step")) not in (int, float) or line.get("split") not in ("train", "eval"):
+            wrong = "a number as `step` and train or eval as `split`"
+        if wrong:
+            raise UserError(f"{path}:{number}: expected {wrong}; correct or remove it")
     return [line for _, line in lines]
 
 
@@ -241,14 +233,6 @@ def _parse_objects(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
         if not isinstance(value, dict):
             raise UserError(f"{path}:{number}: expected {expected}")
     return lines
-
-
-def _version(package: str) -> str | None:
-    """Return an installed package's version; None if minift runs from its folder, where it has no metadata."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _digest(value: Any) -> str:

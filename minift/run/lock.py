@@ -40,10 +40,7 @@ def check_folder(folder: Path) -> bool:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a run's folder and lock it. An earlier run in it is renamed to `<folder>-1`, or the first free number.
-
-    Raises UserError like `check_folder`.
-    """
+    """Make a run's folder and lock it; keep an earlier run as `<folder>-1` or so. Raises like `check_folder`."""
     with name_errors(f"--out {folder}", "expected a folder that can be made"):
         folder.parent.mkdir(parents=True, exist_ok=True)  # so that new/../run is the earlier run too
         is_run = check_folder(folder)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from minift.errors import UserError
 from minift.files.text import write_text
@@ -19,12 +19,8 @@ def write_report(
 ) -> Path:
     """Write `report.html` into a run's folder atomically and return its path.
 
-    record: the object in `run.json`.
-    metrics: the lines of `metrics.jsonl`, each with a number as `step` and train or eval as `split`.
-    samples: the lines of `samples.jsonl`.
-
-    A lone surrogate is written as its escape. Raises UserError if the folder cannot be written, or for lists and
-    objects nested hundreds deep.
+    `record` is the object in run.json, `metrics` and `samples` are the lines of these files. A lone surrogate is
+    written as its escape. Raises UserError if the folder cannot be written, or for values nested hundreds deep.
     """
     name = folder.resolve().name
     title = escape(f"{name}: {record['task']}" if "task" in record else name)
@@ -32,12 +28,10 @@ def write_report(
         body = _body(record, metrics, samples)
     except RecursionError:
         raise UserError(f"{folder}: a value is nested too deeply, expected the files that a run wrote") from None
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n"
-        f"<body><main>\n<h1>{title}</h1>\n{body}\n</main></body></html>\n"
-    )
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f"<head>{meta}<title>{title}</title><style>{STYLE}</style></head>"
+    body = f"<body><main>\n<h1>{title}</h1>\n{body}\n</main></body>"
+    page = f'<!doctype html>\n<html lang="en">{head}\n{body}</html>\n'
     path = folder / "report.html"
     write_text(path, page.encode("utf-8", "backslashreplace").decode())
     return path
@@ -48,7 +42,10 @@ def _body(record: dict[str, Any], metrics: Sequence[dict[str, Any]], samples: Se
     if record.get("results"):
         parts += ["<h2>Results</h2>", _results_table(record["results"])]
     if metrics:
-        parts += ["<h2>Curves</h2>", *(_figure(metric, metrics) for metric in _curve_names(metrics))]
+        names = [name for line in metrics for name, value in line.items() if _is_number(value)]
+        shown = dict.fromkeys([*FIRST_CURVES, *names])  # in this order, each once
+        curves = [_figure(name, metrics) for name in shown if name in names and name not in NOT_CURVES]
+        parts += ["<h2>Curves</h2>", *curves]
     if samples:
         cards = [_sample(sample) for sample in samples]
         parts += [f"<h2>Samples</h2><p>{len(samples)} in samples.jsonl.</p>", *cards[:OPEN_SAMPLES]]
@@ -57,11 +54,10 @@ def _body(record: dict[str, Any], metrics: Sequence[dict[str, Any]], samples: Se
             parts.append(f"<details><summary>the other {len(samples) - OPEN_SAMPLES}</summary>\n{rest}</details>")
     for key, value in record.items():
         if isinstance(value, dict) and key != "results":
-            parts += [f"<h2>{_title(key)}</h2>", _values_table(value)]
+            cells = [(" · ".join(path), _show(leaf)) for path, leaf in _leaves(value, ())]
+            rows = [f"<tr><th>{escape(path)}</th><td>{text}</td></tr>" for path, text in cells]
+            parts += [f"<h2>{_title(key)}</h2>", f"<table>{''.join(rows)}</table>"]
     return "\n".join(parts)
-
-
-# ---- tables ----
 
 
 def _results_table(results: object) -> str:
@@ -74,19 +70,11 @@ def _results_table(results: object) -> str:
         row = " · ".join(part.replace("_", " ") for index, part in enumerate(path) if index != at)
         cells.setdefault(row, {})[column] = value
     columns = [name for name in ("", "before", "after") if any(name in row for row in cells.values())]
-    head = "".join(f"<th>{name}</th>" for name in columns)
-    rows = "".join(
-        f"<tr><th>{escape(row)}</th>" + "".join(f"<td>{_show(values.get(name, ''))}</td>" for name in columns) + "</tr>"
-        for row, values in cells.items()
-    )
-    return f'<table class="numbers"><tr><th></th>{head}</tr>{rows}</table>'
-
-
-def _values_table(values: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{escape(' · '.join(path))}</th><td>{_show(value)}</td></tr>" for path, value in _leaves(values, ())
-    )
-    return f"<table>{rows}</table>"
+    rows = ["".join(f"<th>{name}</th>" for name in ("", *columns))]
+    for row, values in cells.items():
+        shown = "".join(f"<td>{_show(values.get(name, ''))}</td>" for name in columns)
+        rows.append(f"<th>{escape(row)}</th>{shown}")
+    return f'<table class="numbers"><tr>{"</tr><tr>".join(rows)}</tr></table>'
 
 
 def _leaves(value: object, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], object]]:
@@ -105,9 +93,6 @@ def _show(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(_show(item) for item in value)
     return escape(f"{value:.5g}" if isinstance(value, float) else "none" if value is None else str(value))
-
-
-# ---- samples ----
 
 
 def _sample(sample: dict[str, Any]) -> str:
@@ -132,21 +117,8 @@ def _sample(sample: dict[str, Any]) -> str:
     return f"<article><p>{' · '.join(notes)}</p>{prompt}<div class='beside'>{''.join(columns)}</div></article>"
 
 
-# ---- curves ----
-
-
-def _curve_names(metrics: Sequence[dict[str, Any]]) -> list[str]:
-    names = {name: None for line in metrics for name, value in line.items() if _is_number(value)}  # in order
-    rest = [name for name in names if name not in NOT_CURVES and name not in FIRST_CURVES]
-    return [name for name in FIRST_CURVES if name in names] + rest
-
-
-def _is_number(value: object) -> TypeGuard[float]:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_drawable(number: float) -> bool:
-    return -LARGEST <= number <= LARGEST  # NaN fails both; Python's whole numbers may be too large for a float
 
 
 def _figure(name: str, metrics: Sequence[dict[str, Any]]) -> str:
@@ -155,7 +127,11 @@ def _figure(name: str, metrics: Sequence[dict[str, Any]]) -> str:
         split: [(line["step"], line[name]) for line in metrics if line["split"] == split and _is_number(line.get(name))]
         for split in ("train", "eval")
     }
-    drawn = {split: [point for point in series if all(map(_is_drawable, point))] for split, series in points.items()}
+    # NaN fails both comparisons; Python's whole numbers may be too large for a float.
+    drawn = {
+        split: [point for point in series if all(-LARGEST <= number <= LARGEST for number in point)]
+        for split, series in points.items()
+    }
     omitted = sum(map(len, points.values())) - sum(map(len, drawn.values()))
     smooth = smoothed(drawn["train"]) if name != "lr" else []  # the learning rate is a smooth curve already
     curves = [Curve("train" if smooth else "smooth", "training", drawn["train"])]

@@ -35,10 +35,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from contextlib import ExitStack
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any
 
 from minift.errors import UserError
 
@@ -73,131 +74,96 @@ def checks_of(row: Mapping[str, Any], where: str) -> list[Check] | None:
         named = f"{where}: check {number}"
         if not isinstance(check, dict) or not {"expression", "expected"} <= check.keys():
             raise UserError(f"{named}: expected an object with 'expression' and 'expected'")
-        for name in ("expression", "expected", "before"):
-            if not isinstance(check.get(name, ""), str):
-                raise UserError(f"{named}: '{name}' is {json.dumps(check[name]):.40}, expected a string")
-        try:
-            _expected_line(check["expected"])
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            raise UserError(f"{named}: 'expected' is {check['expected']!r:.40}, expected a Python literal") from None
-        for name, mode in (("expression", "eval"), ("before", "exec")):
+        for name, wanted, read in (
+            ("expression", "a Python expression", partial(compile, filename="expression", mode="eval")),
+            ("before", "Python statements", partial(compile, filename="before", mode="exec")),
+            ("expected", "a Python literal", _expected_line),
+        ):
             try:
-                compile(check.get(name, ""), name, mode)
-            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-                raise UserError(f"{named}: '{name}' is not Python: {error}") from None
+                read(check.get(name, ""))  # each refuses what is not a string
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                raise UserError(f"{named}: '{name}' is {json.dumps(check[name]):.40}, expected {wanted}") from None
     return checks
 
 
 def check_answers(
     answers: Sequence[str],
     checks: Sequence[Sequence[Check] | None],
-    on_progress: Callable[[int], object] | None = None,
+    on_progress: Callable[[int], object] = lambda _: None,
 ) -> list[bool | None]:
-    """Return whether each answer passes all its checks, None where it has none.
+    """Return whether each answer passes all its checks, None where it has none; call `on_progress(1)` after each.
 
-    `on_progress` is called with 1 after each answer. Raises UserError like `check_available`, OSError if the sandbox
-    does not start.
+    Raises UserError like `check_available`, OSError if the sandbox does not start.
     """
     passed: list[bool | None] = []
     with Sandbox() as sandbox:
         for answer, own in zip(answers, checks, strict=True):
             passed.append(None if own is None else sandbox.passes(answer, own))
-            if on_progress:
-                on_progress(1)
+            on_progress(1)
     return passed
 
 
-class Sandbox:
-    """The interpreter that runs answers, started for the first of them; to be closed, or used in `with`."""
+class Sandbox(ExitStack):
+    """sandbox_child.py in another interpreter, behind a socket; it starts with the first answer. Must be closed."""
+
+    _socket: socket.socket
 
     def __init__(self) -> None:
+        super().__init__()
         check_available()
-        self._scratch = TemporaryDirectory(prefix="minift-")
-        self._interpreter: _Interpreter | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._scratch = self.enter_context(TemporaryDirectory(prefix="minift-"))
+        self._process: subprocess.Popen | None = None
+        self.callback(self._stop)
 
     def passes(self, answer: str, checks: Sequence[Check]) -> bool:
         """Return True if an answer passes all its checks. Raises OSError if the sandbox does not start."""
-        text = line_of(answer.strip())
         to_run, expected = [], []
         for check in checks:
             line = _expected_line(check["expected"])
             if check["expression"] != "ANSWER":
                 to_run.append([check["expression"], check.get("before", "")])
                 expected.append(line)
-            elif line != text:
+            elif line != line_of(answer.strip()):
                 return False
+        if to_run and self._process is None:
+            self._start()
         return not to_run or self._report(answer, to_run) == "\n".join(expected).encode()
 
-    def close(self) -> None:
-        """Stop the interpreter and delete the scratch directory."""
-        if self._interpreter is not None:
-            self._interpreter.stop()
-        self._scratch.cleanup()
-
-    def _report(self, answer: str, checks: list[list[str]]) -> bytes:
-        """Return the report of an answer, b"" if it failed; if the interpreter is lost, the next one gets another."""
-        if self._interpreter is None:
-            self._interpreter = _Interpreter(self._scratch.name)
-        try:
-            return self._interpreter.ask(answer, checks)
-        except OSError:
-            self._interpreter.stop()
-            self._interpreter = None
-            return b""
-
-
-class _Interpreter:
-    """sandbox_child.py in an interpreter of its own, which has the other end of a socket as standard input and output.
-
-    It runs one right answer at the start: on a machine where nothing runs, every answer would seem wrong. Raises
-    OSError if that fails.
-    """
-
-    def __init__(self, folder: str) -> None:
+    def _start(self) -> None:
+        """Start the interpreter; raise OSError if it fails a right answer: every answer would then seem wrong."""
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(2 * MAX_SECONDS)  # it stops answers itself; this is for one that stopped it instead
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", START, str(FOLDER)],
-                stdin=theirs.fileno(),
-                stdout=theirs.fileno(),
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
+                stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.DEVNULL,
                 env={name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ},
-                start_new_session=True,
-            )
-        try:
-            runs = self.ask("x = 1", [["x", ""]]) == line_of(1).encode()
-        except OSError:
-            runs = False
-        if not runs:
-            self.stop()
+                cwd=self._scratch, start_new_session=True,
+            )  # fmt: skip
+        if self._report("x = 1", [["x", ""]]) != line_of(1).encode():
+            self._stop()
             raise OSError("the sandbox of --run-checks cannot run an answer here: leave the flag out")
 
-    def ask(self, answer: str, checks: list[list[str]]) -> bytes:
-        """Return the report of an answer. Raises OSError if the interpreter is lost, or silent for too long."""
-        self._socket.sendall(json.dumps({"answer": answer, "checks": checks}).encode() + b"\n")
-        return self._receive(int.from_bytes(self._receive(4), "little"))
+    def _report(self, answer: str, checks: list[list[str]]) -> bytes:
+        """Return the report of an answer, b"" if it failed. An interpreter that is lost or silent is stopped."""
+        try:
+            self._socket.sendall(json.dumps({"answer": answer, "checks": checks}).encode() + b"\n")
+            with self._socket.makefile("rb") as replies:
+                size = int.from_bytes(head := replies.read(4), "little")
+                report = replies.read(size)
+            if len(head + report) == 4 + size:
+                return report
+        except OSError:
+            pass
+        self._stop()
+        return b""
 
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._socket.close()
-
-    def _receive(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            chunk = self._socket.recv(size - len(data))
-            if not chunk:
-                raise ConnectionResetError
-            data += chunk
-        return data
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._socket.close()
+            self._process = None
 
 
 @lru_cache(maxsize=10_000)

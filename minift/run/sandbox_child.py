@@ -37,8 +37,6 @@ LIMITS = {
     "RLIMIT_CORE": 0,
 }
 
-# ---- the allow-list ----
-
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -103,20 +101,12 @@ def _is_node_allowed(node: ast.AST) -> bool:
     return all(not name.startswith("_") or name in UNDERSCORED for name in names if isinstance(name, str))
 
 
-def _import(name: str, *_: Any) -> Any:
-    return MODULES[name]
-
-
 def _builtins_of_answers() -> dict[str, Any]:
     everything = vars(builtins)
-    errors = {
-        name: value for name, value in everything.items() if isinstance(value, type) and issubclass(value, Exception)
-    }
-    functions = {name: everything[name] for name in BUILTIN_NAMES}
-    return errors | functions | {"__import__": _import, "__build_class__": everything["__build_class__"]}
-
-
-# ---- values as text ----
+    classes = {name: value for name, value in everything.items() if isinstance(value, type)}
+    errors = {name: value for name, value in classes.items() if issubclass(value, Exception)}
+    functions = {name: everything[name] for name in (*BUILTIN_NAMES, "__build_class__")}
+    return errors | functions | {"__import__": lambda name, *_: MODULES[name]}
 
 
 def line_of(value: object) -> str:
@@ -144,9 +134,6 @@ def _canonical(value: Any) -> str:
     if kind is dict:
         return f"dict{{{', '.join(sorted(f'{_canonical(key)}: {_canonical(item)}' for key, item in value.items()))}}}"
     raise TypeError(f"{kind}: expected a number, text, list, tuple, set or dict")
-
-
-# ---- one answer ----
 
 
 def printed(function: Callable[[], object]) -> str:
@@ -238,14 +225,8 @@ def _run(answer: str, checks: list[tuple[str, str]], report: int, nothing: int) 
         os._exit(0)  # without destructors and exit handlers, and whatever was raised
 
 
-# ---- the server ----
-
-
 def serve() -> None:
-    """Answer each line of standard input, a JSON object, by a report: its length as four bytes, then its bytes.
-
-    An empty report is an answer that failed.
-    """
+    """Answer each line of JSON from standard input by a report: its length as four bytes, then its bytes, if any."""
     os.environ.clear()
     nothing = os.open(os.devnull, os.O_RDWR)
     sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (answers print there)
@@ -275,9 +256,8 @@ def _report_of(job: dict[str, Any], nothing: int) -> bytes:
             break
         report += chunk
     os.close(reader)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
+    for kill in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return report if len(report) <= MAX_REPORT else b""

@@ -34,10 +34,7 @@ class Split(NamedTuple):
 
 
 def load_splits(run: Run, schemas: dict[str, tuple[str, ...]]) -> tuple[Split, Split]:
-    """Return the rows to train on and the held-out rows: those of --eval-data, or --eval-fraction of --data.
-
-    Raises UserError like `load_rows` and `split`.
-    """
+    """Return the rows to train on and the held-out rows: those of --eval-data, or --eval-fraction of --data."""
     config = run.config
 
     def read(name: str) -> list[Row]:
@@ -79,10 +76,7 @@ def swap_half(rankings: Sequence[Ranking], categories: Sequence[str | None], see
 
 
 def prepare(model: Model, run: Run) -> Model:
-    """Move a loaded model to the run's device, set its dropout, and add adapters if the run trains these.
-
-    Raises UserError for --lora-targets or a --lora-rank that do not suit the model.
-    """
+    """Move a loaded model to the run's device, set its dropout, add adapters; UserError if these do not suit it."""
     config = run.config
     model = model.to(run.device)
     if config.dropout is not None:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, OPTForCausalLM, OPTForSequenceClassifica
 
 from minift.encode import Example
 from minift.files.tokenizer import load_tokenizer, save_tokenizer
-from minift.files.weights import config_values, load_model, load_reward_model, new_reward_model, read_config, save_model
+from minift.files.weights import config_values, load_model, load_reward_model, read_config, save_model
 from tests.compare import Check, Setting
 from tests.compare.model import FLOAT32, models_and_rows, relative
 from tests.compare.tokenizer import as_pieces, hard_texts
@@ -75,7 +75,7 @@ def transformers_to_minift(name: str, folder: Path, examples: list[Example], out
 def reward_models(name: str, folder: Path, examples: list[Example], out: Path) -> list[Check]:
     """Compare the rewards that both libraries compute from the same files, not bit for bit: the code differs."""
     rows = [[*ids[:-1], LAST] for ids, _ in examples]
-    ours = new_reward_model(folder, seed=SEED)
+    ours = load_reward_model(folder, seed=SEED)
     save_model(ours, out / "ours")
     read, report = OPTForSequenceClassification.from_pretrained(out / "ours", output_loading_info=True)
     torch.manual_seed(SEED)

@@ -15,7 +15,7 @@ from trl import RewardTrainer
 from minift.errors import UserError
 from minift.files.datasets import PAIR_SCHEMAS, Row
 from minift.files.tokenizer import load_tokenizer
-from minift.files.weights import new_reward_model
+from minift.files.weights import load_reward_model
 from minift.pairs import Ranking, collate_rankings, encode_rankings, responses_of
 from minift.prompts import TEMPLATES, render
 from minift.scoring import score_rows
@@ -64,7 +64,7 @@ def compare(setting: Setting) -> Iterator[Check]:
         if number == 0:
             yield compare_prepared("reward", "ids and margins that are trained on", "pairs", rankings, prepared)
         setting.progress(f"reward: minift trains, {plan.name}")
-        model = new_reward_model(setting.model, seed=SEED, dtype=DTYPES[plan.dtype])
+        model = load_reward_model(setting.model, seed=SEED, dtype=DTYPES[plan.dtype])
         ours = train_minift(model, plan, rankings, collate_rankings, rm_loss(model, CENTER), "pairs")
         ours = ours._replace(scores=score_rows(model, rows, 8))
         on = extent_of(plan, len(rankings), "pairs")
@@ -156,6 +156,6 @@ def start_model(folder: Path, dtype: str) -> OPTForSequenceClassification:
     config.num_labels = 1
     model = OPTForSequenceClassification(config).to(DTYPES[dtype])
     model.model.load_state_dict(body.model.state_dict())
-    head = new_reward_model(folder, seed=SEED, dtype=DTYPES[dtype]).score.weight
+    head = load_reward_model(folder, seed=SEED, dtype=DTYPES[dtype]).score.weight
     model.score.weight.data.copy_(head.data)
     return model
