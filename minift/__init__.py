@@ -1,6 +1,7 @@
 """Instruction tuning and reward modelling from scratch in plain PyTorch.
 
-README.md, "Read the code", has the reading order and the layers.
+`minift.load` returns a language model to ask, `minift.load_judge` a reward model: README.md, "As a library". README.md,
+"Read the code", has the reading order and the layers.
 
 Glossary:
 
@@ -32,7 +33,23 @@ Glossary:
 """
 
 import argparse
+import importlib
 import sys
+
+EXPORTS = {  # name → its module and its name there
+    "load": ("minift.files.pretrained", "load_language_model"),
+    "load_judge": ("minift.files.pretrained", "load_judge"),
+    "adamw": ("minift.optim", "adamw"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import one of `EXPORTS` when it is first used: torch takes seconds, and `import minift` must not."""
+    if name not in EXPORTS:
+        raise AttributeError(f"module 'minift' has no attribute {name!r}")
+    module, name = EXPORTS[name]
+    return getattr(importlib.import_module(module), name)
+
 
 # `python -m minift.generate` would run a file of definitions: nothing happens, with status 0. While Python looks for
 # the module that -m names, argv[0] is "-m".

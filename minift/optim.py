@@ -8,10 +8,10 @@ from torch import nn
 SCHEDULES = ("linear", "cosine", "constant")
 
 
-def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+def adamw(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """Return AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the betas, eps and groups of transformers.
 
-    Trainable parameters decay except biases and LayerNorms. The training loop sets the learning rate before each step.
+    Trainable parameters decay except biases and LayerNorms. The training loop sets `lr` anew before each step.
     """
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
     decayed, exempt = list[nn.Parameter](), list[nn.Parameter]()
@@ -19,7 +19,7 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
         if parameter.requires_grad:
             (exempt if name.endswith("bias") or id(parameter) in norms else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def learning_rate(step: int, peak: float, schedule: str, warmup_steps: int, total_steps: int) -> float:

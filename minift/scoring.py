@@ -33,7 +33,7 @@ class WinRate(NamedTuple):
     high: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Judge:
     """A reward model with the tokenizer and template to read text with.
 
@@ -44,6 +44,11 @@ class Judge:
     tokenizer: Tokenizer
     template: Template
     batch_size: int = 32
+    name: str = ""  # the folder or hub id that it was loaded from
+
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"Judge({self.name}: {count:,} parameters, template {self.template.name})"
 
     def score(self, question: Asked, response: str) -> float:
         """Return the reward of `response` as an answer to `question`. Raises ValueError like `encode`."""

@@ -84,7 +84,7 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
     Dropout is seeded by (seed, step), the order by (seed, epoch), so neither evaluating more often nor resuming changes
     anything. Raises DivergedError if the loss or gradient is not finite, and like `recorder.guard` after a signal.
     """
-    optimizer = adamw(task.model, config.weight_decay)
+    optimizer = adamw(task.model, config.lr, config.weight_decay)
     total_steps = num_steps(config, task.train_batches)
     progress = recorder.restore(task.model, optimizer)
     if progress.step == 0:

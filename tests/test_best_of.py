@@ -13,9 +13,10 @@ from statistics import fmean, stdev
 
 import pytest
 
-from minift.commands import best_of, generate, winrate
+from minift.commands import best_of, winrate
 from minift.commands.flags import parse
 from minift.errors import UserError
+from minift.files import language_model
 from minift.files.datasets import TRAINING_SCHEMAS, load_rows
 from minift.files.pretrained import load_judge
 from minift.model import OPT, RewardModel
@@ -55,7 +56,7 @@ def scripted(monkeypatch, tokenizer, tmp_path, model, judge):
         return [[tokenizer.encode(text)[1:] for text in its_texts] for its_texts in texts]
 
     def command(*flags: object) -> None:
-        monkeypatch.setattr(generate, "generate", answers)
+        monkeypatch.setattr(language_model, "generate", answers)
         fixed = ["--model", model, "--judge", judge, "--prompts", prompts, "--samples", 3, "--max-new-tokens", 2]
         best_of.main([*map(str, [*fixed, *flags])])
 

@@ -38,7 +38,7 @@ def test_decay_acts_on_what_the_reference_trainer_decays(name):
     reference, model = twins(name)
     names = transformers.Trainer.get_decay_parameter_names(None, reference)  # self is not used
     expected = {own_name(name) for name in names if name != "lm_head.weight"}  # the embedding, tied
-    optimizer = adamw(model, weight_decay=0.1)
+    optimizer = adamw(model, 1e-3, weight_decay=0.1)
     decayed = {id(parameter) for group in optimizer.param_groups[:1] for parameter in group["params"]}
     assert {name for name, parameter in model.named_parameters() if id(parameter) in decayed} == expected
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
@@ -49,5 +49,5 @@ def test_frozen_parameters_are_left_out():
     _, model = twins(PRE_LN)
     model.requires_grad_(False)
     fc1 = model.decoder.layers[0].fc1.requires_grad_(True)
-    groups = adamw(model, 0.0).param_groups
+    groups = adamw(model, 1e-3).param_groups
     assert [[id(p) for p in group["params"]] for group in groups] == [[id(fc1.weight)], [id(fc1.bias)]]

@@ -225,7 +225,8 @@ def test_a_reward_model_whose_pad_is_its_eos_is_saved_without_a_pad(tmp_path):
 
 def test_a_pad_that_the_tokenizer_does_not_name_stays(tmp_path):
     folder = with_other_ids(tmp_path / "model", pad=None)
-    model, tokenizer = load_language_model(folder)[:2]
+    loaded = load_language_model(folder)
+    model, tokenizer = loaded.model, loaded.tokenizer
     assert tokenizer.pad_token_id == model.config.pad_token_id == 4096  # of a plain token: the EOS instead
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["added_tokens_decoder"]["1"] = {"content": tokenizer.decode([1], False), "special": True}

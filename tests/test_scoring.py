@@ -14,6 +14,7 @@ from data.make.pretrain import initialise
 from minift.commands import generate, score, winrate
 from minift.commands.terminal import print_table
 from minift.errors import UserError
+from minift.files import language_model
 from minift.files.datasets import SCORE_SCHEMAS, load_rows
 from minift.files.pretrained import load_judge
 from minift.files.templates import save_template
@@ -312,7 +313,7 @@ def test_winrate_asks_both_through_the_template(folder, tokenizer, tmp_path, mon
 
     load, loaded = winrate.load_for_sft, []
     monkeypatch.setattr(winrate, "load_for_sft", lambda *given, **more: loaded.append(1) or load(*given, **more))
-    monkeypatch.setattr(generate, "generate", record)
+    monkeypatch.setattr(language_model, "generate", record)
     model = saved(OPT, tmp_path / "a", 1, tokenizer)
     prompts = write_lines(
         tmp_path / "prompts.jsonl", [{"prompt": "Add.", "system": "S"}, {"instruction": "Add.", "input": "1"}]
@@ -374,7 +375,7 @@ def test_winrate_refuses_in_one_line(folder, tokenizer, tmp_path):
 
 def winrate_of_answers(folder: Path, tokenizer, tmp_path: Path, monkeypatch, answers: list[str]) -> Path:
     """Let two models give the same answers, the judge of 64 positions decide; return the file of --out."""
-    monkeypatch.setattr(generate, "generate", lambda *_: [[tokenizer.encode(answer)[1:]] for answer in answers])
+    monkeypatch.setattr(language_model, "generate", lambda *_: [[tokenizer.encode(answer)[1:]] for answer in answers])
     model, out = saved(OPT, tmp_path / "a", 1, tokenizer), tmp_path / "out.jsonl"
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Add."} for _ in answers])
     paths = ["--model-a", model, "--model-b", model, "--judge", folder, "--prompts", prompts, "--out", out]
@@ -403,7 +404,7 @@ def test_winrate_keeps_the_answers_if_none_can_be_judged(folder, tokenizer, tmp_
 
 
 def test_winrate_checks_both_models_and_the_judge_before_any_answer(folder, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "generate", lambda *_: pytest.fail("an answer was made"))
+    monkeypatch.setattr(language_model, "generate", lambda *_: pytest.fail("an answer was made"))
     roomy, narrow = (
         saved(OPT, tmp_path / str(positions), 1, tokenizer, max_position_embeddings=positions) for positions in (256, 8)
     )
@@ -419,7 +420,7 @@ def test_winrate_checks_both_models_and_the_judge_before_any_answer(folder, toke
 
 
 def test_winrate_says_once_that_a_run_has_no_template(folder, tokenizer, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generate, "generate", lambda *_: [[tokenizer.encode("B")[1:]]])
+    monkeypatch.setattr(language_model, "generate", lambda *_: [[tokenizer.encode("B")[1:]]])
     models = [saved(OPT, tmp_path / name, 1, tokenizer) for name in ("a", "b")]
     (models[1] / "run.json").write_text("{}")
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "Add."}])
@@ -430,7 +431,7 @@ def test_winrate_says_once_that_a_run_has_no_template(folder, tokenizer, tmp_pat
 
 def test_the_blanks_of_the_template_do_not_belong_to_an_answer(folder, tokenizer, tmp_path, monkeypatch):
     """`dialogue` ends in a blank, which the model writes: the judge's own template has one already."""
-    monkeypatch.setattr(generate, "generate", lambda *_: [[tokenizer.encode(" A list")[1:]]])
+    monkeypatch.setattr(language_model, "generate", lambda *_: [[tokenizer.encode(" A list")[1:]]])
     model, out = saved(OPT, tmp_path / "a", 1, tokenizer), tmp_path / "out.jsonl"
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"instruction": "What?"}])
     flags = ["--prompts", prompts, "--max-new-tokens", 2, "--template", "dialogue", "--out", out]

@@ -14,9 +14,10 @@ import torch
 
 import minift.model
 import minift.scoring
-from minift.commands import notebook, terminal, tour
+from minift.commands import notebook, tour
 from minift.commands.cli import run_command
 from minift.encode import IGNORE_INDEX, Example
+from minift.files import marks
 from minift.model import RewardModel, RowLayout
 from tests.runs import ROOT, mistake
 
@@ -264,7 +265,7 @@ def test_colour_on_terminals_only(monkeypatch):
         monkeypatch.setattr(sys, "stdout", stream)
         tour.main(["--stop", "2"])
         text = stream.getvalue()
-        assert (terminal.GREEN in text) == (not no_color)
+        assert (marks.GREEN in text) == (not no_color)
         assert max(len(line) for line in re.sub("\x1b\\[\\d+m", "", text).split("\n")) == 80
 
 

@@ -52,8 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     def answer(numbers: Sequence[int], temperature: float, num_samples: int) -> list[list[str]]:
         """Return answers to the prompts with these numbers."""
-        options = Options(args.max_new_tokens, eos_token_id=model.tokenizer.eos_token_id, temperature=temperature,
-                          num_samples=num_samples, batch_size=args.batch_size, seed=args.seed)  # fmt: skip
+        options = Options(args.max_new_tokens, temperature=temperature, num_samples=num_samples,
+                          batch_size=args.batch_size, seed=args.seed)  # fmt: skip
         completions = complete(model, [prompts[n] for n in numbers], options, "samples" if temperature else "greedy")
         return texts_of([questions[n] for n in numbers], completions, model)
 

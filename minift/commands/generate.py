@@ -4,20 +4,20 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
 
-from minift.beam import beam_search, check_beams
+from minift.beam import check_beams
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, check_out
 from minift.config import flag_of
 from minift.encode import encode_prompt
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
-from minift.files.pretrained import LanguageModel, load_language_model
+from minift.files.language_model import LanguageModel
+from minift.files.pretrained import load_language_model
 from minift.files.text import write_json_lines
-from minift.generate import Completions, Options, check_prompt, generate
+from minift.generate import Completions, Options, check_prompt
 from minift.progress import progress_bar
-from minift.prompts import TEMPLATES, Template, blanks_of
+from minift.prompts import TEMPLATES, Template
 from minift.remarks import Encoded, unread, wraps_again
 from minift.run.device import placement
 from minift.tokenizer import Tokenizer
@@ -50,7 +50,6 @@ def main(arguments: list[str] | None = None) -> None:
     prompts = encode_prompts(
         rows, tokenizer, template, config.max_position_embeddings, options.max_new_tokens, args.prompts
     )
-    options = replace(options, eos_token_id=tokenizer.eos_token_id)
     try:
         check_beams(options.num_beams, config.vocab_size)  # before the progress bar, which no message should follow
         completions = complete(model, prompts, options, "completions")
@@ -90,17 +89,15 @@ def encode_prompts(
 def complete(
     language_model: LanguageModel, prompts: Sequence[Sequence[int]], options: Options, description: str
 ) -> Completions:
-    """Complete prompts behind a progress bar, by beam search if `options` say so. Raises ValueError like `generate`."""
-    search = beam_search if options.num_beams > 1 else generate
+    """Complete prompts behind a progress bar. Raises ValueError like `generate`."""
     with progress_bar(len(prompts) * options.num_samples, description, "answer") as bar:
-        return search(language_model.model, prompts, options, bar.update)
+        return language_model.complete(prompts, options, bar.update)
 
 
 def texts_of(rows: Sequence[Row], completions: Completions, language_model: LanguageModel) -> list[list[str]]:
-    """Return completions of rows as text, without the template's blanks before them."""
-    decode, template = language_model.tokenizer.decode, language_model.template
+    """Return completions of rows as text."""
     return [
-        [decode(token_ids).removeprefix(blanks_of(row, template)) for token_ids in samples]
+        [language_model.text_of(row, token_ids) for token_ids in samples]
         for row, samples in zip(rows, completions, strict=True)
     ]
 

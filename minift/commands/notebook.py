@@ -9,7 +9,7 @@ from html import escape
 from itertools import groupby, zip_longest
 from typing import Any, NamedTuple
 
-from minift.commands.terminal import GREEN, GREY, PLAIN
+from minift.files.marks import GREEN, GREY, PLAIN
 from minift.files.text import say, write_text
 
 WIDTH = 80  # columns of a terminal

@@ -1,10 +1,8 @@
 """Printing for commands and scripts: labels in colour, pairs, samples, the table of results."""
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
-from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,7 +10,8 @@ from typing import Any, TextIO
 from minift.batching import Loader
 from minift.commands.flags import shown
 from minift.config import Config, flag_of, to_dict
-from minift.encode import IGNORE_INDEX, Example, count_supervised
+from minift.encode import Example, count_supervised
+from minift.files.marks import GREEN, PLAIN, has_colour, mark
 from minift.files.text import printable, say
 from minift.pairs import Ranking, collate_rankings
 from minift.remarks import Encoded
@@ -21,7 +20,6 @@ from minift.tokenizer import Tokenizer
 from minift.trainer import num_steps
 from minift.words import words
 
-GREEN, GREY, PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 MAX_NGRAM = 4  # of BLEU: a text with fewer words has none
 SHOWN, MAX_LINES = 3, 12  # examples or samples printed, and lines of each of their texts
 COUNTED = {"pass_rate": ("checked", "pass_interval", "answers"), "accuracy": ("pairs", "interval", "pairs")}
@@ -78,34 +76,6 @@ def show_labels(
         lines.append(f"\n── example {of}: {len(example.input_ids)} tokens, {num_supervised} supervised")
         lines.append(mark(example, tokenizer, colour))
     say("\n".join(lines), stream, is_escaped=True)  # by `mark`: `say` would escape the colours too
-
-
-def has_colour(stream: TextIO) -> bool:
-    """Return whether to print colours: on terminals, unless NO_COLOR is set (no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR")
-
-
-def mark(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
-    """Return an example's text with its supervised stretches marked.
-
-    Neighbouring tokens are decoded together, because a character may consist of several. A character that the mask cuts
-    in two is printed as �.
-    """
-    specials = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    start, end = (GREEN, PLAIN) if colour else ("⟦", "⟧")
-    marked = []
-    for is_supervised, stretch in groupby(
-        zip(example.input_ids, example.labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX
-    ):
-        text = ""
-        for is_special, run in groupby((token for token, _ in stretch), key=lambda token: token in specials):
-            if is_special:
-                names = [tokenizer.decode([token], skip_special_tokens=False) for token in run]
-                text += "".join(f"⟨{printable(name)}⟩" for name in names)
-            else:
-                text += printable(tokenizer.decode(list(run), skip_special_tokens=False)).replace("\n", "↵\n")
-        marked.append(start + text + end if is_supervised else GREY + text + PLAIN if colour else text)
-    return "".join(marked)
 
 
 def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer) -> None:

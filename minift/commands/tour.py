@@ -17,7 +17,6 @@ from torch import Tensor
 
 from minift.batching import Batch, Loader, collate, pack
 from minift.bleu import corpus_bleu
-from minift.commands import terminal
 from minift.commands.cli import CommandParser, check_out
 from minift.commands.flags import PROJECT
 from minift.commands.notebook import STOPS, Text, agree, ends, indented, show, stop, table, write_page
@@ -25,6 +24,7 @@ from minift.config import Config
 from minift.encode import IGNORE_INDEX, encode_completion, encode_prompt, encode_rows, end_with_eos
 from minift.errors import UserError
 from minift.files.datasets import PAIR_SCHEMAS, load_rows
+from minift.files.marks import GREEN, PLAIN, has_colour, mark
 from minift.files.pretrained import find_model, load_for_rm, load_language_model
 from minift.files.text import printable
 from minift.generate import Options, generate
@@ -56,7 +56,8 @@ class Tour:
 
     def __init__(self, colour: bool) -> None:
         self.colour = colour
-        self.model, self.tokenizer, self.template = load_language_model(DATA / "model")
+        loaded = load_language_model(DATA / "model")
+        self.model, self.tokenizer, self.template = loaded.model, loaded.tokenizer, loaded.template
         set_dropout(self.model, 0.0)  # so that training computes what stop 5 does
 
     @stop(load_rows, render)
@@ -75,7 +76,7 @@ class Tour:
         yield "The prompt with the response and the end token. The model is trained on this."
         yield indented(before + self.green(after))
 
-    @stop(encode_completion, terminal.mark)
+    @stop(encode_completion, mark)
     def labels(self) -> Text:
         """Turn text into tokens, ids and labels."""
         example, _ = encode_completion(self.before, self.after, self.tokenizer)
@@ -86,7 +87,7 @@ class Tour:
         height = -(-len(cells) // 3)
         yield from table(f"{'token':13}{'id':>5}{'label':>6}", [cells[i * height :][:height] for i in range(3)])
         yield f"The mask as `minift preview` shows it: supervised tokens {'green' if self.colour else 'in ⟦ ⟧'}."
-        yield indented(terminal.mark(example, self.tokenizer, self.colour))
+        yield indented(mark(example, self.tokenizer, self.colour))
         decoded = self.tokenizer.decode([label for label in example.labels if label != IGNORE_INDEX])
         yield agree("the supervised ids decode to the row's output", self.rows[0]["output"], decoded)
 
@@ -165,7 +166,8 @@ class Tour:
 
         batches = Loader(self.examples, collate, batch_size=3)
         task = Task(self.model, loss, batches, batches, write_model=lambda folder: None, unit="supervised_tokens")
-        optimizer, lr = adamw(self.model, weight_decay=0.0), learning_rate(0, CONFIG.lr, "constant", 0, 3)
+        lr = learning_rate(0, CONFIG.lr, "constant", 0, 3)
+        optimizer = adamw(self.model, lr)
         weight = self.model.get_parameter("decoder.layers.0.self_attn.v_proj.weight")
         total, count, _ = loss(self.batch)
         gradient, before = torch.autograd.grad(total / count, weight)[0][0, 0].item(), weight[0, 0].item()
@@ -282,7 +284,7 @@ class Tour:
         yield f"  c - r = {chosen - rejected:.5f}, e^c = {strength:.5f}, e^r = {other:.5f}"
         yield agree("σ(c - r)", strength / (strength + other), sigmoid(chosen - rejected))
         yield agree("loss, -log σ(c - r)", -math.log(strength / (strength + other)), evaluate(task)["loss"])
-        optimizer_step(task, adamw(model, weight_decay=0.0), CONFIG, 0, CONFIG.lr)
+        optimizer_step(task, adamw(model, CONFIG.lr), CONFIG, 0, CONFIG.lr)
         after = evaluate(task)["loss"]
         yield f"  loss after one step of training on this pair: {after:.5f}"
         best = self.judge.best_of(self.row["prompt"], [self.row["chosen"], self.row["rejected"]])
@@ -299,7 +301,7 @@ class Tour:
 
     def green(self, text: str) -> str:
         """Return text in the colour of supervised and chosen tokens."""
-        return terminal.GREEN + text + terminal.PLAIN if self.colour else text
+        return GREEN + text + PLAIN if self.colour else text
 
     def token(self, token: int) -> str:
         """Return a token's text with visible blanks."""
@@ -319,6 +321,6 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError("--pause: standard input is not a terminal, so nobody can press Enter: leave the flag out")
     check_out(args.html, "the tour", str(DATA / "instructions.jsonl"), own_flag="--html")
     if args.html is None:
-        show(Tour(terminal.has_colour(sys.stdout)), args.stop, pause=args.pause)
+        show(Tour(has_colour(sys.stdout)), args.stop, pause=args.pause)
     else:
         write_page(Tour(colour=True), args.stop, args.html)

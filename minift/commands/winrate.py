@@ -11,7 +11,8 @@ from minift.commands.cli import CommandParser, add_device_flags, add_judging_fla
 from minift.commands.generate import complete, encode_prompts, texts_of
 from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
-from minift.files.pretrained import LanguageModel, find_model, load_for_prompts, load_for_sft, load_judge
+from minift.files.language_model import LanguageModel
+from minift.files.pretrained import find_model, load_for_prompts, load_for_sft, load_judge
 from minift.files.text import say, to_json, write_json_lines
 from minift.generate import Options
 from minift.prompts import question_of
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     for side, files in models.items():
         loaded, _ = load_for_sft(files, dtype=device["dtype"])
         model = LanguageModel(loaded.to(device["device"]), *readers[side][:2])
-        options = Options(args.max_new_tokens, eos_token_id=model.tokenizer.eos_token_id, batch_size=args.batch_size)
+        options = Options(args.max_new_tokens, batch_size=args.batch_size)
         completions = complete(model, prompts[side], options, f"--model-{side}")
         add(f"answer_{side}", [text for (text,) in texts_of(questions, completions, model)])
         del loaded, model  # its memory is free before the next one is loaded

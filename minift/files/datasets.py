@@ -56,7 +56,7 @@ def load_rows(data: str | Path, schemas: Schemas = TRAINING_SCHEMAS, *, mixed: b
         unit, values = _read_values(path)
         for number, value in values:
             where = f"{path}:{number}" if unit == "line" else f"{path}: row {number}"
-            fields = _check_row(value, schemas, where)
+            fields = check_row(value, schemas, where)
             first = first or fields
             if fields != first and not mixed:
                 has, had = _quoted(fields), _quoted(first)
@@ -149,7 +149,7 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _check_row(row: object, schemas: Schemas, where: str) -> tuple[str, ...]:
+def check_row(row: object, schemas: Schemas, where: str) -> tuple[str, ...]:
     """Return the required fields of a row's schema; raise UserError if it has none, or a field of the wrong type.
 
     The schema is the first whose fields the row has and which asks the question that `question_fields` chose.

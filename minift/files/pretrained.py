@@ -15,6 +15,7 @@ from minift.errors import UserError
 from minift.files import adapters, weights
 from minift.files.adapters import ADAPTER_CONFIG, adapter_weights, load_adapters, pick_adapter_weights, read_base
 from minift.files.hub import fetch, look_up, model_folder
+from minift.files.language_model import LanguageModel
 from minift.files.templates import template_of
 from minift.files.text import sha256
 from minift.files.tokenizer import FILES as TOKENIZER_FILES
@@ -53,14 +54,6 @@ class ModelFiles(NamedTuple):
         return {"weights": sha256(tensors), "config": sha256(configs), "tokenizer": sha256(texts)}
 
 
-class LanguageModel(NamedTuple):
-    """A language model with the tokenizer and template that belong to it."""
-
-    model: OPT
-    tokenizer: Tokenizer
-    template: Template
-
-
 def find_model(name: str | Path, revision: str | None = None, *, fetch_weights: bool = True) -> ModelFiles:
     """Resolve a folder or hub id to local files, and those of the base model for adapters.
 
@@ -91,7 +84,7 @@ def load_language_model(
     files = find_model(model)
     own_template = template_of(template, files.own, "course")
     loaded, tokenizer = load_for_sft(files, dtype=dtype)
-    return LanguageModel(loaded.to(device), tokenizer, own_template)
+    return LanguageModel(loaded.to(device).eval(), tokenizer, own_template, files.name)
 
 
 def load_for_prompts(files: ModelFiles, *, template: str | None = None) -> tuple[Tokenizer, Template, int]:
@@ -119,7 +112,7 @@ def load_judge(
     own_template = template_of(template, files.own, "dialogue", flag)
     seed = 0 if files.are_adapters else None  # they replace the head
     loaded, tokenizer = _load(files, partial(weights.load_reward_model, seed=seed), dtype)
-    return Judge(loaded.to(device).eval(), tokenizer, own_template, batch_size)
+    return Judge(loaded.to(device).eval(), tokenizer, own_template, batch_size, files.name)
 
 
 def load_for_rm(files: ModelFiles, *, seed: int, dtype: torch.dtype = torch.float32) -> tuple[RewardModel, Tokenizer]:
