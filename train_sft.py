@@ -75,6 +75,7 @@ def main() -> None:
     results = run.finish(compare_answers(questions, before, after), samples)
     terminal.print_answers(samples)
     terminal.print_results(results, run.folder, samples)
+    terminal.print_chat(run.folder)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from minift.files.text import say
 # command -> (module, one line of help)
 COMMANDS = {
     "tour": ("minift.commands.tour", "see a row become an answer, and a pair a reward, in ten stops"),
+    "chat": ("minift.commands.chat", "ask a model; a reward model may judge or choose its answers"),
     "generate": ("minift.commands.generate", "complete prompts: greedy, sampling or beam search"),
     "preview": ("minift.commands.preview", "show the tokens of a data set and mark the supervised ones"),
     "bleu": ("minift.commands.bleu", "compute BLEU as sacreBLEU does, as JSON"),

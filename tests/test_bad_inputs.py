@@ -42,6 +42,7 @@ REST = {  # what "…" is in a command; of a flag that is given twice, the secon
     "train_sft.py": f"--model model --data rows.jsonl --bleu-samples 1 {TRAINING}",
     "train_rm.py": f"--model model --data pairs.jsonl {TRAINING}",
     "minift generate": "--model model --prompts prompts.jsonl --max-new-tokens 2 --device cpu",
+    "minift chat": "--model model --max-new-tokens 2 --device cpu",
     "minift preview": "--model model --data rows.jsonl",
     "minift score": "--model judge --data pairs.jsonl --device cpu",
     "minift winrate": "--model-a model --model-b model --judge judge --prompts prompts.jsonl --max-new-tokens 2 "
@@ -169,7 +170,8 @@ LORA_A = "base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_A.weight
 HTML = "<!DOCTYPE html>\n<html><body>Not found</body></html>\n"
 
 SFT, RM = "train_sft.py …", "train_rm.py …"
-GENERATE, PREVIEW, SCORE, WINRATE = (f"minift {name} …" for name in ("generate", "preview", "score", "winrate"))
+NAMES = ("chat", "generate", "preview", "score", "winrate")
+CHAT, GENERATE, PREVIEW, SCORE, WINRATE = (f"minift {name} …" for name in NAMES)
 BLEU, REPORT = "minift bleu", "minift report"
 RESUME = f"{SFT} --out run --resume"
 LAST = "run/checkpoints/step-000002"
@@ -190,6 +192,10 @@ cases(
     ("a flag before the command", "minift --model model", "--model: not a command"),
     ("a required flag is missing", "minift generate --model model", "--prompts"),
     ("a required flag is missing", "minift winrate --prompts prompts.jsonl", "--judge"),
+    ("a required flag is missing", "minift chat --judge judge", "--model"),
+    ("two places for prompts", f"{GENERATE} --prompt Add.", "--prompt: not allowed with argument --prompts"),
+    ("an input without its prompt", f"{GENERATE} --input 3", "--input: it belongs to --prompt"),
+    ("samples that nobody chooses from", f"{CHAT} --samples 4", "--samples 4: a reward model chooses among them"),
     ("a flag without its value", f"{SFT} --lr", "--lr: expected one argument"),
     ("a misspelt flag", f"{SFT} --batch-sise 4", "--batch-sise, did you mean --batch-size?"),
     ("trl's name of a flag", f"{SFT} --learning-rate 1e-4", "--learning-rate, did you mean --lr?"),
@@ -245,6 +251,9 @@ cases(
     ("a whole number that is too large", f"{GENERATE} --max-new-tokens <400 digits>", "--max-new-tokens"),
     ("text for a whole number", f"{GENERATE} --num-beams many", "--num-beams"),
     ("a negative temperature", f"{GENERATE} --temperature -1", "--temperature is -1.0"),
+    ("a negative temperature", f"{CHAT} --temperature -1", "--temperature is -1.0"),
+    ("samples that cannot differ", f"{CHAT} --judge judge --samples 2 --temperature 0", "--temperature 0.0"),
+    ("no sample", f"{CHAT} --judge judge --samples 0", "--samples: '0': expected a whole number"),
     ("a temperature of NaN", f"{GENERATE} --temperature nan", "--temperature is nan"),
     ("a temperature that is too small", f"{GENERATE} --temperature 1e-39", "--temperature is 1e-39"),
     ("beams that sample", f"{GENERATE} --num-beams 2 --temperature 1", "--temperature is 1.0, expected 0 with beams"),
@@ -321,6 +330,7 @@ cases(
     ("a held-out file without rows", f"{SFT} --eval-data bad.jsonl", "bad.jsonl: no rows in it", {"bad.jsonl": ""}),
     ("a held-out file of pairs", f"{SFT} --eval-data pairs.jsonl", "pairs.jsonl:1"),
     ("no prompts", f"{GENERATE} --prompts bad.jsonl", "bad.jsonl: no rows in it", {"bad.jsonl": "\n"}),
+    ("an empty standard input", f"{GENERATE} --prompts -", "standard input: no rows in it"),
     ("a hub data set's split of a local file", f"{SFT} --data rows.jsonl:train", "rows.jsonl:train"),
 )  # fmt: skip
 
@@ -498,6 +508,8 @@ cases(
     ("a reward model as language model", f"{GENERATE} --model judge", "judge/config.json: this is a reward model"),
     ("a language model as judge", f"{SCORE} --model model", "model/model.safetensors: no score.weight"),
     ("a language model as judge", f"{WINRATE} --judge model", "model/model.safetensors: no score.weight"),
+    ("a language model as judge", f"{CHAT} --judge model", "model/model.safetensors: no score.weight"),
+    ("a reward model that answers", f"{CHAT} --model judge", "judge/config.json: this is a reward model"),
     ("a reward model that answers", f"{WINRATE} --model-b judge", "judge/config.json: this is a reward model"),
     ("a reward model to fine-tune", f"{SFT} --model judge", "judge/config.json: this is a reward model"),
 )  # fmt: skip
@@ -856,7 +868,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, run_in
     write_lines(folder / "bleu.jsonl", [{"completion": "a b c d", "output": "a b c e"}])
     for name in ("hyp.txt", "ref.txt"):
         (folder / name).write_text("one two three four\nfive six seven eight\n")
-    for command in (f"{SFT} --out run", f"{RM} --out rewards", GENERATE, PREVIEW, SCORE, WINRATE, MERGED, RESUME,
+    for command in (f"{SFT} --out run", f"{RM} --out rewards", CHAT, GENERATE, PREVIEW, SCORE, WINRATE, MERGED, RESUME,
                     f"{BLEU} hyp.txt ref.txt", f"{BLEU} --jsonl bleu.jsonl", f"{REPORT} run"):  # fmt: skip
         ended = run_in(folder, command)
         assert ended.status == 0, ended.err

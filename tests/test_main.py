@@ -45,7 +45,7 @@ def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         "error: genrate: not a command, did you mean generate? (`minift` lists the commands)\n"
     )
     assert run(monkeypatch, "xyz") == 2
-    assert "expected one of tour, generate" in capsys.readouterr().err
+    assert "expected one of tour, chat, generate" in capsys.readouterr().err
 
 
 def test_a_message_names_flags_as_they_are_typed(

@@ -1,4 +1,7 @@
-"""`minift generate`: prompts in, completions out, in the prompts' order."""
+"""`minift generate`: prompts in, completions out, in the prompts' order.
+
+On a terminal the completions are plain text. In a file or pipe they are JSON lines.
+"""
 
 import re
 import sys
@@ -14,7 +17,7 @@ from minift.errors import UserError
 from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
 from minift.files.language_model import LanguageModel
 from minift.files.pretrained import load_language_model
-from minift.files.text import write_json_lines
+from minift.files.text import STDIN, say, write_json_lines
 from minift.generate import Completions, Options, check_prompt
 from minift.progress import progress_bar
 from minift.prompts import TEMPLATES, Template
@@ -39,28 +42,50 @@ FLAGS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Complete the prompts of a file."""
+    """Complete the prompts of a file, of standard input or of the command line."""
     args = _parser().parse_args(arguments)
     options = _options(args)
-    check_out(args.out, "--prompts", args.prompts, hint="; without --out the lines are printed")
-    rows = load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)
-    check_added(rows, ("completion", "token_ids", *(("sample",) if options.num_samples > 1 else ())), args.prompts)
+    check_out(args.out, "--prompts", args.prompts or "", hint="; without --out the lines are printed")
+    rows, source = _read_prompts(args)
+    check_added(rows, ("completion", "token_ids", *(("sample",) if options.num_samples > 1 else ())), source)
     model = load_language_model(args.model, template=args.template, **placement(args.device, args.dtype))
     config, tokenizer, template = model.model.config, model.tokenizer, model.template
-    prompts = encode_prompts(
-        rows, tokenizer, template, config.max_position_embeddings, options.max_new_tokens, args.prompts
-    )
+    prompts = encode_prompts(rows, tokenizer, template, config.max_position_embeddings, options.max_new_tokens, source)
     try:
         check_beams(options.num_beams, config.vocab_size)  # before the progress bar, which no message should follow
         completions = complete(model, prompts, options, "completions")
     except ValueError as error:
-        raise _name_flag(error) from None
+        raise name_flag(error) from None
+    texts = texts_of(rows, completions, model)
+    if args.out is None and sys.stdout.isatty():
+        _print_texts(rows, texts)
+        return
     lines = []
-    for row, samples, texts in zip(rows, completions, texts_of(rows, completions, model), strict=True):
-        for number, (token_ids, text) in enumerate(zip(samples, texts, strict=True)):
+    for row, samples, its_texts in zip(rows, completions, texts, strict=True):
+        for number, (token_ids, text) in enumerate(zip(samples, its_texts, strict=True)):
             added = {"completion": text, "token_ids": token_ids}
             lines.append(row | added | ({"sample": number} if len(samples) > 1 else {}))
     write_json_lines(args.out, lines)
+
+
+def _read_prompts(args: Namespace) -> tuple[list[Row], str]:
+    """Return the rows to complete, and what messages call them."""
+    if args.prompt is not None:
+        added = {} if args.input is None else {"input": args.input}
+        return [Row({"instruction": text} | added, f"{text[:40]!r}") for text in args.prompt], "--prompt"
+    if args.input is not None:
+        raise UserError("--input: it belongs to --prompt; rows of --prompts have their own")
+    if args.prompts == "-":
+        return load_rows(None, PROMPT_SCHEMAS, mixed=True), STDIN
+    return load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True), args.prompts
+
+
+def _print_texts(rows: Sequence[Row], texts: Sequence[Sequence[str]]) -> None:
+    """Print completions as text, under a title each if there are several."""
+    for row, samples in zip(rows, texts, strict=True):
+        for number, text in enumerate(samples):
+            sample = f", sample {number}" if len(samples) > 1 else ""
+            say(text if len(rows) == len(samples) == 1 else f"── {row.location}{sample}\n{text}\n")
 
 
 def encode_prompts(
@@ -106,8 +131,13 @@ def _parser() -> CommandParser:
     parser = CommandParser("minift generate", description="Complete prompts: greedy, sampling or beam search.")
     add = parser.add_argument
     add("--model", required=True, help="a folder or hub id of a model, or of adapters")
-    add("--prompts", required=True, help='JSONL: {"prompt": …}, or {"instruction": …, "input": …} for the template')
-    add("--out", help="JSONL: the same lines with `completion` and `token_ids` (default: standard output)")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompts", help='JSONL: {"prompt": …}, or {"instruction": …, "input": …} for the template; '
+        "- is standard input")  # fmt: skip
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="an instruction; may be given several times")
+    add("--input", metavar="TEXT", help="the input of each --prompt")
+    add("--out", help="JSONL: the same lines with `completion` and `token_ids` (default: standard output, where a "
+        "terminal shows only the text)")  # fmt: skip
     add("--template", help=f"{', '.join(TEMPLATES)}, or a file (default: that of the training run, or course)")
     defaults = Options()
     for name, meaning in FLAGS.items():
@@ -129,10 +159,10 @@ def _options(args: Namespace) -> Options:
     try:
         return Options(**values)
     except ValueError as error:
-        raise _name_flag(error) from None
+        raise name_flag(error) from None
 
 
-def _name_flag(error: ValueError) -> UserError:
+def name_flag(error: ValueError) -> UserError:
     """Return the error with flags for the names of options in it."""
     names = "[a-z]+(_[a-z]+)+|^[a-z]+"
     flagged = re.sub(names, lambda name: flag_of(name[0]) if hasattr(Options, name[0]) else name[0], str(error))

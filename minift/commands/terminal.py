@@ -124,6 +124,11 @@ def print_results(results: dict[str, dict[str, Any]], folder: Path, samples: Seq
     say(f"\nfiles in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
+def print_chat(model: Path) -> None:
+    """Print the command that asks a tuned model."""
+    say(f"\nask it:\n  {shlex.join([sys.orig_argv[0], '-m', 'minift', 'chat', '--model', str(model)])}")
+
+
 def print_best_of(judge: Path, recipe: str | None) -> None:
     """Print the command with which a new reward model chooses among the answers of a tuned model."""
     prompts = "data/heldout.jsonl --run-checks" if recipe == "tiny" else "PROMPTS.jsonl"

@@ -12,7 +12,15 @@ import numpy
 
 from minift.errors import UserError
 from minift.files.hub import DATA_SUFFIXES, data_files
-from minift.files.text import MACHINE_ERRORS, check_not_pointer, parse_json, parse_json_lines, read_text
+from minift.files.text import (
+    MACHINE_ERRORS,
+    STDIN,
+    check_not_pointer,
+    parse_json,
+    parse_json_lines,
+    read_stdin,
+    read_text,
+)
 from minift.prompts import question_fields
 
 Schemas = Mapping[str, tuple[str, ...]]
@@ -42,18 +50,19 @@ class Row(dict[str, Any]):
         self.location = location
 
 
-def load_rows(data: str | Path, schemas: Schemas = TRAINING_SCHEMAS, *, mixed: bool = False) -> list[Row]:
+def load_rows(data: str | Path | None, schemas: Schemas = TRAINING_SCHEMAS, *, mixed: bool = False) -> list[Row]:
     """Return the rows of a JSON, JSONL or parquet file, or of a hub data set (`hub.data_files`), in order.
 
+    None is standard input, in JSON or JSONL.
     All rows follow one schema of `schemas`, unless `mixed`. Null fields are dropped, nested ones too; the others are
     kept unchanged. Raises UserError naming the file, the line or row, and the field if the data cannot be read or is
     wrong, and like `hub.look_up`.
     """
-    files = data_files(data)
+    files = [Path(STDIN)] if data is None else data_files(data)
     rows: list[Row] = []
     first = None  # the fields of the first row's schema
     for path in files:
-        unit, values = _read_values(path)
+        unit, values = _parse_values(read_stdin(LINES_OR_ARRAY), path) if data is None else _read_values(path)
         for number, value in values:
             where = f"{path}:{number}" if unit == "line" else f"{path}: row {number}"
             fields = check_row(value, schemas, where)
@@ -64,7 +73,7 @@ def load_rows(data: str | Path, schemas: Schemas = TRAINING_SCHEMAS, *, mixed: b
             location = f"{unit} {number}"
             rows.append(Row(value, location if len(files) == 1 else f"{path.name}: {location}"))
     if not rows:
-        raise UserError(f"{data}: no rows in it, expected {LINES_OR_ARRAY}")
+        raise UserError(f"{data or STDIN}: no rows in it, expected {LINES_OR_ARRAY}")
     return rows
 
 
@@ -114,7 +123,11 @@ def _read_values(path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
     if path.suffix == ".parquet" and path.is_file():
         check_not_pointer(path)
         return "row", enumerate(_read_parquet(path), start=1)
-    text = read_text(path, expected)
+    return _parse_values(read_text(path, expected), path)
+
+
+def _parse_values(text: str, path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
+    """Return the unit and the numbered values of a text, as `_read_values` does."""
     parse = partial(parse_json, text, path, LINES_OR_ARRAY, object_hook=_without_nulls)
     if text.lstrip()[:1] == "[":
         return "row", enumerate(parse(), start=1)

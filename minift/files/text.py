@@ -19,6 +19,7 @@ from minift.errors import UserError
 
 NOT_BLANK = re.compile(r"[^ \t\n\r]")  # JSON's blanks, fewer than Python's
 GZIP = b"\x1f\x8b"  # the first bytes of every such file, and of no UTF-8 text
+STDIN = "standard input"  # in messages
 STREAM = re.compile(r"/+dev/(stdin|stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MACHINE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT}  # OSErrors that no other name or flag avoids
@@ -56,6 +57,15 @@ def read_text(path: str | Path, expected: str, encoding: str = "utf-8-sig") -> s
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         problems = {IsADirectoryError: "a directory", PermissionError: "no permission to read it"}
         raise UserError(f"{path}: {problems.get(type(error), 'no such file')}, expected {expected}") from None
+    return _decode(data, path, expected, encoding)
+
+
+def read_stdin(expected: str) -> str:
+    """Return all of standard input as text; raise UserError like `read_text`."""
+    return _decode(sys.stdin.buffer.read() if sys.stdin else b"", STDIN, expected)
+
+
+def _decode(data: bytes, path: str | Path, expected: str, encoding: str = "utf-8-sig") -> str:
     try:
         data = gzip.decompress(data) if data.startswith(GZIP) else data
     except (OSError, EOFError, zlib.error) as error:

@@ -1,0 +1,106 @@
+"""`minift chat`: ask a model, from the terminal or a pipe; a reward model may judge its answers, or choose one."""
+
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from io import TextIOWrapper
+from itertools import chain
+
+from minift.commands.cli import CommandParser, add_device_flags, whole_number
+from minift.commands.generate import encode_prompts, name_flag
+from minift.commands.winrate import rewards_of
+from minift.errors import UserError
+from minift.files.datasets import Row
+from minift.files.language_model import LanguageModel
+from minift.files.pretrained import load_judge, load_language_model
+from minift.files.text import STDIN, say
+from minift.generate import Options
+from minift.run.device import placement
+from minift.scoring import Judge
+
+SAMPLED = 0.7  # the temperature of several samples, as in best-of
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Answer each instruction of standard input; on a terminal, a wrong one does not end the command."""
+    args = _parser().parse_args(arguments)
+    options = _options(args)
+    device = placement(args.device, args.dtype)
+    judge = None
+    if args.judge is not None:
+        judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **device)
+    model = load_language_model(args.model, template=args.template, **device)
+    is_typed = sys.stdin is not None and sys.stdin.isatty()
+    if is_typed:
+        say("Type an instruction; an empty line ends it. Ctrl-D leaves.", sys.stderr)
+    for row in instructions():
+        try:
+            say(answer(row, model, options, judge) + "\n")
+        except UserError as error:
+            if not is_typed:
+                raise
+            say(f"error: {error}\n", sys.stderr)
+
+
+def instructions() -> Iterator[Row]:
+    """Yield the paragraphs of standard input: one or more lines, ended by an empty line or the end of the input."""
+    stdin = sys.stdin or ()
+    if isinstance(stdin, TextIOWrapper):
+        stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8: the tokenizer refuses the line
+    lines: list[str] = []
+    for number, line in enumerate(chain(stdin, [""])):
+        if line.strip():
+            lines.append(line.rstrip("\n"))
+        elif lines:
+            yield Row({"instruction": "\n".join(lines)}, f"line {number - len(lines) + 1}")
+            lines = []
+
+
+def answer(row: Row, model: LanguageModel, options: Options, judge: Judge | None) -> str:
+    """Return the answer to an instruction; with a judge the sample of the highest reward, and that reward.
+
+    Raises UserError for an instruction that the model or the judge cannot take.
+    """
+    max_positions = model.model.config.max_position_embeddings
+    prompts = encode_prompts([row], model.tokenizer, model.template, max_positions, options.max_new_tokens, STDIN)
+    [completions] = model.complete(prompts, options)
+    texts = [model.text_of(row, completion) for completion in completions]
+    if judge is None:
+        return texts[0]
+    [rewards] = rewards_of(judge, [row], [texts])
+    highest = max(rewards)
+    if highest == -math.inf:
+        raise UserError("--judge: it can read none of the answers; ask for fewer --max-new-tokens")
+    note = f", the highest of {len(rewards)}" if len(rewards) > 1 else ""
+    return f"{texts[rewards.index(highest)]}\n── reward {highest:.2f}{note}"
+
+
+def _options(args: Namespace) -> Options:
+    if args.samples > 1 and args.judge is None:
+        raise UserError(f"--samples {args.samples}: a reward model chooses among them: name one with --judge")
+    temperature = args.temperature
+    if temperature is None:
+        temperature = SAMPLED if args.samples > 1 else 0.0
+    if args.samples > 1 and not 0 < temperature < math.inf:
+        raise UserError(f"--temperature {temperature}: expected a number of at least 1e-9: samples must differ")
+    try:
+        return Options(args.max_new_tokens, temperature=temperature, num_samples=args.samples, seed=args.seed)
+    except ValueError as error:
+        raise name_flag(error) from None
+
+
+def _parser() -> CommandParser:
+    about = "Answer the instructions of the terminal or of standard input. An empty line ends an instruction."
+    parser = CommandParser("minift chat", description=about)
+    add = parser.add_argument
+    add("--model", required=True, help="a language model's folder or hub id, such as runs/sft")
+    add("--judge", help="a reward model, such as runs/rm: prints the reward of each answer")
+    add("--samples", type=whole_number(1), default=1, help="sample that many answers; the judge chooses one")
+    add("--temperature", type=float, help=f"0 is greedy (default: 0; with --samples {SAMPLED})")
+    add("--max-new-tokens", type=whole_number(1), default=128, help="of an answer (default: %(default)s)")
+    add("--template", help="template of the language model (default: that of its training run, or course)")
+    add("--judge-template", help="template of the reward model (default: that of its training run, or dialogue)")
+    add("--seed", type=whole_number(0), default=42, help="of sampling (default: %(default)s)")
+    add_device_flags(parser, half=False)
+    return parser
