@@ -1,6 +1,6 @@
 """Write data/instructions.jsonl and data/heldout.jsonl: small Python tasks whose answers have been executed.
 
-    python -m data.make.instructions [--seed 0] [--known-rows 62] [--other-rows 0] [--out data]
+    python -m data.make.instructions [--seed 0] [--known-rows 100] [--other-rows 14] [--out data]
 
 Training rows have the fields instruction, input, output and family. Held-out rows also have `kind`: "new combination"
 (a family of the training rows with other parameters) or "new family" (not in the training rows), and `checks`, as
@@ -22,7 +22,7 @@ from minift.files.text import write_text
 from minift.run.sandbox import Sandbox
 
 DATA = Path(__file__).resolve().parent.parent
-KNOWN_ROWS, OTHER_ROWS = 62, 0  # training rows of each known family, and of each that is never held out
+KNOWN_ROWS, OTHER_ROWS = 100, 14  # training rows of each known family, and of each that is trained on only
 NEW_COMBINATIONS_PER_FAMILY = 2
 NEW_FAMILY_ROWS_PER_FAMILY = 12
 
@@ -129,9 +129,7 @@ def main() -> None:
     parser = CommandParser("python -m data.make.instructions", description="Write instructions.jsonl, heldout.jsonl.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--known-rows", type=int, default=KNOWN_ROWS, help="training rows of each known family")
-    parser.add_argument(
-        "--other-rows", type=int, default=OTHER_ROWS, help="of each family of combinations.py, which is never held out"
-    )
+    parser.add_argument("--other-rows", type=int, default=OTHER_ROWS, help="of each family that is trained on only")
     parser.add_argument("--out", type=Path, default=DATA, help="an existing directory")
     arguments = parser.parse_args()
     rows = generate(arguments.seed, arguments.known_rows, arguments.other_rows)

@@ -1,17 +1,19 @@
 """Write data/pairs.jsonl and data/heldout_pairs.jsonl: prompts with a right answer (chosen) and a wrong one (rejected).
 
-    python -m data.make.pairs [--seed 0] [--out data] [--ask-base-model]
+    python -m data.make.pairs [--seed 0] [--out data] [--ask-base-model] [--ask-tuned-model runs/sft]
 
 A row has prompt, chosen, rejected (the fields of synthetic-instruct-gptj-pairwise) and `kind`: the category, which says
-what is wrong with the rejected answer. Prompts and chosen answers are rows of data.make.instructions: of its training
-split in pairs.jsonl, of both held-out splits in heldout_pairs.jsonl. An input follows its instruction after a blank
-line. Every chosen answer has passed the checks of its row; every rejected answer has failed them.
+what is wrong with the rejected answer. Prompts are rows of data.make.instructions: of its training split in
+pairs.jsonl, of both held-out splits in heldout_pairs.jsonl. An input follows its instruction after a blank line. Every
+chosen answer has passed the checks of its row; every rejected answer has failed them. The chosen answer is the row's
+own, or a sample of the tuned model that passes.
 
-The seed and the counts in `CATEGORIES` determine everything except the answers of the untuned base model. Machines
-round floating-point sums differently, so these answers may differ a little between machines. They are made once, with
---ask-base-model. Without this flag they are read from the files in --out before these are replaced: the run needs no
-model and reproduces the files byte for byte. The base model must be asked again after new instructions, after new
-pre-training, or to raise its count; all other counts can change without that.
+The seed and the counts in `CATEGORIES` determine everything except the answers of the two models, the untuned one in
+data/model and the one that `make sft` makes of it. Machines round floating-point sums differently, so these answers may
+differ a little between machines. They are made once, with --ask-base-model and --ask-tuned-model. Without these flags
+they are read from the files in --out before these are replaced: the run needs no model and reproduces the files byte
+for byte. The models must be asked again after new instructions, after new pre-training, or to raise their counts; all
+other counts can change without that.
 """
 
 import ast
@@ -19,6 +21,8 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -46,12 +50,13 @@ class Count(NamedTuple):
 
 
 CATEGORIES = {
-    # A model learns the first two slowly, by comparing answer and prompt; the others are visible in the answer alone.
-    "subtle bug": Count(6600, 110, each=2),  # the chosen code after one small edit
-    "other task": Count(4000, 110),  # the right answer to another instruction
-    "cut off": Count(1000, 110),  # a prefix of the chosen code
-    "base model": Count(200, 110),  # the answer of the untuned model
-    "rambling": Count(200, 110),  # prose around the task
+    # A model learns the first three slowly, by comparing answer and prompt; the others are visible in the answer alone.
+    "subtle bug": Count(2400, 110, each=2),  # the chosen code after one small edit
+    "other task": Count(1400, 110),  # the right answer to another instruction
+    "tuned model": Count(1600, 110, each=2),  # a sample of the tuned model
+    "cut off": Count(300, 110),  # a prefix of the chosen code
+    "base model": Count(150, 110),  # the answer of the untuned model
+    "rambling": Count(150, 110),  # prose around the task
 }
 
 
@@ -434,33 +439,65 @@ def piece_of_code(row: Row, rows: list[Row], rng: Random) -> str:
     ])  # fmt: skip
 
 
-# ---------------------------------------------------------------- the answers of the untuned base model
+# ---------------------------------------------------------------- the answers of the two models
 
 MODEL = DATA / "model"
 # (max_new_tokens, temperature). Several lengths, because the base model seldom generates EOS.
 SETTINGS = [(max_new_tokens, temperature) for temperature in (0.0, 0.8) for max_new_tokens in (24, 48, 96)]
+SAMPLES = Options(max_new_tokens=112, temperature=1.0, num_samples=4)  # of the tuned model, for each prompt
+Answers = dict[str, list[tuple[str, str]]]  # prompt -> a chosen and a rejected answer, several times
+
+
+def ask(folder: Path, rows: list[Row], options: Options) -> list[list[str]]:
+    """Return a model's answers to each row in the course's template, float32 on the CPU."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    fields = [{"instruction": row.instruction, "input": row.input} for row in rows]
+    prompts = [tokenizer.encode(render_prompt(row, TEMPLATES["course"], tokenizer)) for row in fields]
+    completions = complete(model, prompts, replace(options, eos_token_id=tokenizer.eos_token_id))
+    return [[tokenizer.decode(ids).strip() for ids in samples] for samples in completions]
 
 
 def ask_base_model(rows: list[Row], settings: list[tuple[int, float]] = SETTINGS) -> list[str]:
-    """Return the base model's answers to `rows` in the course's template, float32 on the CPU; settings take turns."""
-    model, tokenizer = load_model(MODEL), load_tokenizer(MODEL)
+    """Return the base model's answers to `rows`; settings take turns."""
     answers = [""] * len(rows)
     for first, (max_new_tokens, temperature) in enumerate(settings):
         indices = range(first, len(rows), len(settings))
-        fields = [{"instruction": rows[index].instruction, "input": rows[index].input} for index in indices]
-        prompts = [tokenizer.encode(render_prompt(row, TEMPLATES["course"], tokenizer)) for row in fields]
-        options = Options(max_new_tokens=max_new_tokens, temperature=temperature, eos_token_id=tokenizer.eos_token_id)
-        for index, (ids,) in zip(indices, complete(model, prompts, options), strict=True):
-            answers[index] = tokenizer.decode(ids).strip()
+        options = Options(max_new_tokens=max_new_tokens, temperature=temperature)
+        found = ask(MODEL, [rows[index] for index in indices], options)
+        for index, (answer,) in zip(indices, found, strict=True):
+            answers[index] = answer
     return answers
 
 
-def stored_answers(path: Path) -> dict[str, str]:
-    """Return prompt -> answer of the base model, from a file of pairs that this script wrote earlier."""
+def base_model_answers(rows: list[Row]) -> Answers:
+    answers = zip(rows, ask_base_model(rows), strict=True)
+    return {prompt_of(row): [(row.output, answer)] for row, answer in answers}
+
+
+def tuned_model_answers(rows: list[Row], folder: Path) -> Answers:
+    """Return each failing sample beside a right answer.
+
+    That is a sample that passes for every second prompt that has one, otherwise the row's own answer. If it were always
+    the row's own, a judge could learn whose answer it is instead of which is right.
+    """
+    answers = {}
+    for index, (row, samples) in enumerate(zip(rows, ask(folder, rows, SAMPLES), strict=True)):
+        passed = {sample: passes(sample, row.checks) for sample in dict.fromkeys(samples)}
+        right = [sample for sample in passed if passed[sample]] if index % 2 else []
+        failing = [sample for sample in passed if sample and not passed[sample]]
+        answers[prompt_of(row)] = [((right or [row.output])[0], sample) for sample in failing]
+    return answers
+
+
+def stored_answers(path: Path, category: str) -> Answers:
+    """Return the model's answers of a category, from a file of pairs that this script wrote earlier."""
     if not path.exists():
-        raise UserError(f"{path}: no such file to read the base model's answers from; run with --ask-base-model")
-    pairs = (pair for _, pair in read_json_lines(path))
-    return {pair["prompt"]: pair["rejected"] for pair in pairs if pair["kind"] == "base model"}
+        raise UserError(f"{path}: no such file to read the models' answers from; run with {FLAGS[category]}")
+    answers: Answers = {}
+    for _, pair in read_json_lines(path):
+        if pair["kind"] == category:
+            answers.setdefault(pair["prompt"], []).append((pair["chosen"], pair["rejected"]))
+    return answers
 
 
 # ---------------------------------------------------------------- pairs and files
@@ -472,17 +509,21 @@ def shuffled(rows: list[Row], name: str) -> list[Row]:
     return Random(name).sample(rows, len(rows))
 
 
-def base_rows(rows: list[Row], name: str, count: int) -> list[Row]:
-    """Return the rows to ask the base model: more than `count`, because some answers are empty."""
-    return shuffled(rows, f"{name} base model")[: count + count // 10 + 10]
+FLAGS = {"base model": "--ask-base-model", "tuned model": "--ask-tuned-model runs/sft"}
 
 
-def make_pairs(rows: list[Row], name: str, counts: dict[str, Count], base_answers: dict[str, str]) -> list[Pair]:
-    """Return the pairs of all categories, shuffled, as many as `counts` says.
+def rows_to_ask(rows: list[Row], name: str, category: str, count: int) -> list[Row]:
+    """Return the rows to ask a model: more than `count`, because some answers are empty, or right."""
+    asked = count + count // 10 + 10 if category == "base model" else 2 * count
+    return shuffled(rows, f"{name} {category}")[:asked]
+
+
+def make_pairs(rows: list[Row], name: str, counts: dict[str, Count], stored: dict[str, Answers]) -> list[Pair]:
+    """Return the pairs of all categories, shuffled, as many as `counts` says; `stored` has the models' answers.
 
     The training categories read the rows in the same order, so that many prompts have pairs of several categories. The
-    base model's is the exception, because it was asked about fixed rows. Each category draws from its own generator, so
-    that the count of another one does not change its pairs.
+    two models are the exception, because they were asked about fixed rows. Each category draws from its own generator,
+    so that the count of another one does not change its pairs.
     """
     is_training = name.endswith("training")
     pairs = []
@@ -490,30 +531,32 @@ def make_pairs(rows: list[Row], name: str, counts: dict[str, Count], base_answer
         count, each = (training, each) if is_training else (held_out, 1)
         rng = Random(f"{name} {category} answers")
         found: dict[Pair, None] = {}  # a set that keeps the order
-        for row in shuffled(rows, name if is_training and category != "base model" else f"{name} {category}"):
-            prompt = prompt_of(row)
-            for _ in range(each):
-                rejected = base_answers.get(prompt) if category == "base model" else MAKERS[category](row, rows, rng)
-                if not rejected or rejected == row.output or passes(rejected, row.checks):
+        for row in shuffled(rows, name if is_training and category not in stored else f"{name} {category}"):
+            if category in stored:
+                answers = stored[category].get(prompt_of(row), [])[:each]
+            else:
+                answers = [(row.output, MAKERS[category](row, rows, rng)) for _ in range(each)]
+            for chosen, rejected in answers:
+                if not rejected or rejected == chosen or passes(rejected, row.checks):
                     continue
-                if not passes(row.output, row.checks):
-                    raise RuntimeError(f"the answer to {prompt!r} fails its checks")
-                found[Pair(prompt, row.output, rejected, category)] = None
+                if not passes(chosen, row.checks):
+                    raise RuntimeError(f"the answer to {prompt_of(row)!r} fails its checks")
+                found[Pair(prompt_of(row), chosen, rejected, category)] = None
             if len(found) >= count:
                 break
         if len(found) < count:
-            way_out = "run with --ask-base-model" if category == "base model" else "lower its count in CATEGORIES"
+            way_out = f"run with {FLAGS[category]}" if category in stored else "lower its count in CATEGORIES"
             raise UserError(f"{category}: found {len(found)} of {count} pairs; {way_out}")
         pairs += [*found][:count]
     return Random(name).sample(pairs, len(pairs))
 
 
-def make_files(seed: int, base_answers: dict[str, dict[str, str]], rows: list[Row] | None = None) -> dict[str, str]:
-    """Return file name -> text, given the base model's answers by file name and prompt."""
+def make_files(seed: int, stored: dict[str, dict[str, Answers]], rows: list[Row] | None = None) -> dict[str, str]:
+    """Return file name -> text, given the models' answers by file name and category."""
     rows = rows or generate(seed)
     texts = {}
     for split, file in FILES.items():
-        pairs = make_pairs(rows_of(rows, split), f"{seed} {split}", CATEGORIES, base_answers[file])
+        pairs = make_pairs(rows_of(rows, split), f"{seed} {split}", CATEGORIES, stored[file])
         texts[file] = "".join(json.dumps(pair._asdict(), ensure_ascii=False) + "\n" for pair in pairs)
     return texts
 
@@ -527,17 +570,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=DATA, help="an existing directory")
     parser.add_argument("--ask-base-model", action="store_true", help="generate its answers instead of reading --out")
+    parser.add_argument("--ask-tuned-model", type=Path, metavar="FOLDER", help="the same; FOLDER is that of `make sft`")
     arguments = parser.parse_args()
+    ways: dict[str, Callable[[list[Row]], Answers] | None] = {
+        "base model": base_model_answers if arguments.ask_base_model else None,
+        "tuned model": arguments.ask_tuned_model and partial(tuned_model_answers, folder=arguments.ask_tuned_model),
+    }
     rows = generate(arguments.seed)
-    base_answers = {}
+    stored: dict[str, dict[str, Answers]] = {}
     for split, file in FILES.items():
-        if arguments.ask_base_model:
-            count = CATEGORIES["base model"].training if split == "training" else CATEGORIES["base model"].held_out
-            asked = base_rows(rows_of(rows, split), f"{arguments.seed} {split}", count)
-            base_answers[file] = dict(zip(map(prompt_of, asked), ask_base_model(asked), strict=True))
-        else:
-            base_answers[file] = stored_answers(arguments.out / file)
-    for file, text in make_files(arguments.seed, base_answers, rows).items():
+        stored[file] = {}
+        for category, way in ways.items():
+            if way is None:
+                stored[file][category] = stored_answers(arguments.out / file, category)
+            else:
+                count = CATEGORIES[category].training if split == "training" else CATEGORIES[category].held_out
+                asked = rows_to_ask(rows_of(rows, split), f"{arguments.seed} {split}", category, count)
+                stored[file][category] = way(asked)
+    for file, text in make_files(arguments.seed, stored, rows).items():
         write_text(arguments.out / file, text)
         lines = text.count("\n")
         print(f"{lines} pairs written to {arguments.out / file}")
