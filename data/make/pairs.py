@@ -51,9 +51,9 @@ class Count(NamedTuple):
 
 CATEGORIES = {
     # A model learns the first three slowly, by comparing answer and prompt; the others are visible in the answer alone.
-    "subtle bug": Count(2400, 110, each=2),  # the chosen code after one small edit
-    "other task": Count(1400, 110),  # the right answer to another instruction
-    "tuned model": Count(1600, 110, each=2),  # a sample of the tuned model
+    "subtle bug": Count(3300, 110, each=2),  # the chosen code after one small edit
+    "other task": Count(1900, 110),  # the right answer to another instruction
+    "tuned model": Count(2000, 110, each=2),  # a sample of the tuned model
     "cut off": Count(300, 110),  # a prefix of the chosen code
     "base model": Count(150, 110),  # the answer of the untuned model
     "rambling": Count(150, 110),  # prose around the task
@@ -444,7 +444,7 @@ def piece_of_code(row: Row, rows: list[Row], rng: Random) -> str:
 MODEL = DATA / "model"
 # (max_new_tokens, temperature). Several lengths, because the base model seldom generates EOS.
 SETTINGS = [(max_new_tokens, temperature) for temperature in (0.0, 0.8) for max_new_tokens in (24, 48, 96)]
-SAMPLES = Options(max_new_tokens=112, temperature=1.0, num_samples=4)  # of the tuned model, for each prompt
+SAMPLES = Options(max_new_tokens=112, temperature=1.0, num_samples=4, batch_size=256)  # of the tuned model
 Answers = dict[str, list[tuple[str, str]]]  # prompt -> a chosen and a rejected answer, several times
 
 

@@ -27,7 +27,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "rm": {
         "tiny": {
             "model": "data/model", "data": "data/pairs.jsonl", "eval_data": "data/heldout_pairs.jsonl",
-            "out": "runs/rm", "max_length": 256, "max_steps": 400, "batch_size": 10,
+            "out": "runs/rm", "max_length": 256, "max_steps": 800, "batch_size": 10,
             "center_rewards": 0.01, "group_prompts": True, "lm_weight": 0.03,
             "lr": 1.2e-3, "warmup_steps": 20, "dropout": 0.0,
         },
