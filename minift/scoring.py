@@ -110,6 +110,21 @@ def win_rate(differences: Sequence[float]) -> WinRate:
     return WinRate(wins, ties, len(differences), wins / len(differences), *wilson_interval(wins, len(differences)))
 
 
+def vote(texts: Sequence[str], rewards: Sequence[float]) -> int:
+    """Return the index of the text with the largest Σ exp(reward) over its copies, the first of equal ones.
+
+    With equal rewards this is majority voting, or self-consistency (Wang et al. 2022, arXiv 2203.11171); weighted by a
+    judge, Li et al. 2022, arXiv 2206.02336. A text's copies estimate its probability π, so the winner estimates the
+    mode of π · exp(reward): the distribution with the highest mean reward less its divergence KL from π (Korbak et al.
+    2022, arXiv 2205.11275). The highest reward alone forgets how often the model gave an answer.
+    """
+    totals: dict[str, float] = {}
+    highest = max(rewards)  # subtracted, so that no exp overflows
+    for text, reward in zip(texts, rewards, strict=True):
+        totals[text] = totals.get(text, 0.0) + (0.0 if reward == -math.inf else math.exp(reward - highest))
+    return texts.index(max(totals, key=lambda text: totals[text]))
+
+
 def mean_best_of(values: Sequence[float], rewards: Sequence[float], k: int) -> float:
     """Return the value of the best of k samples, averaged over all subsets of k of the n samples, in closed form.
 

@@ -20,7 +20,7 @@ from minift.files import language_model
 from minift.files.datasets import TRAINING_SCHEMAS, load_rows
 from minift.files.pretrained import load_judge
 from minift.model import OPT, RewardModel
-from minift.scoring import mean_best_of, wilson_interval
+from minift.scoring import mean_best_of, vote, wilson_interval
 from tests.runs import ROOT, read_lines, write_lines
 from tests.test_scoring import saved
 
@@ -86,6 +86,24 @@ def test_with_the_checks_as_judge_it_is_pass_at_k():
         assert mean_best_of(passed, [*map(float, passed)], k) == pytest.approx(expected)
 
 
+def test_a_vote_adds_up_the_strengths_of_equal_texts():
+    texts = ["a", "b", "b", "c", "b"]
+    assert vote(texts, [0.0] * 5) == 1  # the majority
+    assert vote(texts, [math.log(4), 0.0, 0.0, 0.0, 0.0]) == 0  # 4 against 1 + 1 + 1
+    assert vote(texts, [math.log(2), 0.0, 0.0, 0.0, 0.0]) == 1  # 2 against 3
+    assert vote(["a", "b"], [1.0, 1.0]) == 0
+    assert vote(texts, [-math.inf, -800.0, -800.0, -801.0, -800.0]) == 1  # exp(-800) is 0 in float64
+    assert vote(["a", "b", "b"], [-math.inf, -5.0, -5.0]) == 1
+    assert vote(["a", "b", "b"], [900.0, 0.0, 0.0]) == 0
+
+
+def test_the_vote_is_the_mode_of_the_model_times_exp_reward():
+    probability, reward = {"a": 0.5, "b": 0.3, "c": 0.2}, {"a": -1.0, "b": 0.25, "c": 0.5}
+    texts = [text for text, share in probability.items() for _ in range(round(10 * share))]
+    best = max(probability, key=lambda text: probability[text] * math.exp(reward[text]))
+    assert texts[vote(texts, [reward[text] for text in texts])] == best == "b"
+
+
 def test_the_interval_of_a_mean():
     values = [1.0, 0.0, 0.25, 0.5]
     radius = 1.959963984540054 * stdev(values) / 2
@@ -148,8 +166,19 @@ def test_the_table_of_pass_rates(scripted, tmp_path, capsys):
         f"{best[2]:+.1%}",
         "-100.0%",
     ]
-    assert [*table] == ["greedy", "mean of the samples: best of 1", "best of 2", "best of 3", "any of 3",
-                        "best of 3, less greedy"]  # fmt: skip
+    assert [cell.split()[0] for cell in table["majority of 3"]] == ["50.0%", "100.0%", "0.0%"]
+    voted = lines[0]["passed"][vote(lines[0]["samples"], lines[0]["rewards"])]
+    assert [cell.split()[0] for cell in table["vote of 3, by e^reward"]][1:] == [f"{voted:.1%}", "0.0%"]
+    assert table["vote of 3, less greedy"][1].startswith(f"{float(voted):+.1%} (")
+    assert [*table] == ["greedy", "mean of the samples: best of 1", "best of 2", "best of 3", "majority of 3",
+                        "vote of 3, by e^reward", "any of 3", "best of 3, less greedy", "vote of 3, less greedy"]  # fmt: skip
+
+
+def test_with_vote_the_favourite_is_the_vote_of_the_judge(scripted, monkeypatch, tmp_path):
+    rewards = iter([0.0, 0.5, 0.0] + [0.1, 0.1, 0.5] + [1.0, 2.0])  # one sample is too long for the judge
+    monkeypatch.setattr(best_of, "score_rows", lambda *_: [*rewards])
+    scripted("--vote", "--out", tmp_path / "out.jsonl")
+    assert [line["best"] for line in read_lines(tmp_path / "out.jsonl")] == [DOUBLE, TRIPLE, "Hello"]
 
 
 def test_equal_answers_run_once_and_nothing_runs_without_the_flag(scripted, monkeypatch, tmp_path):

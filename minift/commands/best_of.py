@@ -21,7 +21,7 @@ from minift.progress import progress_bar
 from minift.remarks import by_category, category_of
 from minift.run.device import placement
 from minift.run.sandbox import Check, check_answers, check_available, checks_of
-from minift.scoring import Z_95, mean_best_of, wilson_interval
+from minift.scoring import Z_95, mean_best_of, vote, wilson_interval
 
 ADDED = ("samples", "rewards", "best")  # to the rows
 CHECKED = ("passed", "greedy", "greedy_passed")  # too, with --run-checks; None in rows without checks
@@ -69,8 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     if max(map(max, all_rewards)) == -math.inf:
         raise UserError("--judge: it can read none of the samples; ask for fewer --max-new-tokens")
     for line, rewards in zip(lines, all_rewards, strict=True):
-        best = line["samples"][rewards.index(max(rewards))]  # the first of equal ones
-        line |= {"rewards": rewards, "best": None if max(rewards) == -math.inf else best}
+        favourite = vote(line["samples"], rewards) if args.vote else rewards.index(max(rewards))  # the first of equals
+        line |= {"rewards": rewards, "best": None if max(rewards) == -math.inf else line["samples"][favourite]}
     keep()
     if args.rows is not None:
         favourites = [question | {"output": line["best"]} for question, line in zip(questions, lines, strict=True)]
@@ -122,8 +122,18 @@ def rates_by_label(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     for k in sorted({2**power for power in range(num_samples.bit_length())} | {num_samples}):
         best = [mean_best_of(line["passed"], line["rewards"], k) for line in lines]
         rates["mean of the samples: best of 1" if k == 1 else f"best of {k}"] = best
+    rates[f"majority of {num_samples}"] = _passed_by_vote(lines, weighted=False)
+    rates[f"vote of {num_samples}, by e^reward"] = voted = _passed_by_vote(lines, weighted=True)
     rates[f"any of {num_samples}"] = [float(any(line["passed"])) for line in lines]
-    return rates | {f"best of {num_samples}{MINUS_GREEDY}": [a - b for a, b in zip(best, greedy, strict=True)]}
+    for name, values in (("best", best), ("vote", voted)):
+        rates[f"{name} of {num_samples}{MINUS_GREEDY}"] = [a - b for a, b in zip(values, greedy, strict=True)]
+    return rates
+
+
+def _passed_by_vote(lines: Sequence[dict[str, Any]], *, weighted: bool) -> list[float]:
+    """Return 1 for each prompt whose voted answer passes, else 0; unweighted, each sample has one vote."""
+    rewards = [line["rewards"] if weighted else [0.0] * len(line["samples"]) for line in lines]
+    return [float(line["passed"][vote(line["samples"], its)]) for line, its in zip(lines, rewards, strict=True)]
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -147,6 +157,8 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--model", required=True, help="a language model's folder or hub id, such as runs/sft")
     add_judging_flags(parser)
+    add("--vote", action="store_true", help="choose the answer whose copies have the largest sum of e^reward, not the one "
+        "with the highest reward")  # fmt: skip
     add("--samples", type=whole_number(1), default=16, help="answers to each prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.7, help="of sampling (default: %(default)s)")
     add("--out", help="JSONL: the prompts with `samples`, `rewards` and the `best` one (default: standard output)")
