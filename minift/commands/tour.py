@@ -39,7 +39,7 @@ from minift.trainer import Task, evaluate, optimizer_step
 from minift.words import words
 
 DATA = PROJECT / "data"
-LINES, PAIR_LINE, NUM_PAIRS = (3578, 6335, 4197), 72, 20  # of instructions.jsonl and heldout_pairs.jsonl: short rows
+LINES, PAIR_LINE, NUM_PAIRS = (8047, 1406, 10841), 314, 20  # of instructions.jsonl and heldout_pairs.jsonl: short rows
 CONFIG = Config(lr=1e-3)
 SHAPES = {  # modules of `Decoder`, and what they return
     "embed_tokens": "N × E: a vector for each id",
