@@ -533,7 +533,7 @@ def make_pairs(rows: list[Row], name: str, counts: dict[str, Count], stored: dic
         found: dict[Pair, None] = {}  # a set that keeps the order
         for row in shuffled(rows, name if is_training and category not in stored else f"{name} {category}"):
             if category in stored:
-                answers = stored[category].get(prompt_of(row), [])[:each]
+                answers = sorted(stored[category].get(prompt_of(row), [])[:each])  # their order in the file is random
             else:
                 answers = [(row.output, MAKERS[category](row, rows, rng)) for _ in range(each)]
             for chosen, rejected in answers:
