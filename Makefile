@@ -64,13 +64,13 @@ rm: .venv/installed
 	@if [ '$(RECIPE)' = course ]; then $(PIP_INSTALL) -e '.[parquet]'; fi
 	@$(FLAGS); printf '%s\n' ".venv/bin/python train_rm.py $$*"; exec .venv/bin/python train_rm.py "$$@"
 
-# Best-of-n distillation, or rejection-sampling fine-tuning: sample answers to training prompts, keep the judge's
-# favourite of each, train on these; train_sft.py prints the pass rate of held-out prompts before and after.
+# Best-of-n distillation, or rejection-sampling fine-tuning: sample answers to training prompts, let the judge's vote
+# choose one of each, train on these; train_sft.py prints the pass rate of held-out prompts before and after.
 improve: .venv/installed
 	@for run in sft rm; do test -f runs/$$run/config.json || \
 		{ echo "error: make improve starts from runs/sft and runs/rm: run make sft and make rm first" >&2; exit 2; }; done
-	.venv/bin/python -m minift best-of --model runs/sft --judge runs/rm --prompts data/instructions.jsonl --limit 1000 \
-		--samples 8 --out runs/best-of-training.jsonl --rows runs/favourites.jsonl
+	.venv/bin/python -m minift best-of --model runs/sft --judge runs/rm --vote --prompts data/instructions.jsonl \
+		--limit 1000 --samples 8 --out runs/best-of-training.jsonl --rows runs/favourites.jsonl
 	.venv/bin/python train_sft.py --recipe tiny --model runs/sft --template runs/sft/template.json \
 		--data runs/favourites.jsonl --eval-data data/heldout.jsonl --run-checks --lr 1e-4 --max-steps 60 \
 		--batch-size 16 --eval-every 20 --out runs/improved $(ARGS)

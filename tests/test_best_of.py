@@ -171,12 +171,13 @@ def test_the_table_of_pass_rates(scripted, tmp_path, capsys):
     assert [cell.split()[0] for cell in table["vote of 3, by e^reward"]][1:] == [f"{voted:.1%}", "0.0%"]
     assert table["vote of 3, less greedy"][1].startswith(f"{float(voted):+.1%} (")
     assert [*table] == ["greedy", "mean of the samples: best of 1", "best of 2", "best of 3", "majority of 3",
-                        "vote of 3, by e^reward", "any of 3", "best of 3, less greedy", "vote of 3, less greedy"]  # fmt: skip
+                        "vote of 3, by e^reward", "any of 3", "best of 3, less greedy",
+                        "vote of 3, less greedy"]  # fmt: skip
 
 
 def test_with_vote_the_favourite_is_the_vote_of_the_judge(scripted, monkeypatch, tmp_path):
     rewards = iter([0.0, 0.5, 0.0] + [0.1, 0.1, 0.5] + [1.0, 2.0])  # one sample is too long for the judge
-    monkeypatch.setattr(best_of, "score_rows", lambda *_: [*rewards])
+    monkeypatch.setattr(winrate, "score_rows", lambda *_: [*rewards])
     scripted("--vote", "--out", tmp_path / "out.jsonl")
     assert [line["best"] for line in read_lines(tmp_path / "out.jsonl")] == [DOUBLE, TRIPLE, "Hello"]
 

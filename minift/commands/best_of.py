@@ -157,8 +157,8 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--model", required=True, help="a language model's folder or hub id, such as runs/sft")
     add_judging_flags(parser)
-    add("--vote", action="store_true", help="choose the answer whose copies have the largest sum of e^reward, not the one "
-        "with the highest reward")  # fmt: skip
+    add("--vote", action="store_true", help="choose the answer whose copies have the largest sum of e^reward, not "
+        "the one with the highest reward")  # fmt: skip
     add("--samples", type=whole_number(1), default=16, help="answers to each prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.7, help="of sampling (default: %(default)s)")
     add("--out", help="JSONL: the prompts with `samples`, `rewards` and the `best` one (default: standard output)")
