@@ -305,7 +305,7 @@ def test_help_shows_groups_defaults_and_what_make_runs(script, capsys, monkeypat
 
 def test_the_control_experiment_changes_only_the_labels():
     control = parse("rm", ["--shuffle-labels"])
-    assert (control.lm_weight, control.group_prompts, control.max_steps) == (0.0, False, 400)
+    assert (control.lm_weight, control.group_prompts, control.max_steps) == (0.0, False, 800)
     assert parse("rm", ["--shuffle-labels", "--lm-weight", "0.5"]).lm_weight == 0.5
     assert "--group-prompts" in refusal(["--shuffle-labels", "--group-prompts"], "rm")
     assert parse("rm", []).lm_weight > 0 and parse("rm", []).group_prompts
