@@ -101,14 +101,14 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert results.keys() == {"eval_loss", "accuracy", "interval", "pairs", "ties", "mean_probability",
                               "calibration_error", "brier"}  # fmt: skip
     assert results["eval_loss"] == {"before": lines[0]["loss"], "after": lines[-1]["loss"]}
-    categories = {"all", "base model", "cut off", "other task", "rambling", "subtle bug"}
-    assert all(results["accuracy"][when].keys() == categories for when in ("before", "after"))
     samples = read_lines(out / "samples.jsonl")
+    categories = {"all", *(sample["kind"] for sample in samples)}
+    assert all(results["accuracy"][when].keys() == categories for when in ("before", "after")) and len(categories) == 7
     fields = {"kind", "prompt", "chosen", "rejected", "rewards_before", "rewards_after"}
-    assert len(samples) == 15 and all(sample.keys() == fields for sample in samples)
+    assert len(samples) == 18 and all(sample.keys() == fields for sample in samples)
     flags = f"--model runs/sft --judge {out} --prompts data/heldout.jsonl --run-checks --out runs/best-of.jsonl"
     assert printed.rstrip().endswith(f"-m minift best-of {flags}")
-    for expected in ("saved", "── chosen", "── rejected", "accuracy, 15 pairs", "eval loss", "Brier"):
+    for expected in ("saved", "── chosen", "── rejected", "accuracy, 18 pairs", "eval loss", "Brier"):
         assert expected in printed
     assert f"\n{STEPS} optimiser steps of about " in printed
     template = load_template(str(out / "template.json"))
