@@ -51,6 +51,11 @@ def __getattr__(name: str) -> object:
     return getattr(importlib.import_module(module), name)
 
 
+def __dir__() -> list[str]:
+    """Return the module's names with those of `EXPORTS`, which editors and notebooks then complete."""
+    return [*globals(), *EXPORTS]
+
+
 # `python -m minift.generate` would run a file of definitions: nothing happens, with status 0. While Python looks for
 # the module that -m names, argv[0] is "-m".
 if sys.argv[:1] == ["-m"]:

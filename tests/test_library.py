@@ -53,6 +53,7 @@ def test_the_ten_lines_of_the_readme(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_what_is_imported_on_first_use(name: str) -> None:
     module, its_name = minift.EXPORTS[name]
     assert getattr(minift, name) is getattr(importlib.import_module(module), its_name)
+    assert name in dir(minift)
 
 
 def test_another_name_is_not_an_attribute() -> None:
