@@ -39,7 +39,7 @@ class Search:
     def advance(self, candidates: list[Candidate], options: Options) -> list[int]:
         """Append one token per beam; return each new beam's parent, or [] when the search is finished.
 
-        At most num_beams of the 2 · num_beams candidates, best first, end in the EOS: at least num_beams remain.
+        `candidates` are the 2 · num_beams best, best first. At most one per beam ends in the EOS, so num_beams remain.
         """
         self.num_new += 1
         is_last = self.num_new == options.max_new_tokens
@@ -98,7 +98,7 @@ def beam_search(
             scores = process_logits(logits.log_softmax(1), beams, num_new, options)  # (R, V)
             candidates = best_continuations(scores, active, num_beams)
             parents = [search.advance(found, options) for search, found in zip(active, candidates, strict=True)]
-            stays = [*map(bool, parents)]
+            stays = [bool(its_parents) for its_parents in parents]
             on_progress(options.num_samples * stays.count(False))
             kept = compact(stays)
             cache.copy_slots([slot * num_beams + beam for slot in kept for beam in parents[slot]])

@@ -41,17 +41,10 @@ class BLEU(NamedTuple):
 
 
 def corpus_bleu(
-    hypotheses: Sequence[str],
-    references: Sequence[Sequence[str | None]],
-    *,
-    smooth_method: str = "exp",
-    smooth_value: float | None = None,
-    force: bool = False,
-    lowercase: bool = False,
-    tokenize: str = "13a",
-    use_effective_order: bool = False,
-    max_ngram_order: int = 4,
-) -> BLEU:
+    hypotheses: Sequence[str], references: Sequence[Sequence[str | None]], *, smooth_method: str = "exp",
+    smooth_value: float | None = None, force: bool = False, lowercase: bool = False, tokenize: str = "13a",
+    use_effective_order: bool = False, max_ngram_order: int = 4,
+) -> BLEU:  # fmt: skip
     """Return the BLEU of a corpus, as sacreBLEU's function of the same name.
 
     references: one or more streams, each as long as `hypotheses`: references[k][i] is the k-th reference of
@@ -90,7 +83,9 @@ def corpus_bleu(
         for n in range(1, max_ngram_order + 1):
             totals[n - 1] += max(len(hypothesis_words) - n + 1, 0)
 
-    bp = 1.0 if sys_len >= ref_len else math.exp(1 - ref_len / sys_len) if sys_len > 0 else 0.0
+    bp = 1.0
+    if sys_len < ref_len:
+        bp = math.exp(1 - ref_len / sys_len) if sys_len > 0 else 0.0
     score, precisions = 0.0, [0.0] * max_ngram_order
     smooth_value = SMOOTHING_DEFAULTS[smooth_method] if smooth_value is None else smooth_value
     if any(counts):
@@ -145,9 +140,10 @@ def _check_corpus(hypotheses: Sequence[str], references: Sequence[Sequence[str |
             raise TypeError(f"segment {index}: expected strings only")
 
 
-def _ngrams(words: list[str], max_ngram_order: int) -> Counter[tuple[str, ...]]:
+def _ngrams(text: list[str], max_ngram_order: int) -> Counter[tuple[str, ...]]:
+    """Count the n-grams of a text's words, n = 1..max_ngram_order: zip pairs each word with the n - 1 after it."""
     orders = range(1, max_ngram_order + 1)
-    return Counter(chain.from_iterable(zip(*(words[start:] for start in range(n)), strict=False) for n in orders))
+    return Counter(chain.from_iterable(zip(*(text[start:] for start in range(n)), strict=False) for n in orders))
 
 
 def _smoothed(

@@ -33,8 +33,8 @@ class Example(NamedTuple):
 def encode_completion(prompt: Sequence[str], completion: Sequence[str], tokenizer: Tokenizer) -> tuple[Example, bool]:
     r"""Encode prompt and completion together; supervise every token after the longest prefix shared with the prompt.
 
-    So the ids are those of the whole text, as in trl 1.16 (`SFTTrainer._prepare_dataset`). The second value is True if
-    one token spans the end of the prompt and the start of the completion.
+    Encoded together, they get the ids of the whole text, as in trl 1.16 (`SFTTrainer._prepare_dataset`). The second
+    value is True if one token spans the end of the prompt and the start of the completion.
 
     >>> encode_completion(["### Response:\n"], ["Hi", Special("</s>")], tokenizer)
     (Example(input_ids=[2, 452, 6, 884, 442, 1666, 29, 202, 43, 76, 2],
@@ -49,7 +49,7 @@ def encode_completion(prompt: Sequence[str], completion: Sequence[str], tokenize
 def encode_text(prompt: Sequence[str], completion: Sequence[str], tokenizer: Tokenizer) -> tuple[Example, bool]:
     """Encode a `text` row that `split_row` has cut in two; supervise each token with a character of the response.
 
-    BPE may join the marker's last character to the response's first. The second value is True if it does.
+    BPE may join the marker's last character to the response's first: this token counts; the second value is then True.
     """
     start = len(prompt[0])
     ids, offsets = tokenizer.encode_with_offsets(prompt[0] + completion[0])
@@ -65,15 +65,9 @@ def encode_all(prompt: Sequence[str], completion: Sequence[str], tokenizer: Toke
 
 
 def encode_rows(
-    rows: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    template: Template,
-    *,
-    max_length: int | None,
-    response_template: str | None = None,
-    supervise: Literal["completion", "all"] = "completion",
-    source: str = "rows",
-) -> Encoded[Example]:
+    rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: Template, *, max_length: int | None,
+    response_template: str | None = None, supervise: Literal["completion", "all"] = "completion", source: str = "rows",
+) -> Encoded[Example]:  # fmt: skip
     """Encode rows of an instruction, a prompt or a text; drop those without a supervised token and say so.
 
     Longer rows keep their first `max_length` tokens. `response_template` is for `text` rows and defaults to the
@@ -147,9 +141,12 @@ def split_row(
 
 def end_with_eos(pieces: Sequence[str], tokenizer: Tokenizer) -> list[str]:
     """Add the EOS. The name of the EOS at the end becomes the token; anywhere else it stays text."""
-    eos = Special(tokenizer.eos_token)
-    *before, last = pieces[:-1] if isinstance(pieces[-1], Special) and pieces[-1] == eos else pieces
-    return [*before, last if isinstance(last, Special) else last.removesuffix(eos), eos]
+    pieces, eos = [*pieces], Special(tokenizer.eos_token)
+    if isinstance(pieces[-1], Special) and pieces[-1] == eos:
+        pieces.pop()
+    if not isinstance(pieces[-1], Special):
+        pieces[-1] = pieces[-1].removesuffix(eos)
+    return [*pieces, eos]
 
 
 def encode_prompt(row: Mapping[str, Any], tokenizer: Tokenizer, template: Template) -> list[int]:

@@ -79,12 +79,9 @@ class Decoding:
 
 @torch.no_grad()
 def generate(
-    model: OPT,
-    prompts: Sequence[Sequence[int]],
-    options: Options,
-    on_progress: Callable[[int], Any] = lambda _: None,
+    model: OPT, prompts: Sequence[Sequence[int]], options: Options, on_progress: Callable[[int], Any] = lambda _: None,
     limits: Sequence[int] | None = None,
-) -> Completions:
+) -> Completions:  # fmt: skip
     """Complete each prompt `num_samples` times; return the new ids, the EOS included where it was produced.
 
     `limits` replace `max_new_tokens`, one for each prompt. `on_progress` gets the number of completions that have just

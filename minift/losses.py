@@ -41,10 +41,11 @@ def completion_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, posit
     float32 at least; equal to transformers' `ForCausalLMLoss`, summed instead of averaged.
     """
     targets = next_token_labels(labels, positions)  # (N,)
-    where = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (M,)
+    supervised = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (M,) indices
     # Gradients are always off inside an autograd function, so whether they are needed is passed to it.
-    loss = _ChunkedCrossEntropy.apply(hidden.index_select(0, where), head, targets[where], torch.is_grad_enabled())
-    return loss, torch.tensor(len(where), device=hidden.device)
+    hidden = hidden.index_select(0, supervised)  # (M, E)
+    loss = _ChunkedCrossEntropy.apply(hidden, head, targets[supervised], torch.is_grad_enabled())
+    return loss, torch.tensor(len(supervised), device=hidden.device)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -79,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the saved gradients by the incoming one."""
         scaled = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *scaled, None, None
+        return *scaled, None, None  # targets and keep_gradient have none
 
 
 def bradley_terry(

@@ -73,7 +73,7 @@ class Cache(Protocol):
 def row_layout(rows: Tensor, num_tokens: int) -> RowLayout:
     """Turn `rows (R, T)`, -1 past each row's end, into the two index lists that attention needs.
 
-    A token that rows share (of a pair's prompt) is read back from one of them: in all it has the same value.
+    A token that several rows share, as in a pair's prompt, is read back from one of them: its value is the same in all.
     """
     flat = rows.flatten()  # (R * T,)
     cells = (flat >= 0).nonzero().squeeze(1)
@@ -214,7 +214,7 @@ class RewardModel(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         """Return the rewards `(R,)` of packed rows, each read at its row's last token; arguments as for `OPT`.
 
-        transformers reads at the last token that is not a pad: another one if a text ends in the pad id.
+        transformers reads at the last token that is not a pad. If a text ends in the pad id, that is an earlier token.
         """
         return self.rewards(self.decoder(input_ids, positions, rows), rows)
 

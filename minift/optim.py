@@ -14,7 +14,8 @@ def adamw(model: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim
     Trainable parameters decay except biases and LayerNorms. The training loop sets `lr` anew before each step.
     """
     norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
-    decayed, exempt = list[nn.Parameter](), list[nn.Parameter]()
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (exempt if name.endswith("bias") or id(parameter) in norms else decayed).append(parameter)

@@ -29,14 +29,9 @@ class Ranking(NamedTuple):
 
 
 def encode_rankings(
-    rows: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    template: Template,
-    *,
-    max_length: int,
-    margin_field: str | None = None,
-    source: str = "rows",
-) -> Encoded[Ranking]:
+    rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: Template, *, max_length: int,
+    margin_field: str | None = None, source: str = "rows",
+) -> Encoded[Ranking]:  # fmt: skip
     """Encode pairs and rankings; drop those with equal sides, or a side over `max_length`, and say so.
 
     `margin_field` names the field with a row's margin; without it, margins are 0. Raises UserError if every row is
@@ -69,7 +64,9 @@ def encode_rankings(
 def encode_response(
     question: Mapping[str, str] | None, response: str, tokenizer: Tokenizer, template: Template
 ) -> list[int]:
-    r"""Return the ids of a question (`prompts.question_of`) in its template, if there is one, its response and the EOS.
+    r"""Return the ids of a question (`prompts.question_of`) in the template, its response and the EOS.
+
+    Without a question the response is a whole dialogue, used as it is.
 
     >>> from minift.prompts import TEMPLATES  # "\n\nHuman: Hi\n\nAssistant: Yo"
     >>> encode_response({"instruction": "Hi"}, "Yo", tokenizer, TEMPLATES["dialogue"])
@@ -91,8 +88,8 @@ def responses_of(row: Mapping[str, Any]) -> list[str]:
 def group_by_chosen(rankings: Sequence[Ranking]) -> list[Ranking]:
     """Merge pairs with the same prompt, chosen response and margin into one ranking of that response over the others.
 
-    Its rows share prefixes, so a batch compares more. Each prompt is used once per epoch, which reduces overfitting
-    (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
+    The rows of a ranking share prefixes, so a batch of as many tokens compares more of them. Each prompt is used once
+    per epoch, which reduces overfitting (Ouyang et al. 2022, arXiv 2203.02155, section 3.5).
     """
     groups: dict[tuple, list[list[int]]] = {}  # the responses of each
     for index, (responses, margin, _) in enumerate(rankings):

@@ -87,7 +87,10 @@ def render_prompt(row: Mapping[str, Any], template: Template, tokenizer: Tokeniz
     A row with an "instruction" goes through the template. A row with a "prompt" is used as it is, unlike in
     `question_of`. Raises UserError like `Template.cut`, and for {bos} if the tokenizer does not name a BOS token.
     """
-    return _fill(template.cut(row)[0], row, template, tokenizer) if uses_template(row) else [row["prompt"]]
+    if not uses_template(row):
+        return [row["prompt"]]
+    before, _, _ = template.cut(row)
+    return _fill(before, row, template, tokenizer)
 
 
 def render(row: Mapping[str, Any], template: Template, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
@@ -125,7 +128,8 @@ def blanks_of(row: Mapping[str, Any], template: Template, marker: str = "") -> s
 def question_fields(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the fields that hold a row's question: the instruction and its input, the prompt, or none.
 
-    Of both, the instruction counts if the row has an "output": some data sets keep rendered copies under "prompt".
+    A row with an instruction and a prompt is an instruction if it has an "output", else a prompt: some data sets keep
+    rendered copies of their instructions under "prompt".
     """
     if "instruction" in row and ("output" in row or "prompt" not in row):
         return ("instruction", "input")

@@ -115,8 +115,8 @@ def vote(texts: Sequence[str], rewards: Sequence[float]) -> int:
 
     With equal rewards this is majority voting, or self-consistency (Wang et al. 2022, arXiv 2203.11171); weighted by a
     judge, Li et al. 2022, arXiv 2206.02336. A text's copies estimate its probability π, so the winner estimates the
-    mode of π · exp(reward): the distribution with the highest mean reward less its divergence KL from π (Korbak et al.
-    2022, arXiv 2205.11275). The highest reward alone forgets how often the model gave an answer.
+    mode of π · exp(reward). No distribution has a higher mean reward minus KL divergence from π (Korbak et al. 2022,
+    arXiv 2205.11275). The highest reward alone forgets how often the model gave an answer.
     """
     totals: dict[str, float] = {}
     highest = max(rewards)  # subtracted, so that no exp overflows
@@ -145,7 +145,7 @@ def wilson_interval(wins: float, n: int) -> tuple[float, float]:
     """Return the 95% interval of a proportion, given `wins` in `n` independent trials (Wilson 1927).
 
     It has every p with |p − wins / n| ≤ z √(p(1 − p) / n), so it stays within 0 and 1 and has a width even if all won.
-    `wins` may be a sum of values from 0 to 1: with mean p their variance is at most p(1 − p), so it is wide enough.
+    `wins` may be a sum of values from 0 to 1. With mean p they vary by p(1 − p) at most: the interval is wide enough.
     """
     proportion, z2 = wins / n, Z_95**2
     centre = (proportion + z2 / (2 * n)) / (1 + z2 / n)

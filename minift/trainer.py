@@ -22,7 +22,7 @@ from minift.model import eval_mode
 from minift.optim import adamw, learning_rate
 from minift.progress import print_above, progress_bar
 
-SHOWN = ("loss", "lm_loss", "accuracy")  # the metrics that are printed after an evaluation
+PRINTED = ("loss", "lm_loss", "accuracy")  # the metrics that are printed after an evaluation
 
 # From a batch to the sum to minimise, its number of items (tokens, pairs), and the sums of its metrics. The sum is
 # logged as `loss`, unless a metric `loss` replaces it. A metric is divided by the number of items, or by a count of its
@@ -58,7 +58,7 @@ class Recorder(Protocol):
     """Interface for keeping a run's metrics and checkpoints; `run.folder.Run` implements it for the scripts."""
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        """Return the progress of a resumed run, its parameters and moments put back; else a new `Progress`."""
+        """Put a resumed run's parameters and moments back and return its progress; else return a new `Progress`."""
 
     def log(self, line: dict[str, Any]) -> None:
         """Keep one line of metrics."""
@@ -116,7 +116,7 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
                 _check_finite(config, progress.step, means.get("loss", 0.0))
                 _log(recorder, task, progress, "eval", means)
                 if means:
-                    shown = ", ".join(f"{name} {means[name]:.3f}" for name in SHOWN if name in means)
+                    shown = ", ".join(f"{name} {means[name]:.3f}" for name in PRINTED if name in means)
                     print_above(bar, f"step {progress.step:,}: held-out {shown}")
                     if progress.best_loss is None or means["loss"] < progress.best_loss:
                         progress.best_loss, is_best = means["loss"], True
