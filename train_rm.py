@@ -31,8 +31,7 @@ def main() -> None:
     run = Run("rm", config)  # nothing on disk yet
 
     # 1. A language model's body with a fresh head of one output, and its tokenizer.
-    base = run.find_model()
-    model, tokenizer = load_for_rm(base, seed=config.seed, dtype=run.weights_dtype)
+    model, tokenizer = load_for_rm(run.find_model(), seed=config.seed, dtype=run.weights_dtype)
     model = prepare(model, run)  # device, dropout, LoRA
 
     # 2. Pairs to train on, and pairs held out.
@@ -79,7 +78,7 @@ def main() -> None:
     before = run.before_training(score, len(eval_set.examples))
 
     # 6. Train.
-    write_model = partial(export, model, tokenizer, template, base)
+    write_model = partial(export, model, tokenizer, template, run.model_files)
     unit = "prompts" if any(ranking.best_only for ranking in rankings) else f"{train_set.noun}s"
     train(Task(model, loss, train_batches, eval_batches, write_model, unit=unit, dtype=run.dtype), config, run)
     write_model(run.folder)

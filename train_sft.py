@@ -30,8 +30,7 @@ def main() -> None:
     run = Run("sft", config)  # nothing on disk yet
 
     # 1. A pre-trained model and its tokenizer.
-    base = run.find_model()
-    model, tokenizer = load_for_sft(base, dtype=run.weights_dtype)
+    model, tokenizer = load_for_sft(run.find_model(), dtype=run.weights_dtype)
     model = prepare(model, run)  # device, dropout, LoRA
 
     # 2. Rows to train on, and rows held out.
@@ -63,7 +62,7 @@ def main() -> None:
     before = run.before_training(lambda: sit_exam(model, tokenizer, questions, "before"), len(questions))
 
     # 6. Train.
-    write_model = partial(export, model, tokenizer, template, base)
+    write_model = partial(export, model, tokenizer, template, run.model_files)
     task = Task(model, loss, train_batches, eval_batches, write_model, unit="supervised_tokens", dtype=run.dtype)
     train(task, config, run)
     write_model(run.folder)
