@@ -36,7 +36,7 @@ class Encoded(Generic[Item]):
     tokens: int = 0
     supervised_tokens: int | None = None
     remarks: dict[str, list[str]] = field(default_factory=dict)
-    causes: list[str] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)  # why `text` rows lack their marker, for the first of them
 
     @property
     def categories(self) -> list[str | None]:

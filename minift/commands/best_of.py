@@ -31,7 +31,7 @@ MINUS_GREEDY = ", less greedy"  # ends the label of a difference
 def main(arguments: list[str] | None = None) -> None:
     """Sample answers, let the judge score them, write them and the best one; print how often it passes its checks."""
     args = _parser().parse_args(arguments)
-    device = placement(args.device, args.dtype)
+    placed = placement(args.device, args.dtype)
     _check_flags(args)
     rows = load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)[: args.limit]
     check_added(rows, (*ADDED, *(CHECKED if args.run_checks else ())), args.prompts)
@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not any(checks):
             raise UserError(f"--run-checks: no row of {args.prompts} has 'checks', leave the flag out")
 
-    judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **device)
+    judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **placed)
     questions = questions_of(rows, judge, args.prompts)
-    model = load_language_model(args.model, template=args.template, **device)
+    model = load_language_model(args.model, template=args.template, **placed)
     max_positions = model.model.config.max_position_embeddings
     prompts = encode_prompts(
         questions, model.tokenizer, model.template, max_positions, args.max_new_tokens, args.prompts

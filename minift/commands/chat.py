@@ -26,11 +26,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Answer each instruction of standard input; on a terminal, a wrong one does not end the command."""
     args = _parser().parse_args(arguments)
     options = _options(args)
-    device = placement(args.device, args.dtype)
+    placed = placement(args.device, args.dtype)
     judge = None
     if args.judge is not None:
-        judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **device)
-    model = load_language_model(args.model, template=args.template, **device)
+        judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **placed)
+    model = load_language_model(args.model, template=args.template, **placed)
     is_typed = sys.stdin is not None and sys.stdin.isatty()
     if is_typed:
         say("Type an instruction; an empty line ends it. Ctrl-D leaves.", sys.stderr)

@@ -18,14 +18,14 @@ from minift.scoring import examine, score_rows
 def main(arguments: list[str] | None = None) -> None:
     """Score every response; print a summary, for pairs the accuracy by category."""
     args = _parser().parse_args(arguments)
-    device = placement(args.device, args.dtype)
+    placed = placement(args.device, args.dtype)
     check_out(args.out, "--data", args.data)
     rows = load_rows(args.data, SCORE_SCHEMAS)
     are_pairs = "chosen" in rows[0] and "rejected" in rows[0]
     fields = {"score_chosen": "chosen", "score_rejected": "rejected"} if are_pairs else {"score": "response"}
     if args.out is not None:
         check_added(rows, [*fields], args.data)
-    judge = load_judge(args.model, template=args.template, batch_size=args.batch_size, **device)
+    judge = load_judge(args.model, template=args.template, batch_size=args.batch_size, **placed)
 
     encoded: Encoded[list[int]] = Encoded(args.data, "pair" if are_pairs else "row", len(rows))
     for number, row in enumerate(rows):

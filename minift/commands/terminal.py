@@ -22,6 +22,7 @@ from minift.words import words
 
 MAX_NGRAM = 4  # of BLEU: a text with fewer words has none
 SHOWN, MAX_LINES = 3, 12  # examples or samples printed, and lines of each of their texts
+# For a measure: the measures with its counts and its intervals, and what is counted.
 COUNTED = {"pass_rate": ("checked", "pass_interval", "answers"), "accuracy": ("pairs", "interval", "pairs")}
 PASSED = {True: ": passes its checks", False: ": fails its checks"}
 MEASURED_STEPS, MEASURED_RANKINGS = 50, 1000  # how many are collated to measure tokens
@@ -72,8 +73,8 @@ def show_labels(
     lines = [f"What the loss sees: tokens {supervised} are supervised, ⟨…⟩ is a special token, ↵ a line end."]
     for number, example in enumerate(examples[:count], start=1):
         num_supervised = count_supervised(example.labels)
-        of = f"{number} of {len(examples):,}"
-        lines.append(f"\n── example {of}: {len(example.input_ids)} tokens, {num_supervised} supervised")
+        title = f"\n── example {number} of {len(examples):,}"
+        lines.append(f"{title}: {len(example.input_ids)} tokens, {num_supervised} supervised")
         lines.append(mark(example, tokenizer, colour))
     say("\n".join(lines), stream, is_escaped=True)  # by `mark`: `say` would escape the colours too
 

@@ -26,12 +26,12 @@ ADDED = ("answer_a", "answer_b", "score_a", "score_b")  # to the rows, with --ou
 def main(arguments: list[str] | None = None) -> None:
     """Let both models answer and the judge score; count the wins, with their interval."""
     args = _parser().parse_args(arguments)
-    device = placement(args.device, args.dtype)
+    placed = placement(args.device, args.dtype)
     check_out(args.out, "--prompts", args.prompts)
     rows = load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)[: args.limit]
     if args.out is not None:
         check_added(rows, ADDED, args.prompts)
-    judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **device)
+    judge = load_judge(args.judge, template=args.judge_template, flag="--judge-template", **placed)
     questions = questions_of(rows, judge, args.prompts)
     models = {"a": find_model(args.model_a), "b": find_model(args.model_b)}
     readers = {side: load_for_prompts(files, template=args.template) for side, files in models.items()}
@@ -49,8 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
             write_json_lines(args.out, (row | its for row, its in zip(rows, added, strict=True)))
 
     for side, files in models.items():
-        loaded, _ = load_for_sft(files, dtype=device["dtype"])
-        model = LanguageModel(loaded.to(device["device"]), *readers[side][:2])
+        loaded, _ = load_for_sft(files, dtype=placed["dtype"])
+        tokenizer, template, _ = readers[side]
+        model = LanguageModel(loaded.to(placed["device"]), tokenizer, template)
         options = Options(args.max_new_tokens, batch_size=args.batch_size)
         completions = complete(model, prompts[side], options, f"--model-{side}")
         add(f"answer_{side}", [text for (text,) in texts_of(questions, completions, model)])

@@ -38,8 +38,8 @@ class LanguageModel:
         Raises ValueError for an invalid option, and for an instruction that leaves no room for `max_new_tokens`.
         """
         row = {"instruction": text, "input": input}
-        [[ids, *_]] = self.complete([encode_prompt(row, self.tokenizer, self.template)], Options(**options))
-        return self.text_of(row, ids)
+        [samples] = self.complete([encode_prompt(row, self.tokenizer, self.template)], Options(**options))
+        return self.text_of(row, samples[0])
 
     def complete(
         self,

@@ -149,7 +149,8 @@ class Sandbox(ExitStack):
         try:
             self._socket.sendall(json.dumps({"answer": answer, "checks": checks}).encode() + b"\n")
             with self._socket.makefile("rb") as replies:
-                size = int.from_bytes(head := replies.read(4), "little")
+                head = replies.read(4)
+                size = int.from_bytes(head, "little")
                 report = replies.read(size)
             if len(head + report) == 4 + size:
                 return report
