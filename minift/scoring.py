@@ -19,7 +19,7 @@ from minift.tokenizer import Tokenizer
 Z_95 = 1.959963984540054  # 95% of a normal distribution are within this many standard deviations
 BINS = 10  # of the calibration error
 
-Asked = str | Mapping[str, str] | None  # an instruction, or one with its input; None: the response is a whole dialogue
+Question = str | Mapping[str, str] | None  # an instruction, with or without input; None: the response has it
 
 
 class WinRate(NamedTuple):
@@ -50,15 +50,15 @@ class Judge:
         count = sum(parameter.numel() for parameter in self.model.parameters())
         return f"Judge({self.name}: {count:,} parameters, template {self.template.name})"
 
-    def score(self, question: Asked, response: str) -> float:
+    def score(self, question: Question, response: str) -> float:
         """Return the reward of `response` as an answer to `question`. Raises ValueError like `encode`."""
         return self.scores([(question, response)])[0]
 
-    def scores(self, answers: Sequence[tuple[Asked, str]]) -> list[float]:
+    def scores(self, answers: Sequence[tuple[Question, str]]) -> list[float]:
         """Return the rewards of (question, response)s. Raises ValueError like `encode`."""
         return score_rows(self.model, [self.encode(*answer) for answer in answers], self.batch_size)
 
-    def encode(self, question: Asked, response: str) -> list[int]:
+    def encode(self, question: Question, response: str) -> list[int]:
         """Return the ids to score. Raises ValueError if the model has too few positions or the text is not Unicode."""
         question = {"instruction": question} if isinstance(question, str) else question
         ids = encode_response(question, response, self.tokenizer, self.template)
@@ -67,12 +67,12 @@ class Judge:
             raise ValueError(f"{len(ids)} tokens, more than the reward model's {max_positions} positions: shorten it")
         return ids
 
-    def compare(self, question: Asked, a: str, b: str) -> float:
+    def compare(self, question: Question, a: str, b: str) -> float:
         """Return the probability under Bradley–Terry that `a` is better than `b`: σ(reward of a − reward of b)."""
         reward_a, reward_b = self.scores([(question, a), (question, b)])
         return sigmoid(reward_a - reward_b)
 
-    def best_of(self, question: Asked, responses: Sequence[str]) -> int:
+    def best_of(self, question: Question, responses: Sequence[str]) -> int:
         """Return the index of the highest reward, the first of equal ones. Raises ValueError without responses."""
         if not responses:
             raise ValueError("no responses to choose from")

@@ -123,7 +123,8 @@ def rates_by_label(lines: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
         best = [mean_best_of(line["passed"], line["rewards"], k) for line in lines]
         rates["mean of the samples: best of 1" if k == 1 else f"best of {k}"] = best
     rates[f"majority of {num_samples}"] = _passed_by_vote(lines, weighted=False)
-    rates[f"vote of {num_samples}, by e^reward"] = voted = _passed_by_vote(lines, weighted=True)
+    voted = _passed_by_vote(lines, weighted=True)
+    rates[f"vote of {num_samples}, by e^reward"] = voted
     rates[f"any of {num_samples}"] = [float(any(line["passed"])) for line in lines]
     for name, values in (("best", best), ("vote", voted)):
         rates[f"{name} of {num_samples}{MINUS_GREEDY}"] = [a - b for a, b in zip(values, greedy, strict=True)]

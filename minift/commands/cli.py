@@ -126,5 +126,6 @@ def run_command(main: Callable[[], None]) -> None:
 
 def _exit(status: int, line: str) -> NoReturn:
     line = re.sub(r"\s*[\n\r]\s*", " ", line.strip())
+    # Of a word of 60 + LONGEST_WORD characters or more, print the first 60; the punctuation after it stays.
     say(re.sub(rf"(\S{{60}})\S{{{LONGEST_WORD},}}?(?=[:,;]?(\s|$))", r"\1…", line), sys.stderr)
     sys.exit(status)

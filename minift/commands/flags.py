@@ -96,9 +96,9 @@ def _help(option: Field, script: str) -> str:
     """Return an option's meaning, the values allowed, its default, and its value in `make sft` or `make rm`."""
     domain, default = option.metadata["domain"], defaults_of(script)[option.name]
     notes = [domain.expected] if domain not in (SWITCH, TEXT) else []
-    notes += [f"default {shown(default)}"] if default is not None and domain is not SWITCH else []
+    notes += [f"default {as_text(default)}"] if default is not None and domain is not SWITCH else []
     tiny = getattr(_resolve(script, {}), option.name)
-    notes += [f"`make {script}`: {'on' if tiny is True else shown(tiny)}"] if tiny != default else []
+    notes += [f"`make {script}`: {'on' if tiny is True else as_text(tiny)}"] if tiny != default else []
     text = option.metadata["meaning"] + (f" ({'; '.join(notes)})" if notes else "")
     return text.replace("%", "%%")
 
@@ -128,7 +128,7 @@ def _explain_unknown(text: str, script: str) -> str:
     return f"unknown flag {text}" + (f", did you mean {guess}?" if guess else f" (see {SCRIPTS[script]} --help)")
 
 
-def shown(value: Any) -> str:
+def as_text(value: Any) -> str:
     """Return an option's value as text."""
     if value is None:
         return "none"

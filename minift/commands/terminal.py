@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minift.batching import Loader
-from minift.commands.flags import shown
+from minift.commands.flags import as_text
 from minift.config import Config, flag_of, to_dict
 from minift.encode import Example, count_supervised
 from minift.files.marks import GREEN, PLAIN, has_colour, mark
@@ -30,7 +30,7 @@ MEASURED_STEPS, MEASURED_RANKINGS = 50, 1000  # how many are collated to measure
 
 def print_values(config: Config, script: str) -> None:
     """Print one line for each flag: its name, its resolved value, and whether flag, recipe or default set it."""
-    rows = [(flag_of(name), shown(value), config.origins[name]) for name, value in to_dict(config, script).items()]
+    rows = [(flag_of(name), as_text(value), config.origins[name]) for name, value in to_dict(config, script).items()]
     flag_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
     say("".join(f"{flag:{flag_width}}  {value:{value_width}}  {origin}\n" for flag, value, origin in rows))
 

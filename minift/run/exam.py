@@ -20,7 +20,7 @@ from minift.tokenizer import Special, Tokenizer
 Answer = tuple[str, bool | None]  # a text, and if it passes the checks of its question; None: not checked
 
 
-class Question(NamedTuple):
+class ExamQuestion(NamedTuple):
     """A held-out prompt, as ids and as text, and the answer it should get."""
 
     prompt_ids: list[int]
@@ -41,12 +41,12 @@ class Question(NamedTuple):
 
 def held_out_prompts(
     rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: Template, config: Config, max_positions: int
-) -> list[Question]:
+) -> list[ExamQuestion]:
     """Return questions for the first --bleu-samples rows whose prompt and reference fit into `max_positions`.
 
     With --run-checks, raises UserError for malformed checks.
     """
-    questions: list[Question] = []
+    questions: list[ExamQuestion] = []
     for index, row in enumerate(rows):
         if len(questions) == config.bleu_samples:
             break
@@ -58,7 +58,7 @@ def held_out_prompts(
             prompt = tokenizer.decode(prompt_ids)
             where = f"{config.eval_data or config.data}: {location_of(row, index)}"
             checks = checks_of(row, where) if config.run_checks else None
-            questions.append(Question(prompt_ids, prompt, reference, length, category_of(row), blanks, checks))
+            questions.append(ExamQuestion(prompt_ids, prompt, reference, length, category_of(row), blanks, checks))
     return questions
 
 
@@ -80,7 +80,7 @@ def prompt_and_reference(
     return tokenizer.encode(prompt), blanks, text.removeprefix(blanks)
 
 
-def sit_exam(model: OPT, tokenizer: Tokenizer, questions: Sequence[Question], description: str) -> list[Answer]:
+def sit_exam(model: OPT, tokenizer: Tokenizer, questions: Sequence[ExamQuestion], description: str) -> list[Answer]:
     """Return the model's greedy answers, and which of them pass the checks. Raises like `check_answers`."""
     texts = complete_greedily(model, tokenizer, questions, description)
     checks = [question.checks for question in questions]
@@ -90,7 +90,9 @@ def sit_exam(model: OPT, tokenizer: Tokenizer, questions: Sequence[Question], de
         return list(zip(texts, check_answers(texts, checks, bar.update), strict=True))
 
 
-def complete_greedily(model: OPT, tokenizer: Tokenizer, questions: Sequence[Question], description: str) -> list[str]:
+def complete_greedily(
+    model: OPT, tokenizer: Tokenizer, questions: Sequence[ExamQuestion], description: str
+) -> list[str]:
     """Return the model's greedy answers, cut at the longest reference's length and at the model's positions."""
     if not questions:
         return []
@@ -106,7 +108,9 @@ def complete_greedily(model: OPT, tokenizer: Tokenizer, questions: Sequence[Ques
     return [answer.removeprefix(question.blanks) for answer, question in zip(answers, questions, strict=True)]
 
 
-def compare_answers(questions: Sequence[Question], before: Sequence[Answer], after: Sequence[Answer]) -> dict[str, Any]:
+def compare_answers(
+    questions: Sequence[ExamQuestion], before: Sequence[Answer], after: Sequence[Answer]
+) -> dict[str, Any]:
     """Return BLEU and pass rates before and after training, as run.json has them; {} without questions."""
     return _by_measure(_measure(questions, before), _measure(questions, after)) if questions else {}
 
@@ -118,7 +122,7 @@ def compare_rewards(
     return _by_measure(examine(before, categories), examine(after, categories)) if before else {}
 
 
-def _measure(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, Any]:
+def _measure(questions: Sequence[ExamQuestion], answers: Sequence[Answer]) -> dict[str, Any]:
     """Return sacreBLEU's corpus BLEU (0 to 100), and of answers with checks the pass rate, its 95% interval, the count.
 
     Each is by category, with that of all answers under "all". The intervals treat answers as independent.
