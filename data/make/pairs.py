@@ -1,6 +1,6 @@
 """Write data/pairs.jsonl and data/heldout_pairs.jsonl: prompts with a right answer (chosen) and a wrong one (rejected).
 
-    python -m data.make.pairs [--seed 0] [--out data] [--ask-base-model] [--ask-tuned-model runs/sft]
+    python -m data.make.pairs [--seed 0] [--out data] [--ask-base-model] [--ask-tuned-model FOLDER]
 
 A row has prompt, chosen, rejected (the fields of synthetic-instruct-gptj-pairwise) and `kind`: the category, which says
 what is wrong with the rejected answer. Prompts are rows of data.make.instructions: of its training split in
@@ -9,11 +9,11 @@ chosen answer has passed the checks of its row; every rejected answer has failed
 own, or a sample of the tuned model that passes.
 
 The seed and the counts in `CATEGORIES` determine everything except the answers of the two models, the untuned one in
-data/model and the one that `make sft` makes of it. Machines round floating-point sums differently, so these answers may
-differ a little between machines. They are made once, with --ask-base-model and --ask-tuned-model. Without these flags
-they are read from the files in --out before these are replaced: the run needs no model and reproduces the files byte
-for byte. The models must be asked again after new instructions, after new pre-training, or to raise their counts; all
-other counts can change without that.
+data/model and the one that `make sft` makes of it with the flags in data/README.md. Machines round floating-point sums
+differently, so these answers may differ a little between machines. They are made once, with --ask-base-model and
+--ask-tuned-model. Without these flags they are read from the files in --out before these are replaced: the run needs no
+model and reproduces the files byte for byte. The models must be asked again after new instructions, after new
+pre-training, or to raise their counts; all other counts can change without that.
 """
 
 import ast
