@@ -105,10 +105,20 @@ def test_the_judge_chooses_among_samples(model, judge, asked, monkeypatch, capsy
         texts = ["A", instruction, "C"][:samples]
         best = reader.best_of(instruction, texts)
         chosen.add(best)
-        note = ", the highest of 3" if samples > 1 else ""
+        note = ", chosen of 3" if samples > 1 else ""
         reward = reader.score(instruction, texts[best])
         assert capsys.readouterr().out == f"{texts[best]}\n── reward {reward:.2f}{note}\n\n"
     assert len(chosen) > 1
+
+
+def test_the_choice_is_the_judges_vote(model, judge, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "rewards_of", lambda *_: [[0.5, 0.0, 0.0]])
+    monkeypatch.setattr(chat.LanguageModel, "complete", lambda *_: [[[], [], []]])
+    texts = iter(["A", "B", "B"])
+    monkeypatch.setattr(chat.LanguageModel, "text_of", lambda *_: next(texts))
+    pipe(monkeypatch, b"Hi")
+    ask(model, "--judge", judge, "--samples", 3)
+    assert capsys.readouterr().out == "B\n── reward 0.00, chosen of 3\n\n"  # e^0 + e^0 > e^0.5
 
 
 @pytest.mark.parametrize(

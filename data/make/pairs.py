@@ -509,7 +509,7 @@ def shuffled(rows: list[Row], name: str) -> list[Row]:
     return Random(name).sample(rows, len(rows))
 
 
-FLAGS = {"base model": "--ask-base-model", "tuned model": "--ask-tuned-model runs/sft"}
+FLAGS = {"base model": "--ask-base-model", "tuned model": "--ask-tuned-model runs/sft-2000"}
 
 
 def rows_to_ask(rows: list[Row], name: str, category: str, count: int) -> list[Row]:

@@ -17,7 +17,7 @@ from minift.files.pretrained import load_judge, load_language_model
 from minift.files.text import STDIN, say
 from minift.generate import Options
 from minift.run.device import placement
-from minift.scoring import Judge
+from minift.scoring import Judge, vote
 
 SAMPLED = 0.7  # the temperature of several samples, as in best-of
 
@@ -58,7 +58,7 @@ def instructions() -> Iterator[Row]:
 
 
 def answer(row: Row, model: LanguageModel, options: Options, judge: Judge | None) -> str:
-    """Return the answer to an instruction; with a judge the sample of the highest reward, and that reward.
+    """Return the answer to an instruction; with a judge the sample that its vote chooses, and the reward.
 
     Raises UserError for an instruction that the model or the judge cannot take.
     """
@@ -69,11 +69,11 @@ def answer(row: Row, model: LanguageModel, options: Options, judge: Judge | None
     if judge is None:
         return texts[0]
     [rewards] = rewards_of(judge, [row], [texts])
-    highest = max(rewards)
-    if highest == -math.inf:
+    if max(rewards) == -math.inf:
         raise UserError("--judge: it can read none of the answers; ask for fewer --max-new-tokens")
-    note = f", the highest of {len(rewards)}" if len(rewards) > 1 else ""
-    return f"{texts[rewards.index(highest)]}\n── reward {highest:.2f}{note}"
+    chosen = vote(texts, rewards)
+    note = f", chosen of {len(rewards)}" if len(rewards) > 1 else ""
+    return f"{texts[chosen]}\n── reward {rewards[chosen]:.2f}{note}"
 
 
 def _options(args: Namespace) -> Options:
