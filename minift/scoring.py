@@ -121,7 +121,7 @@ def vote(texts: Sequence[str], rewards: Sequence[float]) -> int:
     totals: dict[str, float] = {}
     highest = max(rewards)  # subtracted, so that no exp overflows
     for text, reward in zip(texts, rewards, strict=True):
-        totals[text] = totals.get(text, 0.0) + (0.0 if reward == -math.inf else math.exp(reward - highest))
+        totals[text] = totals.get(text, 0.0) + math.exp(reward - highest)
     return texts.index(max(totals, key=lambda text: totals[text]))
 
 

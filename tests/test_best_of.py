@@ -95,6 +95,7 @@ def test_a_vote_adds_up_the_strengths_of_equal_texts():
     assert vote(texts, [-math.inf, -800.0, -800.0, -801.0, -800.0]) == 1  # exp(-800) is 0 in float64
     assert vote(["a", "b", "b"], [-math.inf, -5.0, -5.0]) == 1
     assert vote(["a", "b", "b"], [900.0, 0.0, 0.0]) == 0
+    assert vote(["a", "b", "b"], [-math.inf] * 3) == 0  # nothing to choose by
 
 
 def test_the_vote_is_the_mode_of_the_model_times_exp_reward():
