@@ -6,6 +6,7 @@ if __name__ == "__main__":  # Ctrl-C while torch is imported ends in one line
     leave_on_signals()
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from minift.batching import Loader
@@ -15,7 +16,8 @@ from minift.files.datasets import PAIR_SCHEMAS
 from minift.files.pretrained import load_for_rm
 from minift.files.templates import load_template
 from minift.lora import merge
-from minift.losses import bradley_terry, completion_cross_entropy, preference_metrics
+from minift.losses import bradley_terry, completion_cross_entropy, next_token_targets, preference_metrics
+from minift.model import last_tokens
 from minift.pairs import PairBatch, collate_rankings, encode_rankings, group_by_chosen
 from minift.run.exam import compare_rewards, ranking_sample
 from minift.run.folder import Run
@@ -58,15 +60,17 @@ def main() -> None:
 
     def loss(batch: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the sum to minimise, the number of rankings, and metrics; the trainer divides once per step."""
-        hidden = model.decoder(batch.input_ids, batch.positions, batch.rows)  # (N, E)
-        rewards = model.rewards(hidden, batch.rows)  # (R,): both lines together are model(...)
+        last, (before, targets) = last_tokens(batch.rows), next_token_targets(batch.labels, batch.positions)
+        wanted = torch.cat([last, before]) if config.lm_weight else last  # (R + M,) or (R,)
+        hidden = model.decoder(batch.input_ids, batch.positions, batch.rows, wanted=wanted)
+        rewards = model.rewards(hidden[: len(last)])  # (R,): with `last` alone, both lines together are model(...)
         chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]  # (P,), (P,)
         total, count = bradley_terry(chosen, rejected, batch.margins, batch.weights, config.center_rewards)  # scalars
         metrics = preference_metrics(chosen, rejected, batch.weights)
         # Logged as `loss` in both splits: Bradley–Terry alone, ln 2 for equal rewards, whatever else is minimised.
         metrics["loss"], _ = bradley_terry(chosen.detach(), rejected.detach(), batch.margins, batch.weights)
         if config.lm_weight:  # -log p(prompt and best response) of the same body
-            lm_total, lm_count = completion_cross_entropy(hidden, model.head, batch.labels, batch.positions)  # scalars
+            lm_total, lm_count = completion_cross_entropy(hidden[len(last) :], model.head, targets)  # scalars
             total = total + config.lm_weight * lm_total
             metrics |= {"lm_loss": lm_total.detach(), "lm_loss_count": lm_count}  # logged as the mean per token
         return total, count, metrics

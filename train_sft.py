@@ -16,7 +16,7 @@ from minift.files.datasets import TRAINING_SCHEMAS
 from minift.files.pretrained import load_for_sft
 from minift.files.templates import load_template
 from minift.lora import merge
-from minift.losses import completion_cross_entropy
+from minift.losses import completion_cross_entropy, next_token_targets
 from minift.run.exam import compare_answers, held_out_prompts, sit_exam
 from minift.run.folder import Run
 from minift.run.setup import export, load_splits, max_length_for, prepare
@@ -52,8 +52,9 @@ def main() -> None:
 
     def loss(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the summed loss, the number of supervised tokens, and metrics; the trainer divides once per step."""
-        hidden = model(batch.input_ids, batch.positions, batch.rows)  # (N, E), no logits: the loss computes these
-        return *completion_cross_entropy(hidden, model.head, batch.labels, batch.positions), {}  # scalars
+        wanted, targets = next_token_targets(batch.labels, batch.positions)  # (M,), (M,)
+        hidden = model(batch.input_ids, batch.positions, batch.rows, wanted=wanted)  # (M, E): the loss makes logits
+        return *completion_cross_entropy(hidden, model.head, targets), {}  # scalars
 
     # 5. The examination: held-out prompts, answered greedily before and after; answers to rows with checks are run.
     questions = held_out_prompts(eval_set.rows, tokenizer, template, config, model.config.max_position_embeddings)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minift import processors
 from minift.batching import pack
-from minift.model import OPT, eval_mode
+from minift.model import OPT, eval_mode, last_tokens
 
 Completions = list[list[list[int]]]  # for each prompt, the new ids of each of its samples
 MIN_FREE = 1 / 8  # of the batch, before prompts enter: a prefill reads all weights, too slow for a single prompt
@@ -163,9 +163,8 @@ def next_logits(model: OPT, cache: "KVCache", newest: list[int], entering: list[
         cache.lengths = [length + 1 for length in cache.lengths]
     if entering:
         input_ids, positions, rows = (tensor.to(model.head.device) for tensor in pack(entering))
-        hidden = model(input_ids, positions, rows, Prefill(cache, copies))  # (N, E)
-        last = rows.amax(1)  # (R,), as -1 fills the rest of a row
-        logits.append(model.logits(hidden[last]).float().repeat_interleave(copies, dim=0))
+        hidden = model(input_ids, positions, rows, Prefill(cache, copies), wanted=last_tokens(rows))  # (R, E)
+        logits.append(model.logits(hidden).float().repeat_interleave(copies, dim=0))
         cache.lengths += [len(ids) for ids in entering for _ in range(copies)]
     return torch.cat(logits)
 

@@ -16,36 +16,35 @@ from minift.encode import IGNORE_INDEX
 CHUNK = 1024  # supervised positions whose logits exist at the same time
 
 
-def next_token_labels(labels: Tensor, positions: Tensor) -> Tensor:
-    """Shift `labels (N,)`: return for each token the label of the next one in its row, else IGNORE_INDEX.
+def next_token_targets(labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tokens whose next token is supervised, `(M,)` indices, and the ids of these next tokens, `(M,)`.
 
-    Labels are shifted here and nowhere else. The next token in the list belongs to another row if its position is 0.
+    `labels (N,)` and `positions (N,)` are those of a `Batch`. Labels are shifted here and nowhere else: the vector of
+    token i predicts token i + 1. If that one has position 0, it belongs to another row and is not predicted.
+
+    >>> next_token_targets(torch.tensor([-100, -100, 11, -100, 12]), torch.tensor([0, 1, 2, 0, 1]))
+    (tensor([1, 3]), tensor([11, 12]))
     """
-    shifted = torch.full_like(labels, IGNORE_INDEX)
-    shifted[:-1] = labels[1:].where(positions[1:] != 0, IGNORE_INDEX)
-    return shifted
+    is_predicted = (labels[1:] != IGNORE_INDEX) & (positions[1:] != 0)
+    wanted = is_predicted.nonzero().squeeze(1)  # (M,)
+    return wanted, labels[wanted + 1]
 
 
-def plain_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def plain_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `completion_cross_entropy` returns, by the definition: for reading, and for tests."""
-    targets = next_token_labels(labels, positions)  # (N,)
-    loss = F.cross_entropy(F.linear(hidden, head), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return loss, (targets != IGNORE_INDEX).sum()
+    return F.cross_entropy(F.linear(hidden, head), targets, reduction="sum"), torch.tensor(len(targets))
 
 
-def completion_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed next-token cross entropy of the supervised tokens and their number.
+def completion_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross entropy of the supervised tokens and their number.
 
-    `hidden (N, E)` are the model's last hidden states, `head (V, E)` its output matrix, `labels (N,)` and
-    `positions (N,)` those of a `Batch`. Only supervised tokens get logits, `CHUNK` of them at a time. The sum is in
-    float32 at least; equal to transformers' `ForCausalLMLoss`, summed instead of averaged.
+    `hidden (M, E)` are the last hidden states of the tokens before them and `targets (M,)` their ids, both by
+    `next_token_targets`; `head (V, E)` is the model's output matrix. The logits exist for `CHUNK` tokens at a time. The
+    sum is in float32 at least; equal to transformers' `ForCausalLMLoss`, summed instead of averaged.
     """
-    targets = next_token_labels(labels, positions)  # (N,)
-    supervised = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # (M,) indices
     # Gradients are always off inside an autograd function, so whether they are needed is passed to it.
-    hidden = hidden.index_select(0, supervised)  # (M, E)
-    loss = _ChunkedCrossEntropy.apply(hidden, head, targets[supervised], torch.is_grad_enabled())
-    return loss, torch.tensor(len(supervised), device=hidden.device)
+    loss = _ChunkedCrossEntropy.apply(hidden, head, targets, torch.is_grad_enabled())
+    return loss, torch.tensor(len(targets), device=hidden.device)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

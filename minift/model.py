@@ -9,9 +9,10 @@ Two rows, "A B C" and "D E":
     attention sees         [[A, B, C],        q, k and v, gathered. Pads are on the right, so causal attention never
                             [D, E, ·]]        looks at one, and a row never sees another row
     back in the list       A  B  C  D  E      scattered; what was computed for the pads is dropped
+    wanted (M = 2)         C  E               the loss may need few tokens: the last layer computes only these
 
-Shapes use the same letters everywhere: N tokens, R rows, T row length, S cached row length, H heads, D head width,
-C hidden width, E embedding width, V vocabulary; in losses also P pairs and M of the N tokens, the supervised ones.
+Shapes use the same letters everywhere: N tokens, M wanted tokens, R rows, T row length, S cached row length, H heads,
+D head width, C hidden width, E embedding width, V vocabulary, P pairs.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,8 +57,9 @@ class RowLayout(NamedTuple):
     """Index lists that gather the flat list into padded rows and scatter it back, computed once per forward pass."""
 
     gather: Tensor  # (R * T,) the token in each cell of the padded rows; cells past a row's end repeat token 0
-    scatter: Tensor  # (N,) one cell of each token
+    scatter: Tensor  # (N,) one cell of each token; in the last layer (M,), of each wanted one
     num_rows: int
+    wanted: Tensor | None = None  # (M,) the tokens that a layer returns; None: all
 
 
 class Cache(Protocol):
@@ -81,6 +83,12 @@ def row_layout(rows: Tensor, num_tokens: int) -> RowLayout:
     # Take the smallest cell: with plain assignment the winner, and so the rounding, would depend on threads.
     scatter.scatter_reduce_(0, flat[cells], cells, "amin", include_self=False)
     return RowLayout(flat.clamp(min=0), scatter, rows.shape[0])
+
+
+def last_tokens(rows: Tensor) -> Tensor:
+    """Return the index `(R,)` of the last token of each row in the flat list, given `rows (R, T)`."""
+    lengths = (rows >= 0).sum(1, keepdim=True)  # (R, 1)
+    return rows.gather(1, lengths - 1).squeeze(1)
 
 
 class Attention(nn.Module):
@@ -109,7 +117,7 @@ class Attention(nn.Module):
         # tensor the fast kernels can be used.
         mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, is_causal=mask is None)
         flat = mixed.transpose(1, 2).flatten(0, 1).flatten(1)  # (R, H, T, D) -> (R * T, C)
-        return self.out_proj(flat.index_select(0, layout.scatter))  # (N, C)
+        return self.out_proj(flat.index_select(0, layout.scatter))  # (N, C), in the last layer (M, C)
 
     def _to_rows(self, flat: Tensor, layout: RowLayout) -> Tensor:  # (N, C) -> (R, H, T, D)
         rows = flat.index_select(0, layout.gather)  # (N, C) -> (R * T, C)
@@ -132,9 +140,11 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width, elementwise_affine=affine)
 
     def forward(self, hidden: Tensor, layout: RowLayout, layer: int, cache: Cache | None) -> Tensor:
-        """Apply attention, then the feed-forward, each with a residual connection: `(N, C)` → `(N, C)`."""
+        """Apply attention, then the feed-forward, each with a residual connection: `(N, C)` → `(N, C)`, or `(M, C)`."""
         normed = self.self_attn_layer_norm(hidden) if self.norm_before else hidden  # (N, C)
         mixed = self.self_attn(normed, layout, layer, cache)
+        if layout.wanted is not None:
+            hidden = hidden.index_select(0, layout.wanted)  # (M, C)
         hidden = hidden + F.dropout(mixed, self.dropout, self.training)
         if not self.norm_before:
             hidden = self.self_attn_layer_norm(hidden)
@@ -164,14 +174,20 @@ class Decoder(nn.Module):
         if config.do_layer_norm_before and not config._remove_final_layer_norm:
             self.final_layer_norm = nn.LayerNorm(width, elementwise_affine=config.layer_norm_elementwise_affine)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, rows: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return the last hidden states `(N, E)` of packed tokens; arguments as for `OPT`."""
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, rows: Tensor,
+        cache: Cache | None = None, wanted: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the last hidden states of packed tokens, `(N, E)`, or of the wanted ones; arguments as for `OPT`."""
         layout = row_layout(rows, input_ids.shape[0])
+        # Other tokens still give the last layer keys and values, but nobody looks at what it would return for them.
+        last = layout if wanted is None else layout._replace(scatter=layout.scatter[wanted], wanted=wanted)
         hidden = self.project_in(self.embed_tokens(input_ids))  # (N,) -> (N, C)
         hidden = hidden + self.embed_positions(positions + POSITION_OFFSET)
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, layout, index, cache)
-        return self.project_out(self.final_layer_norm(hidden))  # (N, E)
+            is_last = index == len(self.layers) - 1
+            hidden = layer(hidden, last if is_last else layout, index, cache)
+        return self.project_out(self.final_layer_norm(hidden))  # (N, E) or (M, E)
 
 
 class OPT(nn.Module):
@@ -182,12 +198,16 @@ class OPT(nn.Module):
         self.config = config
         self.decoder = Decoder(config)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, rows: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, rows: Tensor,
+        cache: Cache | None = None, wanted: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the last hidden states `(N, E)` of packed tokens, which the head turns into logits.
 
         All arguments are int64: `input_ids (N,)`; `positions (N,)`, from 0 in each row; `rows (R, T)`, see the figure.
+        `wanted (M,)` are indices of the tokens whose hidden states are needed; then only these, `(M, E)`, are returned.
         """
-        return self.decoder(input_ids, positions, rows, cache)
+        return self.decoder(input_ids, positions, rows, cache, wanted)
 
     @property
     def head(self) -> Tensor:
@@ -216,16 +236,14 @@ class RewardModel(nn.Module):
 
         transformers reads at the last token that is not a pad. If a text ends in the pad id, that is an earlier token.
         """
-        return self.rewards(self.decoder(input_ids, positions, rows), rows)
+        return self.rewards(self.decoder(input_ids, positions, rows, wanted=last_tokens(rows)))
 
-    def rewards(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Return the rewards `(R,)` given the last hidden states `(N, E)`, for a loss that uses these too."""
-        lengths = (rows >= 0).sum(1, keepdim=True)  # (R, 1)
-        last = rows.gather(1, lengths - 1).squeeze(1)  # (R,)
+    def rewards(self, hidden: Tensor) -> Tensor:
+        """Return the rewards `(R,)` given the last hidden states `(R, E)` of the rows' last tokens."""
         # In float32 at least: bfloat16 has no number between 10 and 10.0625, so close rewards would be ties.
         dtype = torch.promote_types(self.score.weight.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.index_select(0, last).to(dtype), self.score.weight.to(dtype)).squeeze(1)  # (R,)
+            return F.linear(hidden.to(dtype), self.score.weight.to(dtype)).squeeze(1)  # (R,)
 
     @property
     def head(self) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minift.batching import Batch, collate
 from minift.encode import IGNORE_INDEX, Example
 from minift.files.weights import parse_config
-from minift.losses import bradley_terry, completion_cross_entropy, preference_metrics
+from minift.losses import bradley_terry, completion_cross_entropy, next_token_targets, preference_metrics
 from minift.model import OPT, RewardModel
 from minift.pairs import PairBatch
 from minift.trainer import LossFunction, Progress, Task
@@ -226,8 +226,9 @@ def sft_loss(model: OPT) -> LossFunction:
     """Return the loss of train_sft.py."""
 
     def loss(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        hidden = hidden_states(model, batch)
-        return *completion_cross_entropy(hidden, model.head, batch.labels, batch.positions), {}
+        wanted, targets = next_token_targets(batch.labels, batch.positions)
+        hidden = model(batch.input_ids, batch.positions, batch.rows, wanted=wanted)
+        return *completion_cross_entropy(hidden, model.head, targets), {}
 
     return loss
 

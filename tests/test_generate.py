@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -260,9 +261,9 @@ def test_the_cache_is_used_and_the_batch_stays_full(monkeypatch: pytest.MonkeyPa
     calls: list[tuple[int, int]] = []
     forward = model.forward
 
-    def counted(input_ids: Tensor, positions: Tensor, rows: Tensor, cache: Cache) -> Tensor:
+    def counted(input_ids: Tensor, positions: Tensor, rows: Tensor, cache: Cache, **options: Any) -> Tensor:
         calls.append(rows.shape)
-        return forward(input_ids, positions, rows, cache)
+        return forward(input_ids, positions, rows, cache, **options)
 
     monkeypatch.setattr(model, "forward", counted)
     completions = generate(model, prompts, make_options(eos_token_id=end, batch_size=8))

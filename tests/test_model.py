@@ -152,6 +152,27 @@ def test_tokens_never_see_the_future(name):
     assert not same[start + 11 : start + 20].any()
 
 
+@every_architecture
+@pytest.mark.parametrize("wanted", [[17, 3, 3, 0], [*range(sum(LENGTHS))], []])
+def test_wanted_tokens_are_those_of_the_whole_list(name, wanted):
+    """Values and gradients; the last layer's feed-forward, where most of its time goes, sees the wanted tokens only."""
+    model, batch = our_model(name, torch.float64), collate(EXAMPLES)
+    expected = hidden_states(model, batch)[wanted]  # (M, E)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (expected * weight).sum().backward()
+    expected_gradients = gradients(model)
+    model.zero_grad()
+
+    rows_seen = []
+    model.decoder.layers[-1].fc1.register_forward_pre_hook(lambda _, inputs: rows_seen.append(len(inputs[0])))
+    found = model(batch.input_ids, batch.positions, batch.rows, wanted=torch.tensor(wanted, dtype=torch.long))
+    (found * weight).sum().backward()
+    assert rows_seen == [len(wanted)]
+    assert found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=1e-12)
+    if wanted:
+        assert_gradients_agree(gradients(model), expected_gradients, 1e-12)
+
+
 def test_the_order_of_the_flat_list_does_not_matter():
     model = our_model(POST_LN, torch.float64)
     batch = collate(EXAMPLES)

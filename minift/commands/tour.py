@@ -28,7 +28,7 @@ from minift.files.marks import GREEN, PLAIN, has_colour, mark
 from minift.files.pretrained import find_model, load_for_rm, load_language_model
 from minift.files.text import printable
 from minift.generate import Options, generate
-from minift.losses import bradley_terry, completion_cross_entropy
+from minift.losses import bradley_terry, completion_cross_entropy, next_token_targets
 from minift.model import OPT, RewardModel, row_layout
 from minift.optim import adamw, learning_rate
 from minift.pairs import PairBatch, collate_rankings, encode_rankings
@@ -123,16 +123,17 @@ class Tour:
             hook.remove()
         yield "The shapes of what the model's parts return for the list of stop 3:"
         yield from (f"  {name:20}{shape!s:12}  {SHAPES[name]}" for name, shape in shapes.items())
-        gather, scatter, _ = row_layout(self.batch.rows, len(self.batch.input_ids))
+        layout = row_layout(self.batch.rows, len(self.batch.input_ids))
         yield (
-            f"Inside attention, queries, keys and values are gathered into R · T = {len(gather)} cells, and the result "
-            f"is scattered back to N = {len(scatter)} tokens. No row sees another: alone it has the same hidden states."
+            f"Inside attention, queries, keys and values are gathered into R · T = {len(layout.gather)} cells, and the "
+            f"result is scattered back to N = {len(layout.scatter)} tokens. No row sees another: alone it has the same "
+            "hidden states."
         )
         alone = self.model(*pack([self.examples[1].input_ids]))[-1]
         packed = self.states[self.batch.rows[1].max()]
         yield agree("length of row 1's last vector, alone", alone.norm().item(), packed.norm().item())
 
-    @stop(completion_cross_entropy)
+    @stop(next_token_targets, completion_cross_entropy)
     @torch.no_grad()
     def loss(self) -> Text:
         """Turn hidden states into a loss."""
@@ -152,7 +153,8 @@ class Tour:
         count, total = sum(map(len, columns)), sum(sums)
         yield f"The loss is the mean: {' + '.join(f'{each:.5f}' for each in sums)} = {total:.5f}, divided by {count}."
         self.by_hand = total / count
-        summed, counted = completion_cross_entropy(self.states, self.model.head, batch.labels, batch.positions)
+        wanted, targets = next_token_targets(batch.labels, batch.positions)  # (M,), (M,)
+        summed, counted = completion_cross_entropy(self.states[wanted], self.model.head, targets)
         yield agree("the number of supervised tokens", count, int(counted))
         yield agree("loss", self.by_hand, (summed / counted).item())
 
@@ -161,8 +163,9 @@ class Tour:
         """Take an optimiser step, and compute the loss again."""
 
         def loss(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            hidden = self.model(batch.input_ids, batch.positions, batch.rows)  # (N, E)
-            return *completion_cross_entropy(hidden, self.model.head, batch.labels, batch.positions), {}
+            wanted, targets = next_token_targets(batch.labels, batch.positions)  # (M,), (M,)
+            hidden = self.model(batch.input_ids, batch.positions, batch.rows, wanted=wanted)  # (M, E)
+            return *completion_cross_entropy(hidden, self.model.head, targets), {}
 
         batches = Loader(self.examples, collate, batch_size=3)
         task = Task(self.model, loss, batches, batches, write_model=lambda folder: None, unit="supervised_tokens")
@@ -255,7 +258,8 @@ class Tour:
             yield f"  {name:10} {ends(row[:shared].tolist(), 2)} | {' '.join(map(str, row[shared:].tolist()))}"
         yield "A reward is the product of a row's last hidden state h and the head's vector w, which is random so far."
         hidden = model.decoder(batch.input_ids, batch.positions, batch.rows)  # (N, E)
-        rewards, w = model.rewards(hidden, batch.rows).tolist(), model.score.weight[0].tolist()
+        rewards = model(batch.input_ids, batch.positions, batch.rows).tolist()  # R of them
+        w = model.score.weight[0].tolist()
         self.both = [round(reward, 5) for reward in rewards]  # as a reader has them
         for name, row, reward in zip(names, batch.rows, rewards, strict=True):
             h = hidden[row.max()].tolist()

@@ -13,7 +13,7 @@ from minift.encode import Example, encode_prompt, encode_rows
 from minift.files.datasets import TRAINING_SCHEMAS, check_row
 from minift.files.marks import token_table
 from minift.generate import Completions, Options, generate
-from minift.losses import completion_cross_entropy
+from minift.losses import completion_cross_entropy, next_token_targets
 from minift.model import OPT
 from minift.prompts import Template, blanks_of
 from minift.tokenizer import Tokenizer
@@ -77,8 +77,9 @@ class LanguageModel:
         Dropout is off until `model.train()`. Raises like `encode`.
         """
         batch = collate([self.encode(row)]).to(self.model.head.device)
-        hidden = self.model(batch.input_ids, batch.positions, batch.rows)  # (N, E)
-        total, count = completion_cross_entropy(hidden, self.model.head, batch.labels, batch.positions)
+        wanted, targets = next_token_targets(batch.labels, batch.positions)  # (M,), (M,)
+        hidden = self.model(batch.input_ids, batch.positions, batch.rows, wanted=wanted)  # (M, E)
+        total, count = completion_cross_entropy(hidden, self.model.head, targets)
         return total / count
 
     @torch.no_grad()

@@ -42,7 +42,8 @@ def instead_of(function: Callable, faulty: Callable) -> Iterator[None]:
             setattr(module, name, function)
 
 
-cross_entropy, bradley_terry = losses.completion_cross_entropy, losses.bradley_terry
+cross_entropy, next_token_targets = losses.completion_cross_entropy, losses.next_token_targets
+bradley_terry = losses.bradley_terry
 encode_completion, learning_rate = encode.encode_completion, optim.learning_rate
 accumulate_gradient = trainer.accumulate_gradient
 encode_text = Tokenizer.encode
@@ -50,14 +51,14 @@ advance = Search.advance
 make_decoder, decode = Decoder.__init__, Decoder.forward
 
 
-def labels_one_further(hidden: Tensor, head: Tensor, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def labels_one_further(labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Let each position predict the token after the next."""
-    return cross_entropy(hidden, head, labels.roll(-1), positions)
+    return next_token_targets(labels.roll(-1), positions)
 
 
-def mean_of_each_batch(hidden: Tensor, head: Tensor, labels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def mean_of_each_batch(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Count each micro-batch as one, not by its tokens."""
-    total, count = cross_entropy(hidden, head, labels, positions)
+    total, count = cross_entropy(hidden, head, targets)
     return total / count, torch.ones_like(count)
 
 
@@ -71,8 +72,8 @@ def end_unsupervised(*arguments: Any) -> tuple[encode.Example, bool]:
     return encode.Example(example.input_ids, [*example.labels[:-1], encode.IGNORE_INDEX]), is_joined
 
 
-def positions_from_zero(decoder: Decoder, input_ids: Tensor, positions: Tensor, *rest: Any) -> Tensor:
-    return decode(decoder, input_ids, positions - 2, *rest)
+def positions_from_zero(decoder: Decoder, input_ids: Tensor, positions: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return decode(decoder, input_ids, positions - 2, *rest, **options)
 
 
 def final_norm_always(decoder: Decoder, config: OPTConfig) -> None:
@@ -107,7 +108,7 @@ def negative_margins(chosen: Tensor, rejected: Tensor, margins: Tensor, *rest: A
 
 
 FAULTS = [
-    Fault("labels shifted by one more", "sft", partial(instead_of, cross_entropy, labels_one_further)),
+    Fault("labels shifted by one more", "sft", partial(instead_of, next_token_targets, labels_one_further)),
     Fault("a mean of means", "sft", partial(instead_of, cross_entropy, mean_of_each_batch)),
     Fault("BOS missing", "masks", partial(mock.patch.object, Tokenizer, "encode", without_bos)),
     Fault("EOS unsupervised", "masks", partial(instead_of, encode_completion, end_unsupervised)),
