@@ -59,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Return the sum; save the gradients if they will be needed. The head is frozen beside adapters."""
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.zeros_like(hidden) if keep_gradient else None
-        grad_head = torch.zeros_like(head) if keep_gradient and ctx.needs_input_grad[1] else None
+        grad_head: Tensor | None = None
         for start in range(0, hidden.shape[0], CHUNK):
             chunk = hidden[start : start + CHUNK]  # (M', E)
             target = targets[start : start + CHUNK, None]  # (M', 1)
@@ -70,8 +70,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_logits = log_probabilities.exp_()
                 grad_logits.scatter_add_(1, target, torch.full_like(grad_logits[:, :1], -1.0))  # softmax - one-hot
                 grad_hidden[start : start + CHUNK] = grad_logits.to(head.dtype) @ head
-                if grad_head is not None:
-                    grad_head += (grad_logits.to(chunk.dtype).T @ chunk).to(head.dtype)
+                if ctx.needs_input_grad[1]:
+                    product = (grad_logits.to(chunk.dtype).T @ chunk).to(head.dtype)  # (V, E), often the only one
+                    grad_head = product if grad_head is None else grad_head.add_(product)
         ctx.save_for_backward(grad_hidden, grad_head)
         return total
 
