@@ -44,6 +44,18 @@ def test_imports_run_one_way() -> None:
     assert run == {"train_rm", "train_sft", "minift.__main__"} and not run & set().union(*graph.values())
 
 
+def test_the_readme_of_the_rooms_has_every_file_with_its_first_line() -> None:
+    lines = (ROOT / "minift" / "README.md").read_text(encoding="utf-8").splitlines()
+    expected = []
+    for path in ROOT.glob("minift/**/*.py"):
+        name = path.relative_to(ROOT / "minift").as_posix()
+        if not name.endswith("__init__.py"):
+            expected.append(
+                f"| [`{name}`]({name}) | {ast.get_docstring(ast.parse(path.read_bytes())).splitlines()[0]} |"
+            )
+    assert sorted(line for line in lines if line.startswith("| [`")) == sorted(expected)
+
+
 def test_everything_is_printed_through_one_function() -> None:
     """`files.text.say` escapes control characters. Progress is numbers only; `os.write` is for pipes and signals."""
     printers = set()
