@@ -14,6 +14,7 @@ READ_compare = $(READ_sft) ONLY
 READ_improve = ARGS
 READ_tour = ARGS
 READ_bench = ARGS
+READ_experiments = ONLY ARGS
 READ = PYTHON SHELL MAKEFLAGS $(foreach goal,$(MAKECMDGOALS),$(READ_$(goal)))
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 UNREAD = $(filter-out $(READ),$(GIVEN))
@@ -32,7 +33,7 @@ PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check
 PATH_FILES = $(patsubst %,minift/%.py,prompts encode batching model losses optim trainer)
 HEART_FILES = $(PATH_FILES) $(patsubst %,minift/%.py,generate processors beam bleu pairs scoring lora)
 
-.PHONY: help tour sft rm improve compare bench test lines clean
+.PHONY: help tour sft rm improve experiments compare bench test lines clean
 
 help:
 	@echo "make tour                see a row become an answer, and two answers rewards, in ten stops; seconds;"
@@ -44,6 +45,8 @@ help:
 	@echo "make rm                  train a reward model on the pairs in data/; writes runs/rm/; takes RECIPE, MODEL, DATA, ARGS"
 	@echo "make improve             let runs/rm choose among answers of runs/sft, train runs/sft on its favourites;"
 	@echo "                         writes runs/improved/; ARGS takes flags of train_sft.py"
+	@echo "make experiments         change one thing, train with three seeds, compare: label mask, LoRA, beams, …; an hour or"
+	@echo "                         more; ONLY=\"mask end\" runs some; ARGS=\"--steps 200\" makes it shorter"
 	@echo "make compare             compare minift with trl, transformers, peft and sacreBLEU; writes runs/compare/;"
 	@echo "                         ONLY=bleu,sft runs some sections; MODEL=… DATA=… take your own;"
 	@echo "                         ARGS=--faults plants ten faults and checks that each is noticed"
@@ -74,6 +77,10 @@ improve: .venv/installed
 	.venv/bin/python train_sft.py --recipe tiny --model runs/sft --template runs/sft/template.json \
 		--data runs/favourites.jsonl --eval-data data/heldout.jsonl --run-checks --lr 1e-4 --max-steps 60 \
 		--batch-size 16 --eval-every 20 --out runs/improved $(ARGS)
+
+experiments: .venv/installed-for-tests
+	@printf '%s\n' ".venv/bin/python -m tests.experiments $(ONLY) $(ARGS)"; \
+		exec .venv/bin/python -m tests.experiments $(ONLY) $(ARGS)
 
 compare: .venv/installed-for-tests
 	@$(FLAGS); if [ -n '$(ONLY)' ]; then set -- "$$@" --only '$(ONLY)'; fi; \

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minift.commands import best_of, generate, preview, score, winrate
+from minift.commands import best_of, generate, preview, score, terminal, winrate
 from minift.commands.cli import run_command
 from minift.files.pretrained import find_model, load_for_rm
 from minift.files.tokenizer import save_tokenizer
@@ -122,3 +122,8 @@ def test_a_process_whose_streams_are_closed(closed: str, tmp_path: Path) -> None
         ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-c", bar], cwd=ROOT, capture_output=True
     )
     assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
+def test_a_line_that_is_repeated_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.print_text("before", "a\n" + "#\n" * 40 + "b\nb\nb\n\n\n\n\nc")
+    assert capsys.readouterr().out == "\n── before\na\n#\n… (40 such lines)\nb\nb\nb\n\n\n\n\nc\n"

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +23,7 @@ from minift.words import words
 
 MAX_NGRAM = 4  # of BLEU: a text with fewer words has none
 SHOWN, MAX_LINES = 3, 12  # examples or samples printed, and lines of each of their texts
+MANY = 4  # equal lines after each other are counted: an untuned model repeats itself
 # For a measure: the measures with its counts and its intervals, and what is counted.
 COUNTED = {"pass_rate": ("checked", "pass_interval", "answers"), "accuracy": ("pairs", "interval", "pairs")}
 PASSED = {True: ": passes its checks", False: ": fails its checks"}
@@ -189,8 +191,11 @@ def _cell(
 
 
 def print_text(title: str, text: str) -> None:
-    """Print a text of a row or a model under a title, its first lines only."""
-    lines = printable(text).strip("\n").splitlines() or ["(nothing)"]
+    """Print a text of a row or a model under a title, its first lines only; a line that is repeated, once."""
+    lines: list[str] = []
+    for line, copies in groupby(printable(text).strip("\n").splitlines() or ["(nothing)"]):
+        count = len(list(copies))
+        lines += [line] * count if count < MANY or not line.strip() else [line, f"… ({count} such lines)"]
     if len(lines) > MAX_LINES:
         lines[MAX_LINES:] = ["…"]
     say("\n".join(["", f"── {title}", *lines]))
