@@ -68,7 +68,7 @@ class Config:
                                  "overrides them; tiny if neither --model nor --data is given, else none")
     model: str = _option("data/model", TEXT, DATA, "folder or hub id (owner/name) of an OPT model, or of peft adapters")
     revision: str | None = _option(None, TEXT, DATA, "branch, tag or commit of a hub model; main if left out")
-    data: str = _option("data/instructions.jsonl", TEXT, DATA, "JSON, JSONL or parquet file, or a hub data set "
+    data: str = _option("data/instructions.jsonl", TEXT, DATA, "JSON, JSONL, CSV or parquet file, or a hub data set "
                         "(owner/name@revision:split)")
     eval_data: str | None = _option(None, TEXT, DATA, "file or hub data set of held-out rows; without one, "
                                     "--eval-fraction of --data is held out")

@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from minift.errors import UserError
-from minift.prompts import Template, is_text_row, render, render_prompt, trailing_blanks
+from minift.prompts import Template, end_with_eos, is_text_row, render, render_prompt, trailing_blanks, turns_of
 from minift.remarks import Encoded, about_completion, location_of
 from minift.tokenizer import Special, Tokenizer
 
@@ -44,6 +44,29 @@ def encode_completion(prompt: Sequence[str], completion: Sequence[str], tokenize
     input_ids = tokenizer.encode([*prompt, *completion])
     shared = sum(1 for _ in takewhile(lambda ids: ids[0] == ids[1], zip(prompt_ids, input_ids, strict=False)))
     return Example(input_ids, [IGNORE_INDEX] * shared + input_ids[shared:]), shared < len(prompt_ids)
+
+
+def encode_turns(row: Mapping[str, Any], tokenizer: Tokenizer, template: Template) -> tuple[Example, bool]:
+    r"""Encode a row after its history; supervise the completion and EOS of every turn, and no question.
+
+    A turn gets the ids and labels that it has as a row of its own. trl 1.16 makes the same mask with
+    `assistant_only_loss` if its chat template spells this template, the BOS, and {% generation %} around each
+    completion and EOS. `completion_only_loss` would supervise the last turn alone.
+
+    >>> from minift.prompts import TEMPLATES  # "HiYo</s>ByeOk</s>"
+    >>> row = {"history": [["Hi", "Yo"]], "instruction": "Bye", "output": "Ok"}
+    >>> encode_turns(row, tokenizer, TEMPLATES["none"])
+    (Example(input_ids=[2, 43, 76, 60, 82, 2, 37, 92, 72, 50, 78, 2],
+             labels=[-100, -100, -100, 60, 82, 2, -100, -100, -100, 50, 78, 2]), False)
+    """
+    labels: list[int] = []
+    is_joined = False
+    for turn in turns_of(row):
+        prompt, completion = render(turn, template, tokenizer)
+        example, joined = encode_completion(prompt, end_with_eos(completion, tokenizer), tokenizer)
+        labels += example.labels[len(labels) :]
+        is_joined |= joined
+    return Example(example.input_ids, labels), is_joined
 
 
 def encode_text(prompt: Sequence[str], completion: Sequence[str], tokenizer: Tokenizer) -> tuple[Example, bool]:
@@ -111,8 +134,12 @@ def encode_row(
     pieces = split_row(row, tokenizer, template, marker)
     if pieces is None:
         return None, []
-    encode = encode_all if supervise == "all" else encode_text if is_text_row(row) else encode_completion
-    example, is_joined = encode(*pieces, tokenizer)
+    if supervise == "all":
+        example, is_joined = encode_all(*pieces, tokenizer)
+    elif is_text_row(row):
+        example, is_joined = encode_text(*pieces, tokenizer)
+    else:
+        example, is_joined = encode_turns(row, tokenizer, template)
     remarks: list[str] = []
     if example.labels.count(IGNORE_INDEX) == len(example.labels) - 1:
         remarks.append("with an empty completion: only the end token is supervised")
@@ -137,16 +164,6 @@ def split_row(
         return None
     start = found + len(marker) - len(trailing_blanks(marker))
     return [text[:start]], [text[start:], Special(tokenizer.eos_token)]
-
-
-def end_with_eos(pieces: Sequence[str], tokenizer: Tokenizer) -> list[str]:
-    """Add the EOS. The name of the EOS at the end becomes the token; anywhere else it stays text."""
-    pieces, eos = [*pieces], Special(tokenizer.eos_token)
-    if isinstance(pieces[-1], Special) and pieces[-1] == eos:
-        pieces.pop()
-    if not isinstance(pieces[-1], Special):
-        pieces[-1] = pieces[-1].removesuffix(eos)
-    return [*pieces, eos]
 
 
 def encode_prompt(row: Mapping[str, Any], tokenizer: Tokenizer, template: Template) -> list[int]:

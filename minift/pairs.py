@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from minift.batching import pad_rows
-from minift.encode import IGNORE_INDEX, end_with_eos
+from minift.encode import IGNORE_INDEX
 from minift.errors import UserError
-from minift.prompts import Template, question_of, render
+from minift.prompts import Template, end_with_eos, question_of, render
 from minift.remarks import Encoded, about_preferences, location_of
 from minift.tokenizer import Tokenizer
 
@@ -62,7 +62,7 @@ def encode_rankings(
 
 
 def encode_response(
-    question: Mapping[str, str] | None, response: str, tokenizer: Tokenizer, template: Template
+    question: Mapping[str, Any] | None, response: str, tokenizer: Tokenizer, template: Template
 ) -> list[int]:
     r"""Return the ids of a question (`prompts.question_of`) in the template, its response and the EOS.
 

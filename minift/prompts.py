@@ -6,10 +6,13 @@ rows are code, and code is full of braces.
 
 Blanks right before {response} belong to the completion too. BPE joins them to the next word (" Hi" is one token), so a
 prompt that kept them would start generation from ids that were never trained on.
+
+A conversation is an instruction with a "history" of earlier turns. Each turn is what a row of its own would be, prompt,
+completion and EOS, and the turns are put end to end.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,13 +87,18 @@ TEMPLATES = {
 def render_prompt(row: Mapping[str, Any], template: Template, tokenizer: Tokenizer) -> list[str]:
     """Return the pieces of a row's prompt: `Special` pieces for {bos} and {eos}, plain text otherwise.
 
-    A row with an "instruction" goes through the template. A row with a "prompt" is used as it is, unlike in
-    `question_of`. Raises UserError like `Template.cut`, and for {bos} if the tokenizer does not name a BOS token.
+    A row with an "instruction" goes through the template, after the turns of its "history". A row with a "prompt" is
+    used as it is, unlike in `question_of`. Raises UserError like `Template.cut`, and for {bos} if the tokenizer does
+    not name a BOS token.
     """
     if not uses_template(row):
         return [row["prompt"]]
+    pieces: list[str] = []
+    for instruction, output in row.get("history", ()):
+        prompt, completion = render({"instruction": instruction, "output": output}, template, tokenizer)
+        pieces += [*prompt, *end_with_eos(completion, tokenizer)]
     before, _, _ = template.cut(row)
-    return _fill(before, row, template, tokenizer)
+    return [*pieces, *_fill(before, row, template, tokenizer)]
 
 
 def render(row: Mapping[str, Any], template: Template, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
@@ -103,6 +111,16 @@ def render(row: Mapping[str, Any], template: Template, tokenizer: Tokenizer) -> 
         return prompt, [row["completion"]]
     _, blanks, after = template.cut(row)
     return prompt, [blanks + row["output"], *_fill(after, row, template, tokenizer)]
+
+
+def end_with_eos(pieces: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """Add the EOS. The name of the EOS at the end becomes the token; anywhere else it stays text."""
+    pieces, eos = [*pieces], Special(tokenizer.eos_token)
+    if isinstance(pieces[-1], Special) and pieces[-1] == eos:
+        pieces.pop()
+    if not isinstance(pieces[-1], Special):
+        pieces[-1] = pieces[-1].removesuffix(eos)
+    return [*pieces, eos]
 
 
 def _fill(text: str, row: Mapping[str, Any], template: Template, tokenizer: Tokenizer) -> list[str]:
@@ -126,17 +144,17 @@ def blanks_of(row: Mapping[str, Any], template: Template, marker: str = "") -> s
 
 
 def question_fields(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the fields that hold a row's question: the instruction and its input, the prompt, or none.
+    """Return the fields that hold a row's question: the instruction, its input and its history, the prompt, or none.
 
     A row with an instruction and a prompt is an instruction if it has an "output", else a prompt: some data sets keep
     rendered copies of their instructions under "prompt".
     """
     if "instruction" in row and ("output" in row or "prompt" not in row):
-        return ("instruction", "input")
+        return ("instruction", "input", "history")
     return ("prompt",) if "prompt" in row else ()
 
 
-def question_of(row: Mapping[str, Any]) -> dict[str, str] | None:
+def question_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a row's question as an instruction for a template, or None: the row is a whole dialogue.
 
     A "prompt" is an instruction here, as in all that a reward model reads. `render_prompt` uses it as it is.
@@ -146,6 +164,18 @@ def question_of(row: Mapping[str, Any]) -> dict[str, str] | None:
     """
     question = {name: row[name] for name in question_fields(row) if name in row}
     return {"instruction": question["prompt"]} if "prompt" in question else question or None
+
+
+def turns_of(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield each turn of a row, the row itself last, as a row whose history is the turns before it.
+
+    >>> [turn["instruction"] for turn in turns_of({"history": [["Hi", "Yo"]], "instruction": "Bye", "output": "Bye"})]
+    ['Hi', 'Bye']
+    """
+    history = row.get("history", ()) if uses_template(row) else ()
+    for number, (instruction, output) in enumerate(history):
+        yield {"history": history[:number], "instruction": instruction, "output": output}
+    yield row
 
 
 def uses_template(row: Mapping[str, Any]) -> bool:

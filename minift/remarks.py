@@ -13,7 +13,7 @@ from minift.tokenizer import Special, Tokenizer
 
 NAMED_LOCATIONS = 5  # how many rows a message names
 # Fields that often hold a part of the question and are not read. An "input" belongs to an instruction, not to a prompt.
-UNREAD = ("system", "system_prompt", "context", "question", "query", "history", "input")
+UNREAD = ("system", "system_prompt", "context", "question", "query", "history", "input", "messages", "conversations")
 MAX_CATEGORIES = 20  # with more distinct values, the field is not a category
 
 Item = TypeVar("Item")

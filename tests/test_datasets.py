@@ -1,11 +1,13 @@
 """Tests of files/datasets: the accepted formats, and the messages about wrong files and rows."""
 
+import csv
 import datetime
 import gzip
 import json
 import math
 import random
 import sys
+from io import StringIO
 
 import pytest
 
@@ -123,9 +125,9 @@ WRONG = [
     ),
     (
         "d.jsonl",
-        '{"messages": [{"role": "user", "content": "Hi"}]}',
+        '{"dialog": [{"role": "user", "content": "Hi"}]}',
         "d.jsonl:1: no field of a row",
-        "the list in 'messages' is a chat, which is not read",
+        "the list in 'dialog' is a conversation: rename it to 'messages'",
     ),
     (
         "d.jsonl",
@@ -140,9 +142,9 @@ WRONG = [
     ("d.jsonl", '{"text": "a", "kind": ["\\ud800"]}', "d.jsonl:1: field 'kind' has a lone surrogate", ""),
     (
         "d.jsonl",
-        '{"instruction": "a", "context": "b", "response": "c"}',
+        '{"instruction": "a", "context": "b", "answer": "c"}',
         "d.jsonl:1: field 'output' is missing",
-        "the row has 'instruction', 'context', 'response': rename 'response' to 'output' and 'context' to 'input'",
+        "the row has 'instruction', 'context', 'answer': rename 'answer' to 'output' and 'context' to 'input'",
     ),
     (
         "d.jsonl",
@@ -160,7 +162,17 @@ WRONG = [
     ("d.jsonl", '{"a": null}', "d.jsonl:1: no field of a row in it", "the row has no field that is not null"),
     ("d.jsonl.gz", gzip.compress(b"{}")[:-3], "d.jsonl.gz: truncated or damaged gzip", ""),
     ("d.jsonl.gz", b"\x1f\x8b\x08 no", "d.jsonl.gz: truncated or damaged gzip", ""),
-    ("d.csv", "a,b", "d.csv: expected a .json, .jsonl or .parquet file", ""),
+    ("d.tsv", "a,b", "d.tsv: expected a .json, .jsonl, .csv or .parquet file", ""),
+    ("d.csv", "", "d.csv: no rows in it, expected a line of names", ""),
+    ("d.csv", "instruction,output\n", "d.csv: no rows in it", ""),
+    ("d.csv", "instruction,output\na,b\n\nc\n", "d.csv:4: 1 fields, expected the 2 that the header names", ""),
+    ("d.csv", 'instruction,output\n"a\n\n",b\nc,d,e', "d.csv:5: 3 fields, expected the 2", "with a comma"),
+    ("d.csv", 'instruction,output\na,b\n"c,d\n\n', "d.csv:3: malformed CSV: unexpected end of data", "needs quotes"),
+    ("d.csv", 'instruction,output\n"a" b,c\n', "d.csv:2: malformed CSV: ',' expected after", "its own doubled"),
+    ("d.csv", "output,output\na,b\n", "d.csv:1: two fields have the name 'output'", ""),
+    ("d.csv", "instruction;output\na;b\n", "d.csv:2: no field of a row in it", "the row has 'instruction;output'"),
+    ("d.csv", b"instruction,output\na,\xe9\n", "d.csv:2: not UTF-8 text (byte 0xe9)", ""),
+    ("d.csv.gz", gzip.compress(b"text\na")[:-3], "d.csv.gz: truncated or damaged gzip", ""),
 ]
 
 
@@ -216,6 +228,27 @@ def test_files_that_are_compressed_or_one_indented_object(tmp_path):
         assert load_rows(tmp_path / name) == [ROW, ROW]
     (tmp_path / "one.json").write_text(json.dumps(ROW, indent=4))
     assert load_rows(tmp_path / "one.json") == [ROW]
+
+
+def test_csv(tmp_path):
+    """Quotes, commas, quotes and line ends in a field, a byte order mark, CRLF, pandas' column without a name."""
+    rows = [
+        {"": "0", "instruction": 'Say "hi", then\nbye.\r\n', "input": "", "output": "1,5"},
+        {"": "1", "instruction": "é\u2028 'x'", "input": " ", "output": "\0"},
+        {"": "2", "instruction": "a" * 200_000, "input": "null", "output": "3"},  # csv's own limit is 131,072
+    ]
+    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n")):
+        text = StringIO(newline="")
+        writer = csv.DictWriter(text, [*rows[0]], lineterminator=end)
+        writer.writeheader()
+        writer.writerows(rows)
+        content = (text.getvalue() + end * 2).encode(encoding)
+        for name in ("rows.csv", "rows.csv.gz"):
+            (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+            loaded = load_rows(tmp_path / name)
+            assert loaded == rows and [row.location for row in loaded] == ["line 2", "line 5", "line 6"]
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\na,b,c\n")
+    assert load_rows(tmp_path / "pairs.csv", PAIR_SCHEMAS) == [{"prompt": "a", "chosen": "b", "rejected": "c"}]
 
 
 @pytest.mark.parametrize(

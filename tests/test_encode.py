@@ -14,13 +14,12 @@ from minift.encode import (
     Example,
     encode_prompt,
     encode_rows,
-    end_with_eos,
     split_row,
 )
 from minift.errors import UserError
 from minift.files.templates import load_template
 from minift.files.tokenizer import load_tokenizer
-from minift.prompts import TEMPLATES, Template, render
+from minift.prompts import TEMPLATES, Template, end_with_eos, render
 from minift.remarks import MAX_CATEGORIES, Encoded, by_category, category_of
 from minift.run.exam import prompt_and_reference
 from minift.tokenizer import Special

@@ -482,6 +482,14 @@ def test_splits_and_shards(hub):
     assert load_rows(f"{DATA}@v4:part-2") == [{"text": "2"}]
 
 
+def test_csv_is_read_where_there_is_nothing_else(hub):
+    table = b"text\na\n"
+    hub.add(f"datasets/{DATA}", {"train.csv": table, "test.csv": b"text\nb\n"})
+    assert load_rows(DATA) == [{"text": "a"}] and load_rows(f"{DATA}:test") == [{"text": "b"}]
+    hub.add(f"datasets/{DATA}", {"scores.csv": table, "rows.json": b'{"text": "c"}'}, "v2")
+    assert load_rows(f"{DATA}@v2") == [{"text": "c"}]
+
+
 def test_a_data_set_is_pinned_to_its_commit(hub):
     old = hub.add(f"datasets/{DATA}", {"rows.jsonl": b'{"text": "old"}'})
     hub.add(f"datasets/{DATA}", {"rows.jsonl": b'{"text": "new"}'})
@@ -506,8 +514,8 @@ def test_compressed_files_of_a_hub_data_set(hub):
 @pytest.mark.parametrize(
     "files, asked, words",
     [
-        ({"data.csv": b"", "README.md": b""}, "", "no .json, .jsonl, .parquet file in it"),
-        ({"data.csv": b"", "README.md": b""}, "", f"try {DATA}@refs/convert/parquet, or convert one"),
+        ({"data.tsv": b"", "README.md": b""}, "", "no .json, .jsonl, .parquet, .csv file in it"),
+        ({"data.tsv": b"", "README.md": b""}, "", f"try {DATA}@refs/convert/parquet, or convert one"),
         (
             {"train.json": b"", "train.json.gz": b""},
             "",

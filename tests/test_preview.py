@@ -147,4 +147,4 @@ def test_as_a_command(tokenizer_directory, data, tmp_path):
     assert done.returncode == 0 and done.stderr == "" and "⟦print('</s>')" in done.stdout
     done = subprocess.run([*command, str(tmp_path / "none.json")], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {tmp_path / 'none.json'}: no such file, expected a .json, .jsonl or")
+    assert done.stderr.startswith(f"error: {tmp_path / 'none.json'}: no such file, expected a .json, .jsonl, .csv or")

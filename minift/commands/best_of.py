@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
             write_json_lines(args.out, lines)
 
     samples = answer(range(len(rows)), args.temperature, args.samples)
-    lines: list[dict[str, Any]] = [row | {"samples": texts} for row, texts in zip(rows, samples, strict=True)]
+    lines: list[dict[str, Any]] = [row.given | {"samples": texts} for row, texts in zip(rows, samples, strict=True)]
     keep()
     all_rewards = rewards_of(judge, questions, samples)
     if max(map(max, all_rewards)) == -math.inf:

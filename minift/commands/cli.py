@@ -57,8 +57,8 @@ def add_judging_flags(parser: ArgumentParser) -> None:
     """Add the flags of a command in which a reward model judges answers to prompts."""
     add = parser.add_argument
     add("--judge", required=True, help="a reward model's folder or hub id, such as runs/rm")
-    add("--prompts", required=True, help='JSON or JSONL: {"prompt": …} or {"instruction": …, "input": …}; both go '
-        "through the templates")  # fmt: skip
+    add("--prompts", required=True, help='rows of {"prompt": …}, {"instruction": …, "input": …} or {"messages": […]}; '
+        "all go through the templates")  # fmt: skip
     add("--limit", type=whole_number(1), help="only that many prompts, the first ones")
     add("--judge-template", help="template of the reward model (default: that of its training run, or dialogue)")
     add("--max-new-tokens", type=whole_number(1), default=128, help="of an answer, at most (default: %(default)s)")

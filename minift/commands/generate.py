@@ -9,12 +9,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from minift.beam import check_beams
-from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, check_out
 from minift.config import flag_of
 from minift.encode import encode_prompt
 from minift.errors import UserError
-from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
+from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows, print_remarks
 from minift.files.language_model import LanguageModel
 from minift.files.pretrained import load_language_model
 from minift.files.text import STDIN, say, write_json_lines
@@ -64,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     for row, samples, its_texts in zip(rows, completions, texts, strict=True):
         for number, (token_ids, text) in enumerate(zip(samples, its_texts, strict=True)):
             added = {"completion": text, "token_ids": token_ids}
-            lines.append(row | added | ({"sample": number} if len(samples) > 1 else {}))
+            lines.append(row.given | added | ({"sample": number} if len(samples) > 1 else {}))
     write_json_lines(args.out, lines)
 
 
@@ -107,7 +106,7 @@ def encode_prompts(
             raise UserError(f"{source}: {row.location}: {error}") from None
         for remark in unread(row):
             seen.remark(remark, row.location)
-    terminal.print_remarks(seen, sys.stderr)
+    print_remarks(seen, sys.stderr)
     return prompts
 
 
@@ -132,8 +131,8 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--model", required=True, help="a folder or hub id of a model, or of adapters")
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompts", help='JSONL: {"prompt": …}, or {"instruction": …, "input": …} for the template; '
-        "- is standard input")  # fmt: skip
+    prompts.add_argument("--prompts", help='rows of {"prompt": …}, or {"instruction": …, "input": …}, {"messages": […]} '
+        "for the template; - is standard input, in JSON")  # fmt: skip
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="an instruction; may be given several times")
     add("--input", metavar="TEXT", help="the input of each --prompt")
     add("--out", help="JSONL: the same lines with `completion` and `token_ids` (default: standard output, where a "

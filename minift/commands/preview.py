@@ -54,7 +54,7 @@ def _parser() -> CommandParser:
     parser = CommandParser("minift preview", description="Show what the loss sees of some rows.")
     add = parser.add_argument
     add("--model", required=True, help="a model's folder or hub id; its weights are not read")
-    add("--data", required=True, help="rows: a JSON, JSONL or parquet file, or a hub data set")
+    add("--data", required=True, help="rows: a JSON, JSONL, CSV or parquet file, or a hub data set")
     add("--template", help=f"one of {', '.join(TEMPLATES)}, or a file (default: that of the training run, or course)")
     add("--response-template", help="text before the response in rows of `text` (default: the template's)")
     add("--max-length", type=whole_number(1), help="tokens kept of a row (default: all, up to the model's positions)")

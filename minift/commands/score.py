@@ -6,7 +6,7 @@ from statistics import fmean
 from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
 from minift.errors import UserError
-from minift.files.datasets import SCORE_SCHEMAS, check_added, load_rows
+from minift.files.datasets import SCORE_SCHEMAS, check_added, load_rows, print_remarks
 from minift.files.pretrained import load_judge
 from minift.files.text import say, write_json_lines
 from minift.prompts import question_of
@@ -36,12 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
                 raise UserError(f"{args.data}: {row.location}: {name}: {error}") from None
         for remark in about_preferences(row, encoded.examples[-len(fields) :], judge.tokenizer, judge.template):
             encoded.remark(remark, row.location)
-    terminal.print_remarks(encoded, sys.stdout)
+    print_remarks(encoded, sys.stdout)
     rewards = iter(score_rows(judge.model, encoded.examples, judge.batch_size))
     scored = [{field: next(rewards) for field in fields} for _ in rows]
 
     if args.out is not None:
-        write_json_lines(args.out, (row | its_rewards for row, its_rewards in zip(rows, scored, strict=True)))
+        write_json_lines(args.out, (row.given | its_rewards for row, its_rewards in zip(rows, scored, strict=True)))
     if are_pairs:
         exam = examine([[*its_rewards.values()] for its_rewards in scored], [category_of(row) for row in rows])
         terminal.print_table({measure: {"": value} for measure, value in exam.items()})

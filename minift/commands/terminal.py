@@ -45,12 +45,6 @@ def print_summaries(*data_sets: Encoded) -> None:
     say("")
 
 
-def print_remarks(encoded: Encoded, stream: TextIO) -> None:
-    """Print the remarks about a data set's rows, if there are any."""
-    if encoded.remarks:
-        say("\n".join([f"{encoded.source}:", *encoded.remark_lines]), stream)
-
-
 def print_plan(batches: Loader, config: Config) -> None:
     """Print how many optimiser steps the run takes, how many tokens a step has, and if the warm-up is too long."""
     total_steps = num_steps(config, batches)

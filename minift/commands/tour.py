@@ -21,7 +21,7 @@ from minift.commands.cli import CommandParser, check_out
 from minift.commands.flags import PROJECT
 from minift.commands.notebook import STOPS, Text, agree, ends, indented, show, stop, table, write_page
 from minift.config import Config
-from minift.encode import IGNORE_INDEX, encode_completion, encode_prompt, encode_rows, end_with_eos
+from minift.encode import IGNORE_INDEX, encode_completion, encode_prompt, encode_rows
 from minift.errors import UserError
 from minift.files.datasets import PAIR_SCHEMAS, load_rows
 from minift.files.marks import GREEN, PLAIN, has_colour, mark
@@ -32,7 +32,7 @@ from minift.losses import bradley_terry, completion_cross_entropy, next_token_ta
 from minift.model import OPT, RewardModel, row_layout
 from minift.optim import adamw, learning_rate
 from minift.pairs import PairBatch, collate_rankings, encode_rankings
-from minift.prompts import TEMPLATES, render
+from minift.prompts import TEMPLATES, end_with_eos, render
 from minift.run.setup import set_dropout
 from minift.scoring import Z_95, Judge, score_rankings, sigmoid, win_rate
 from minift.trainer import Task, evaluate, optimizer_step

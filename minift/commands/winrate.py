@@ -6,11 +6,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from minift.commands import terminal
 from minift.commands.cli import CommandParser, add_device_flags, add_judging_flags, check_out, whole_number
 from minift.commands.generate import complete, encode_prompts, texts_of
 from minift.errors import UserError
-from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows
+from minift.files.datasets import PROMPT_SCHEMAS, Row, check_added, load_rows, print_remarks
 from minift.files.language_model import LanguageModel
 from minift.files.pretrained import find_model, load_for_prompts, load_for_sft, load_judge
 from minift.files.text import say, to_json, write_json_lines
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         columns[name] = values
         if args.out is not None:
             added = (dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True))
-            write_json_lines(args.out, (row | its for row, its in zip(rows, added, strict=True)))
+            write_json_lines(args.out, (row.given | its for row, its in zip(rows, added, strict=True)))
 
     for side, files in models.items():
         loaded, _ = load_for_sft(files, dtype=placed["dtype"])
@@ -75,7 +74,7 @@ def questions_of(rows: Sequence[Row], judge: Judge, source: str) -> list[Row]:
     for row in rows:
         for remark in unread(row):
             seen.remark(remark, row.location)
-    terminal.print_remarks(seen, sys.stderr)
+    print_remarks(seen, sys.stderr)
     questions = [Row(question_of(row) or {}, row.location) for row in rows]
     for row in questions:
         try:

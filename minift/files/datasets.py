@@ -1,27 +1,33 @@
-"""Checked rows from JSON, JSONL and parquet files; the seeded split into training and held-out rows."""
+"""Checked rows from JSON, JSONL, CSV and parquet files; the seeded split into training and held-out rows."""
 
+import csv
 import json
 import math
-import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy
 
 from minift.errors import UserError
-from minift.files.hub import DATA_SUFFIXES, data_files
+from minift.files.hub import CSV, DATA_SUFFIXES, data_files
+from minift.files.layouts import to_own_fields
 from minift.files.text import (
     MACHINE_ERRORS,
     STDIN,
     check_not_pointer,
+    check_unicode,
     parse_json,
     parse_json_lines,
     read_stdin,
     read_text,
+    say,
 )
 from minift.prompts import question_fields
+from minift.remarks import Encoded
 
 Schemas = Mapping[str, tuple[str, ...]]
 # A schema's required fields, each a string. A row's schema is the first one whose fields are all present. In a row with
@@ -41,51 +47,68 @@ LINES_OR_ARRAY = "an array of objects, or one object a line"
 
 
 class Row(dict[str, Any]):
-    """A row's fields and its `location`, for messages: "line 17" of JSONL, "row 17" of a JSON array or of parquet."""
+    """A row's fields, its `location` for messages, and the fields that it has in its file.
 
-    __slots__ = ("location",)
+    The location is "line 17" of JSONL or CSV, "row 17" of a JSON array or of parquet. `given` differs from the fields
+    where `layouts.to_own_fields` renamed some: it is what commands write again.
+    """
 
-    def __init__(self, fields: Mapping[str, Any], location: str) -> None:
+    __slots__ = ("given", "location")
+
+    def __init__(self, fields: dict[str, Any], location: str, given: dict[str, Any] | None = None) -> None:
         super().__init__(fields)
         self.location = location
+        self.given = fields if given is None else given
 
 
 def load_rows(data: str | Path | None, schemas: Schemas = TRAINING_SCHEMAS, *, mixed: bool = False) -> list[Row]:
-    """Return the rows of a JSON, JSONL or parquet file, or of a hub data set (`hub.data_files`), in order.
+    """Return the rows of a JSON, JSONL, CSV or parquet file, or of a hub data set (`hub.data_files`), in order.
 
     None is standard input, in JSON or JSONL.
-    All rows follow one schema of `schemas`, unless `mixed`. Null fields are dropped, nested ones too; the others are
-    kept unchanged. Raises UserError naming the file, the line or row, and the field if the data cannot be read or is
-    wrong, and like `hub.look_up`.
+    All rows follow one schema of `schemas`, unless `mixed`, once conversations and names of other data sets are
+    replaced (`layouts.to_own_fields`), which a remark on stderr says. Null fields are dropped, nested ones too; the
+    others are kept unchanged. Raises UserError naming the file, the line or row, and the field if the data cannot be
+    read or is wrong, and like `hub.look_up`.
     """
     files = [Path(STDIN)] if data is None else data_files(data)
     rows: list[Row] = []
+    noted: Encoded[Row] = Encoded(str(data or STDIN), "row", 0)
     first = None  # the fields of the first row's schema
     for path in files:
         unit, values = _parse_values(read_stdin(LINES_OR_ARRAY), path) if data is None else _read_values(path)
         for number, value in values:
             where = f"{path}:{number}" if unit == "line" else f"{path}: row {number}"
-            fields = check_row(value, schemas, where)
-            first = first or fields
-            if fields != first and not mixed:
-                has, had = _quoted(fields), _quoted(first)
+            fields, required, remarks = read_row(value, schemas, where)
+            first = first or required
+            if required != first and not mixed:
+                has, had = _quoted(required), _quoted(first)
                 raise UserError(f"{where}: this row has {has}, earlier ones {had}: split the file")
-            location = f"{unit} {number}"
-            rows.append(Row(value, location if len(files) == 1 else f"{path.name}: {location}"))
+            location = f"{unit} {number}" if len(files) == 1 else f"{path.name}: {unit} {number}"
+            rows.append(Row(fields, location, value))
+            for remark in remarks:
+                noted.remark(remark, location)
     if not rows:
-        raise UserError(f"{data or STDIN}: no rows in it, expected {LINES_OR_ARRAY}")
+        expected = "a line of names, then one row a line" if str(data).endswith(CSV) else LINES_OR_ARRAY
+        raise UserError(f"{data or STDIN}: no rows in it, expected {expected}")
+    print_remarks(noted, sys.stderr)
     return rows
+
+
+def print_remarks(encoded: Encoded, stream: TextIO) -> None:
+    """Print the remarks about a data set's rows, if there are any."""
+    if encoded.remarks:
+        say("\n".join([f"{encoded.source}:", *encoded.remark_lines]), stream)
 
 
 def check_added(rows: Sequence[Row], names: Sequence[str], source: str) -> None:
     """Raise UserError if rows cannot be written with fields added: one is there already, or a text is not valid."""
     for row in rows:
         where = f"{source}: {row.location}"
-        if taken := [name for name in names if name in row]:
+        if taken := [name for name in names if name in row.given]:
             raise UserError(f"{where}: the row has a field '{taken[0]}', which is to be added: rename the row's own")
-        for name, value in row.items():
-            _check_unicode(name, value, where)
-            _check_unicode(name, name, where)
+        for name, value in row.given.items():
+            check_unicode(name, value, where)
+            check_unicode(name, name, where)
 
 
 def drop_rows_with_input(rows: Sequence[Row]) -> list[Row]:
@@ -117,13 +140,48 @@ def split(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
 
 def _read_values(path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
     """Return the unit in which a file is counted, "line" or "row", and its numbered values."""
-    expected = "a .json, .jsonl or .parquet file, gzipped (.gz) or not, or a hub data set (owner/name)"
+    expected = "a .json, .jsonl, .csv or .parquet file, gzipped (.gz) or not, or a hub data set (owner/name)"
     if not path.name.endswith(DATA_SUFFIXES) and not path.is_dir():
         raise UserError(f"{path}: expected {expected}")
     if path.suffix == ".parquet" and path.is_file():
         check_not_pointer(path)
         return "row", enumerate(_read_parquet(path), start=1)
-    return _parse_values(read_text(path, expected), path)
+    text = read_text(path, expected)
+    if path.name.endswith(CSV):
+        return "line", _parse_csv(text, path)
+    return _parse_values(text, path)
+
+
+def _parse_csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the first line's number and the fields of each record; the first record has their names.
+
+    Raises UserError for a record that has more or fewer fields, and for quotes that do not match.
+    """
+    csv.field_size_limit(len(text) + 1)
+    records = csv.reader(StringIO(text, newline=""), strict=True)
+    names: list[str] | None = None
+    end = 0  # the last line of the record before
+    while True:
+        where = f"{path}:{end + 1}"
+        try:
+            record = next(records, None)
+        except csv.Error as error:
+            rule = "a field with a quote, a comma or a line end in it needs quotes around it, and its own doubled"
+            raise UserError(f"{where}: malformed CSV: {error}; {rule}") from None
+        if record is None:
+            return
+        number, end = end + 1, records.line_num
+        if not record:  # a blank line
+            continue
+        if names is None:
+            names = record
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise UserError(f"{where}: two fields have the name {twice[0]!r:.40}")
+        elif len(record) != len(names):
+            rule = "a field with a comma or a line end in it needs quotes around it"
+            raise UserError(f"{where}: {len(record)} fields, expected the {len(names)} that the header names: {rule}")
+        else:
+            yield number, dict(zip(names, record, strict=True))
 
 
 def _parse_values(text: str, path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
@@ -162,13 +220,22 @@ def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def check_row(row: object, schemas: Schemas, where: str) -> tuple[str, ...]:
+def read_row(row: object, schemas: Schemas, where: str) -> tuple[dict[str, Any], tuple[str, ...], list[str]]:
+    """Return a row's fields as minift names them, the required ones of its schema, and remarks about what is renamed.
+
+    Raises UserError like `check_row` and `layouts.to_own_fields`, and for anything but an object.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: {json.dumps(row):.40}, expected an object with the fields of a row")
+    fields, remarks = to_own_fields(row, schemas, where)
+    return fields, check_row(fields, schemas, where), remarks
+
+
+def check_row(row: Mapping[str, Any], schemas: Schemas, where: str) -> tuple[str, ...]:
     """Return the required fields of a row's schema; raise UserError if it has none, or a field of the wrong type.
 
     The schema is the first whose fields the row has and which asks the question that `question_fields` chose.
     """
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: {json.dumps(row):.40}, expected an object with the fields of a row")
     begun = [name for name, fields in schemas.items() if any(field in row for field in fields)]
     # A "text" beside an "instruction" is a rendered copy: it does not make up for a missing "output".
     open_to = begun if begun == ["text"] else [name for name in begun if name != "text"]
@@ -185,20 +252,26 @@ def check_row(row: object, schemas: Schemas, where: str) -> tuple[str, ...]:
             if isinstance(text, str) and not all(text.strip() in side for side in texts):
                 raise UserError(f"{where}: '{field}' is not read: rename it to 'prompt', or remove it")
     if "kind" in row:  # runs and tables show it
-        _check_unicode("kind", row["kind"], where)
+        check_unicode("kind", row["kind"], where)
     return required
 
 
 def _texts_in(row: Mapping[str, Any], field: str, where: str) -> list[str]:
-    """Return the text of a field, or the list of texts in "responses"; UserError if it holds anything else."""
+    """Return the text of a field, or those in "responses" and "history"; UserError if it holds anything else."""
     value = row.get(field, "")
-    texts = value if field == "responses" else [value]
+    if field == "history":
+        turns = value or []
+        if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+            found = json.dumps(value)
+            raise UserError(f"{where}: field 'history' is {found:.40}, expected a list of [question, answer]")
+        value = [text for turn in turns for text in turn]
+    texts = value if field in ("history", "responses") else [value]
     if not isinstance(texts, list) or (field == "responses" and len(texts) < 2):
         raise UserError(f"{where}: field 'responses', expected a list of two or more strings, best first")
     for text in texts:
         if not isinstance(text, str):
             raise UserError(f"{where}: field '{field}' is {json.dumps(text):.40}, expected a string")
-        _check_unicode(field, text, where)
+        check_unicode(field, text, where)
     return texts
 
 
@@ -217,20 +290,14 @@ def _missing(row: Mapping[str, Any], schemas: Schemas, begun: Sequence[str]) -> 
         problem = f"field '{next(field for field in schemas[begun[0]] if field not in row)}' is missing, or null"
     else:
         problem = "no field of a row in it, expected " + ", or ".join(_quoted(fields) for fields in schemas.values())
+        problem += ", or 'messages'" if "instruction" in schemas else ""
     tables = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if tables and not begun:
         is_chat = {"role", "from"} & row[tables[0]][0].keys()
-        advice = "is a chat, which is not read: write its texts as these" if is_chat else "should be the whole file"
+        advice = "is a conversation: rename it to 'messages'" if is_chat else "should be the whole file"
         renames = f": the list in {tables[0]!r:.40} {advice}"
     names = ", ".join(f"{name!r:.40}" for name in [*row][:8]) or "no field that is not null"
     return f"{problem}; the row has {names}{renames}"
-
-
-def _check_unicode(field: str, value: object, where: str) -> None:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    if bad := re.search("[\ud800-\udfff]", text):  # JSON allows "\ud800" in a string; Unicode does not
-        at = bad.start() + 1
-        raise UserError(f"{where}: field {field!r} has a lone surrogate at character {at}: not valid Unicode")
 
 
 def _quoted(fields: tuple[str, ...]) -> str:

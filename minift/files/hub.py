@@ -18,7 +18,8 @@ from minift.errors import UserError
 from minift.files.text import printable, write_text
 
 TIMEOUT = 10  # seconds for the hub's first answer; huggingface_hub itself would wait forever
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz")
+CSV = (".csv", ".csv.gz")
+DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".json.gz", ".jsonl.gz", *CSV)
 CONVERTED = "refs/convert/parquet"  # the branch where the hub keeps most data sets as parquet
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
 DATA_NAME = re.compile(rf"({NAME.pattern})(?:@([^:@]+))?(?::([\w./-]+))?")  # owner/name@revision:split
@@ -149,8 +150,9 @@ def _files_of_split(repository: Repository, split: str | None) -> list[str]:
     """
     elsewhere = "" if repository.revision == CONVERTED else f"try {repository.name}@{CONVERTED}, or "
     names = [name for name in repository.files if name.endswith(DATA_SUFFIXES) and not WITHOUT_ROWS.search(name)]
+    names = [name for name in names if not name.endswith(CSV)] or names  # tables beside the rows are often CSV
     if not names:
-        formats = ", ".join(DATA_SUFFIXES[:3])
+        formats = ", ".join((*DATA_SUFFIXES[:3], CSV[0]))
         raise UserError(f"{repository}: no {formats} file in it: {elsewhere}convert one, and name the file")
     stems = {name: SHARD.sub("", name) for name in names}
     words = {name: [SPLITS[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLITS] for name in names}

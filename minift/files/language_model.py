@@ -10,7 +10,7 @@ from torch import Tensor
 from minift.batching import collate, pack
 from minift.beam import beam_search
 from minift.encode import Example, encode_prompt, encode_rows
-from minift.files.datasets import TRAINING_SCHEMAS, check_row
+from minift.files.datasets import TRAINING_SCHEMAS, read_row
 from minift.files.marks import token_table
 from minift.generate import Completions, Options, generate
 from minift.losses import completion_cross_entropy, next_token_targets
@@ -62,9 +62,9 @@ class LanguageModel:
 
         Raises UserError for a row that follows none of `TRAINING_SCHEMAS`, or without a supervised token.
         """
-        check_row(row, TRAINING_SCHEMAS, "the row")
+        fields, _, _ = read_row(row, TRAINING_SCHEMAS, "the row")
         max_length = self.model.config.max_position_embeddings
-        [example] = encode_rows([row], self.tokenizer, self.template, max_length=max_length).examples
+        [example] = encode_rows([fields], self.tokenizer, self.template, max_length=max_length).examples
         return example
 
     def show(self, row: Mapping[str, Any]) -> str:

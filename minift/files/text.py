@@ -188,6 +188,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             unfinished.unlink()
 
 
+def check_unicode(name: str, value: object, where: str) -> None:
+    """Raise UserError if a field's value has a lone surrogate: JSON allows "\\ud800" in a string, Unicode does not."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if bad := re.search("[\ud800-\udfff]", text):
+        at = bad.start() + 1
+        raise UserError(f"{where}: field {name!r} has a lone surrogate at character {at}: not valid Unicode")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a UTF-8 file atomically."""
     with atomic_write(path) as unfinished:

@@ -1,6 +1,7 @@
 """The examination of a tuned model: held-out prompts, greedy answers, BLEU and pass rate; and the samples of a run."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from minift.bleu import corpus_bleu
@@ -167,6 +168,7 @@ def ranking_sample(row: Mapping[str, Any], before: Sequence[float], after: Seque
     responses, question = responses_of(row), question_of(row)
     texts = {"kind": row["kind"]} if "kind" in row else {}
     if question is not None:
-        texts["prompt"] = "\n\n".join(filter(None, question.values()))
+        earlier = chain.from_iterable(question.pop("history", []))
+        texts["prompt"] = "\n\n".join(filter(None, [*earlier, *question.values()]))
     texts |= dict(zip(name_responses(len(responses)), responses, strict=True))
     return texts | {"rewards_before": list(before), "rewards_after": list(after)}
