@@ -237,7 +237,7 @@ def test_csv(tmp_path):
         {"": "1", "instruction": "é\u2028 'x'", "input": " ", "output": "\0"},
         {"": "2", "instruction": "a" * 200_000, "input": "null", "output": "3"},  # csv's own limit is 131,072
     ]
-    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n")):
+    for encoding, end in (("utf-8", "\n"), ("utf-8-sig", "\r\n"), ("utf-8", "\r")):
         text = StringIO(newline="")
         writer = csv.DictWriter(text, [*rows[0]], lineterminator=end)
         writer.writeheader()

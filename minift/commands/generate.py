@@ -131,7 +131,7 @@ def _parser() -> CommandParser:
     add = parser.add_argument
     add("--model", required=True, help="a folder or hub id of a model, or of adapters")
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompts", help='rows of {"prompt": …}, or {"instruction": …, "input": …}, {"messages": […]} '
+    prompts.add_argument("--prompts", help='rows of {"prompt": …}, {"instruction": …, "input": …} or {"messages": […]} '
         "for the template; - is standard input, in JSON")  # fmt: skip
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="an instruction; may be given several times")
     add("--input", metavar="TEXT", help="the input of each --prompt")
