@@ -50,7 +50,9 @@ ALPHA = Domain(float, lambda value: 0 < value < 1e9, "a number above 0 and below
 FRACTION = Domain(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 TEXT = Domain(str, bool, "some text")
 NAMES = Domain(_names, all, "names with commas between them")
-DEVICE = Domain(str, lambda value: bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", value)), "auto, cpu, cuda or cuda:N")
+DEVICE = Domain(
+    str, lambda value: bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value)), "auto, cpu, mps, cuda or cuda:N"
+)
 SWITCH = Domain(bool, lambda value: True, "no value")
 
 
@@ -104,7 +106,7 @@ class Config:
     order: Literal["shuffled", "sequential"] = _option("shuffled", _choice("shuffled", "sequential"), LOOP,
                                                        "order of the rows in each epoch")
     seed: int = _option(42, _whole(0, 2**32 - 1), LOOP, "seed of split, order, dropout and initialisation")
-    device: str = _option("auto", DEVICE, LOOP, "auto takes a GPU if there is one")
+    device: str = _option("auto", DEVICE, LOOP, "auto takes a GPU if there is one; mps is Apple's")
     dtype: str = _option("auto", _choice("auto", "float32", "bfloat16", "float64"), LOOP, "dtype of the forward pass; "
                          "auto is bfloat16 on a GPU that has it, else float32")
 

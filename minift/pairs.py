@@ -126,8 +126,11 @@ class PairBatch(NamedTuple):
     weights: Tensor  # (P,) with sum 1 over the pairs of each ranking
 
     def to(self, device: torch.device) -> "PairBatch":
-        """Return the batch on a device."""
-        return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """Return the batch on a device, in float32 on Apple's GPU, which lacks float64."""
+        batch = self
+        if device.type == "mps":
+            batch = self._replace(margins=self.margins.float(), weights=self.weights.float())
+        return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
 
 def collate_rankings(rankings: Sequence[Ranking]) -> PairBatch:

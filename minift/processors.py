@@ -54,10 +54,12 @@ def keep_top_p(scores: Tensor, p: float) -> Tensor:
 
 def sample(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
     """Sample one token `(R,)` for each row of probabilities `(R, V)`, given one number in [0, 1) per row."""
-    cumulative = probabilities.double().cumsum(1)
+    device = probabilities.device
+    wide = probabilities.to("cpu" if device.type == "mps" else device).double()  # Apple's GPU lacks float64
+    cumulative = wide.cumsum(1)
     thresholds = torch.tensor(uniforms, dtype=torch.float64).to(cumulative) * cumulative[:, -1]
     # right=True skips tokens of probability 0.
-    return torch.searchsorted(cumulative, thresholds[:, None], right=True).squeeze(1)
+    return torch.searchsorted(cumulative, thresholds[:, None], right=True).squeeze(1).to(device)
 
 
 def check_scores(best: Tensor) -> None:

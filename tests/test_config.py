@@ -164,7 +164,7 @@ def test_a_flag_s_eval_fraction_replaces_the_recipe_s_eval_data():
         ("--dtype", "float16", "one of auto, float32, bfloat16, float64"),
         ("--supervise", "prompt", "one of completion, all"),
         ("--recipe", "huge", "one of tiny, course"),
-        ("--device", "gpu", "auto, cpu, cuda or cuda:N"),
+        ("--device", "gpu", "auto, cpu, mps, cuda or cuda:N"),
         ("--lora-targets", "q_proj,,v_proj", "names with commas between them"),
         ("--out", "", "some text"),
     ],
@@ -181,7 +181,7 @@ def test_a_wrong_value_is_refused_with_what_was_expected(flag, text, expected):
         *((flag, "1e308", "below 1e30") for flag in ("--lr", "--weight-decay", "--max-grad-norm")),
         ("--lora-alpha", "1e308", "below 1e9"),
         ("--lora-alpha", "1" * 400, "below 1e9"),
-        ("--device", "x" * 400, "auto, cpu, cuda or cuda:N"),
+        ("--device", "x" * 400, "auto, cpu, mps, cuda or cuda:N"),
     ],
 )
 def test_a_number_that_is_too_large_is_refused_in_a_short_line(flag, text, expected):

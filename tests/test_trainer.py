@@ -23,7 +23,7 @@ from minift.files.weights import save_model
 from minift.model import OPT
 from minift.progress import progress_bar
 from minift.run import checkpoint
-from minift.run.device import pick_device, pick_dtype, weights_dtype
+from minift.run.device import pick_device, pick_dtype, placement, weights_dtype
 from minift.run.folder import Run
 from minift.run.setup import set_dropout
 from minift.trainer import Task, train
@@ -472,11 +472,47 @@ def test_a_gpu_that_is_not_there_is_refused():
     assert pick_device("auto").type == "cpu"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize(
+    ("cuda", "mps", "auto"), [(0, False, "cpu"), (0, True, "mps"), (2, False, "cuda"), (1, True, "cuda")]
+)
+def test_the_device_that_is_chosen(cuda, mps, auto, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: cuda > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: cuda)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: mps)
+    assert pick_device("auto") == torch.device(auto) and pick_device("cpu").type == "cpu"
+    for name, is_here in (("cuda", cuda > 0), ("cuda:1", cuda > 1), ("mps", mps)):
+        if is_here:
+            assert pick_device(name) == torch.device(name)
+        else:
+            expected = "cpu, mps or" if mps else "cpu or"
+            with pytest.raises(UserError, match=f"--device {name}: expected auto, {expected} one of the {cuda} GPUs"):
+                pick_device(name)
+
+
+def test_apple_s_gpu_has_no_float64(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    message = r"--dtype float64: Apple's GPU \(mps\) does not have it: add --device cpu"
+    with pytest.raises(UserError, match=message):
+        pick_dtype(Config(dtype="float64"), pick_device("auto"))
+    with pytest.raises(UserError, match=message):
+        placement("mps", "float64")
+    assert placement("cpu", "float64")["dtype"] == torch.float64
+    assert placement("mps", "float32") == {"device": torch.device("mps"), "dtype": torch.float32}
+    assert pick_dtype(Config(), torch.device("mps")) == torch.float32
+
+
+GPUS = [
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")),
+    pytest.param("mps", marks=pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no Apple GPU here")),
+]
+
+
+@pytest.mark.parametrize("device", GPUS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 5e-2)])
-def test_a_gpu_trains_as_the_cpu_does(dtype, tolerance):
+def test_a_gpu_trains_as_the_cpu_does(device, dtype, tolerance):
     _, expected = run()
-    model, log = run(device="cuda", arithmetic=dtype)
+    model, log = run(device=device, arithmetic=dtype)
     assert next(model.parameters()).dtype == torch.float32
     for ours, theirs in zip(log, expected, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)

@@ -16,6 +16,9 @@ from minift.errors import UserError
 from minift.files.text import say, target_of
 from minift.run.interrupts import interrupt_with, leave, on_signals
 
+# For Apple's GPU: an operation that it lacks runs on the CPU. torch reads this when it is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+
 LONGEST_WORD = 340  # characters of a value or path in a message; of a longer one only the beginning is printed
 
 
@@ -49,7 +52,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 def add_device_flags(parser: ArgumentParser, *, half: bool = True) -> None:
     """Add --device and --dtype, which choose where and in which precision a command computes; float16 if `half`."""
     dtypes = ["float32", "bfloat16", *(["float16"] if half else []), "float64"]
-    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU if there is one")
+    parser.add_argument("--device", default="auto", help="cpu, mps, cuda or cuda:N; auto takes a GPU if there is one")
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="(default: %(default)s)")
 
 

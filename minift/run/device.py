@@ -9,27 +9,45 @@ from minift.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device with this name; `auto` is the GPU if there is one. UserError for a GPU that does not exist."""
+    """Return the device with this name; `auto` is the GPU if there is one, CUDA's before Apple's (`mps`).
+
+    Raises UserError for a GPU that does not exist.
+    """
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if name != "cpu" and name not in gpus and not (name == "cuda" and gpus):
-        raise UserError(f"--device {name}: expected auto, cpu or one of the {len(gpus)} GPUs here, as in cuda:0")
+    if name not in ["cpu", *["mps"] * has_mps, *["cuda"] * bool(gpus), *gpus]:
+        others = "cpu, mps" if has_mps else "cpu"
+        raise UserError(f"--device {name}: expected auto, {others} or one of the {len(gpus)} GPUs here, as in cuda:0")
     return torch.device(name)
 
 
 def placement(device: str, dtype: str) -> dict[str, Any]:
-    """Return the `device` and `dtype` that a command's flags choose. Raises UserError like `pick_device`."""
-    return {"device": pick_device(device), "dtype": getattr(torch, dtype)}
+    """Return the `device` and `dtype` that a command's flags choose.
+
+    Raises UserError like `pick_device` and `check_dtype`.
+    """
+    picked = pick_device(device)
+    check_dtype(picked, dtype)
+    return {"device": picked, "dtype": getattr(torch, dtype)}
+
+
+def check_dtype(device: torch.device, dtype: str) -> None:
+    """Raise UserError if the device does not have the dtype."""
+    if device.type == "mps" and dtype == "float64":
+        raise UserError(f"--dtype {dtype}: Apple's GPU (mps) does not have it: add --device cpu, or choose float32")
 
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
     """Return the dtype of the forward pass: that of the frozen weights, if they are in half precision.
 
     Otherwise `auto` is bfloat16 autocast on a GPU that has it, and float32 on a CPU. Trained weights stay in float32
-    (float64 if asked for): an AdamW update is often below bfloat16's resolution and would round to zero.
+    (float64 if asked for): an AdamW update is often below bfloat16's resolution and would round to zero. Raises
+    UserError for float64 on a device that does not have it.
     """
     dtype = config.dtype if config.base_dtype == "float32" else config.base_dtype
+    check_dtype(device, dtype)
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return getattr(torch, dtype)
