@@ -154,18 +154,26 @@ def wilson_interval(wins: float, n: int) -> tuple[float, float]:
     return max(0.0, min(proportion, centre - radius)), min(1.0, max(proportion, centre + radius))
 
 
-def calibration(differences: Sequence[float]) -> tuple[float, float]:
-    """Return expected calibration error and Brier score of σ(chosen − rejected) as a probability; 0 is best for both.
+def confidence_bins(differences: Sequence[float]) -> list[list[tuple[float, bool]]]:
+    """Return each pair's confidence and whether the choice was right, in `BINS` bins of equal width.
 
-    The model's choice is the side with the higher reward, its confidence σ(|difference|) from 0.5 to 1. The error is
-    the difference of mean confidence and accuracy in `BINS` bins of equal width, averaged over the pairs (Guo et al.
-    2017, arXiv 1706.04599, equation 3). The Brier score is the mean of (1 − σ(chosen − rejected))².
+    The model's choice is the side with the higher reward, its confidence σ(|difference|) from 0.5 to 1.
     """
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     for difference in differences:
         confidence = sigmoid(abs(difference))
         number = min(int((confidence - 0.5) * 2 * BINS), BINS - 1)
         bins[number].append((confidence, difference > 0))
+    return bins
+
+
+def calibration(differences: Sequence[float]) -> tuple[float, float]:
+    """Return expected calibration error and Brier score of σ(chosen − rejected) as a probability; 0 is best for both.
+
+    The error is the difference of mean confidence and accuracy in each of the `confidence_bins`, averaged over the
+    pairs (Guo et al. 2017, arXiv 1706.04599, equation 3). The Brier score is the mean of (1 − σ(chosen − rejected))².
+    """
+    bins = confidence_bins(differences)
     gaps = [abs(sum(confidence for confidence, _ in each) - sum(right for _, right in each)) for each in bins]
     brier = sum(sigmoid(-difference) ** 2 for difference in differences)
     return sum(gaps) / len(differences), brier / len(differences)
