@@ -19,7 +19,7 @@ from minift.lora import merge
 from minift.losses import bradley_terry, completion_cross_entropy, next_token_targets, preference_metrics
 from minift.model import last_tokens
 from minift.pairs import PairBatch, collate_rankings, encode_rankings, group_by_chosen
-from minift.run.exam import compare_rewards, ranking_sample
+from minift.run.exam import compare_rewards, ranking_as_seen, ranking_sample
 from minift.run.folder import Run
 from minift.run.setup import export, load_splits, max_length_for, prepare, swap_half
 from minift.scoring import score_rankings
@@ -91,7 +91,8 @@ def main() -> None:
     merge(model)  # adapters, if any: a plain model scores faster
     after = score()
     samples = [ranking_sample(row, b, a) for row, b, a in zip(eval_set.rows, before, after, strict=True)]
-    results = run.finish(compare_rewards(before, after, eval_set.categories), samples)
+    seen = ranking_as_seen(model, tokenizer, (eval_set.examples or rankings)[0])  # for the report
+    results = run.finish(compare_rewards(before, after, eval_set.categories), samples, seen)
     terminal.print_rewards(samples)
     terminal.print_results(results, run.folder)
     terminal.print_best_of(run.folder, config.recipe)

@@ -17,7 +17,7 @@ from minift.files.pretrained import load_for_sft
 from minift.files.templates import load_template
 from minift.lora import merge
 from minift.losses import completion_cross_entropy, next_token_targets
-from minift.run.exam import compare_answers, held_out_prompts, sit_exam
+from minift.run.exam import compare_answers, held_out_prompts, row_as_seen, sit_exam
 from minift.run.folder import Run
 from minift.run.setup import export, load_splits, max_length_for, prepare
 from minift.trainer import Task, train
@@ -72,7 +72,8 @@ def main() -> None:
     merge(model)  # adapters, if any: a plain model answers faster
     after = sit_exam(model, tokenizer, questions, "after")
     samples = [question.sample(b, a) for question, b, a in zip(questions, before, after, strict=True)]
-    results = run.finish(compare_answers(questions, before, after), samples)
+    seen = row_as_seen(model, tokenizer, (eval_set.examples or train_set.examples)[0])  # for the report
+    results = run.finish(compare_answers(questions, before, after), samples, seen)
     terminal.print_answers(samples)
     terminal.print_results(results, run.folder, samples)
     terminal.print_chat(run.folder)

@@ -65,7 +65,8 @@ KINDS: dict[str, tuple[str, str]] = {  # of runs: the script and its flags
 }
 MAINS = {"sft": train_sft.main, "rm": train_rm.main}
 CLOSE, CLOSE_TO = 1e-6, "close: "  # losses with more than one thread, relative
-RESUME = re.compile(r'"resume": \w+|<th>resume</th><td>\w+')  # in run.json and in report.html
+# In run.json and in report.html.
+VARYING = re.compile(r'"resume": \w+|<th>resume</th><td>\w+|[\d.]+ \w+ of training|\b\d{4}-\d\d-\d\d\b')
 LAST = "step-000003"
 START_AFRESH = "leave --resume out"
 
@@ -395,7 +396,7 @@ def contents(run: Path) -> dict[str, Any]:
         elif path.name == "progress.json":
             found[name] = json.loads(path.read_text()) | {"seconds": 0}
         elif path.name in ("run.json", "report.html"):
-            found[name] = RESUME.sub("", path.read_text())
+            found[name] = VARYING.sub("", path.read_text())
         else:
             found[name] = path.read_bytes()
     return found

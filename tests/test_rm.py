@@ -94,7 +94,8 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert lines[-1]["pairs"] == 16
 
     record = json.loads((out / "run.json").read_text())
-    assert record.keys() == {"task", "values", "template", "versions", "fingerprints", "commits", "results"}
+    assert record.keys() == {"task", "values", "template", "versions", "fingerprints", "commits", "command", "machine",
+                             "date", "results"}  # fmt: skip
     assert record["task"] == "rm" and record["values"].items() >= {"recipe": "tiny", "seed": 42, "lr": 1.2e-3}.items()
     assert all(len(record["fingerprints"][name]) == 64 for name in ("weights", "data", "eval_data"))
     results = record["results"]
@@ -113,6 +114,19 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert f"\n{STEPS} optimiser steps of about " in printed
     template = load_template(str(out / "template.json"))
     assert template.without_input == TEMPLATES["dialogue"].without_input
+
+
+def test_row_json_has_the_rewards_of_the_first_held_out_pair(finished):
+    out, _ = finished
+    sample = read_lines(out / "samples.jsonl")[0]
+    rows = json.loads((out / "row.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["chosen", "rejected"]
+    assert [row["values"][-1] for row in rows] == pytest.approx(sample["rewards_after"], abs=1e-5)
+    assert all(value is None for row in rows for value in row["values"][:-1])
+    texts = [f"⟨</s>⟩\n\nHuman: {sample['prompt']}\n\nAssistant: {sample[row['name']]}⟨</s>⟩" for row in rows]
+    assert ["".join(row["tokens"]) for row in rows] == texts
+    page = (out / "report.html").read_text()
+    assert "One pair as the loss sees it" in page and page.count('class="token"') == 2
 
 
 def test_metrics_are_those_of_the_scored_pairs(finished):

@@ -67,7 +67,7 @@ def test_everything_is_printed_through_one_function() -> None:
 
 
 def test_modules_about_text_do_not_load_torch() -> None:
-    modules = "config prompts tokenizer encode files.text files.datasets files.tokenizer run.report run.sandbox".split()
+    modules = "config prompts tokenizer encode files.text files.datasets files.tokenizer run.sandbox".split()
     lines = [f"import minift.{module}; assert 'torch' not in sys.modules, '{module}'" for module in modules]
     command = [sys.executable, "-c", "\n".join(["import sys", *lines])]
     subprocess.run(command, cwd=ROOT, check=True)

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -20,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, OPTForCausalLM
 
+import minift
 import train_sft
 from minift.commands import terminal
 from minift.commands.flags import parse
-from minift.encode import Example
+from minift.encode import IGNORE_INDEX, Example
 from minift.errors import UserError
 from minift.files.templates import load_template
 from minift.files.text import write_json
@@ -82,6 +84,7 @@ def test_a_run_leaves_what_the_design_says(finished):
     names = {path.name for path in out.iterdir()}
     assert names >= {"config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json"}
     assert names >= {"template.json", "run.json", "metrics.jsonl", "samples.jsonl", "report.html", "checkpoints"}
+    assert names >= {"row.json", "before.json"}
     lines = read_lines(out / "metrics.jsonl")
     assert [(line["step"], line["split"]) for line in lines] == [
         (0, "eval"),
@@ -93,7 +96,11 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert all(line.keys() == evaluated | {"lr", "grad_norm"} for line in lines if line["split"] == "train")
 
     record = json.loads((out / "run.json").read_text())
-    assert record.keys() == {"task", "values", "template", "versions", "fingerprints", "commits", "results"}
+    assert record.keys() == {"task", "values", "template", "versions", "fingerprints", "commits", "command", "machine",
+                             "date", "results"}  # fmt: skip
+    assert f"train_sft.py --max-steps {STEPS}" in record["command"] and record["command"].endswith(str(out))
+    assert record["machine"].endswith("thread" if torch.get_num_threads() == 1 else "threads")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"])
     assert record["task"] == "sft"
     values = {"batch_size": 4, "recipe": "tiny", "seed": 42, "data": "data/instructions.jsonl", "lr": 1e-3}
     assert record["values"].items() >= values.items()
@@ -116,6 +123,21 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert printed.endswith(f" -m minift chat --model {out}\n")
     assert f"\n{STEPS} optimiser steps of about " in printed
     assert load_template(str(out / "template.json")).without_input == TEMPLATES["course"].without_input
+
+
+def test_row_json_has_the_losses_of_the_first_held_out_row(finished, data):
+    out, _ = finished
+    row = read_lines(Path(data[3]))[0]
+    model = minift.load(out)
+    [seen] = json.loads((out / "row.json").read_text())["rows"]
+    losses = [value for value in seen["values"] if value is not None]
+    assert sum(losses) / len(losses) == pytest.approx(model.loss(row).item(), abs=1e-5)
+    example = model.encode(row)
+    assert [value is None for value in seen["values"]] == [label == IGNORE_INDEX for label in example.labels]
+    assert "".join(seen["tokens"]).startswith("⟨</s>⟩### Instruction:\n")
+    assert "".join(seen["tokens"][example.labels.count(IGNORE_INDEX) :]) == f"{row['output']}⟨</s>⟩"
+    page = (out / "report.html").read_text()
+    assert "One row as the loss sees it" in page and page.count('class="token"') == len(losses)
 
 
 def test_transformers_loads_the_run_as_it_is(finished):
@@ -432,7 +454,7 @@ def test_answers_that_pass_are_counted_and_marked(tmp_path, checked, monkeypatch
     assert "── after\n" in printed  # the row without checks
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("✓ passes") == 2 and page.count("✗ fails") == 4
-    assert "pass rate · a" in page and "passed" not in page
+    assert "<span>66.7% of 3</span>" in page and "<span>100.0% of 2</span>" in page and "passed" not in page
 
 
 @pytest.mark.parametrize("origin", ["a recipe with the user's rows", "no recipe", "rows without checks", "no answers"])

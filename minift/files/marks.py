@@ -1,6 +1,7 @@
 """Tokens as text: supervised ones marked, special ones and line ends visible, control characters escaped."""
 
 import os
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TextIO
 
@@ -37,6 +38,13 @@ def mark(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
                 text += printable(tokenizer.decode(list(run), skip_special_tokens=False)).replace("\n", "↵\n")
         marked.append(start + text + end if is_supervised else GREY + text + PLAIN if colour else text)
     return "".join(marked)
+
+
+def token_texts(input_ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """Return each token as text, special ones between ⟨ and ⟩. A part of a character is �."""
+    specials = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    texts = [tokenizer.decode([token], skip_special_tokens=False) for token in input_ids]
+    return [f"⟨{text}⟩" if token in specials else text for token, text in zip(input_ids, texts, strict=True)]
 
 
 def token_table(example: Example, tokenizer: Tokenizer) -> str:

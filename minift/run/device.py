@@ -1,5 +1,8 @@
-"""The device and dtypes of a run or command, from its options."""
+"""The device and dtypes of a run or command, from its options; the name of the machine."""
 
+import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,3 +59,14 @@ def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
 def weights_dtype(config: Config) -> torch.dtype:
     """Return the dtype to load the weights in: float64 if the forward pass is, else that of the frozen base."""
     return torch.float64 if config.dtype == "float64" else getattr(torch, config.base_dtype)
+
+
+def machine(device: torch.device) -> str:
+    """Return the name of a GPU, or of the processor with the number of threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows the name
+    found = re.search(r"model name\s*: (.+)", about.read_text(encoding="utf-8")) if about.exists() else None
+    name = found[1] if found else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"

@@ -4,18 +4,24 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
+
+from minift.batching import collate
 from minift.bleu import corpus_bleu
 from minift.config import Config
-from minift.encode import marker_of, split_row
+from minift.encode import Example, marker_of, split_row
 from minift.errors import UserError
+from minift.files.marks import token_texts
 from minift.generate import Options, generate
-from minift.model import OPT
-from minift.pairs import responses_of
+from minift.losses import next_token_targets
+from minift.model import OPT, RewardModel, eval_mode
+from minift.pairs import Ranking, responses_of
 from minift.progress import progress_bar
 from minift.prompts import Template, blanks_of, is_text_row, question_of
 from minift.remarks import by_category, category_of, likely_cause, location_of
 from minift.run.sandbox import Check, check_answers, checks_of
-from minift.scoring import examine, wilson_interval
+from minift.scoring import examine, score_rankings, wilson_interval
 from minift.tokenizer import Special, Tokenizer
 
 Answer = tuple[str, bool | None]  # a text, and if it passes the checks of its question; None: not checked
@@ -172,3 +178,29 @@ def ranking_sample(row: Mapping[str, Any], before: Sequence[float], after: Seque
         texts["prompt"] = "\n\n".join(filter(None, [*earlier, *question.values()]))
     texts |= dict(zip(name_responses(len(responses)), responses, strict=True))
     return texts | {"rewards_before": list(before), "rewards_after": list(after)}
+
+
+@torch.no_grad()
+def row_as_seen(model: OPT, tokenizer: Tokenizer, example: Example) -> dict[str, Any]:
+    """Return the object in row.json of an example: its tokens, and -log p of those that are supervised, else None."""
+    batch = collate([example]).to(model.head.device)
+    with eval_mode(model):
+        hidden = model(batch.input_ids, batch.positions, batch.rows)  # (N, E)
+    wanted, targets = next_token_targets(batch.labels, batch.positions)  # (M,), (M,)
+    losses = F.cross_entropy(F.linear(hidden[wanted], model.head).float(), targets, reduction="none")  # (M,)
+    values: list[float | None] = [None] * len(example.input_ids)
+    for index, loss in zip((wanted + 1).tolist(), losses.tolist(), strict=True):
+        values[index] = loss
+    return {"rows": [{"name": "row", "tokens": token_texts(example.input_ids, tokenizer), "values": values}]}
+
+
+def ranking_as_seen(model: RewardModel, tokenizer: Tokenizer, ranking: Ranking) -> dict[str, Any]:
+    """Return the object in row.json of a ranking: the tokens of its responses, and their rewards at the last tokens."""
+    [rewards] = score_rankings(model, [ranking], len(ranking.responses))
+    names = name_responses(len(ranking.responses), best_only=ranking.best_only)
+    return {
+        "rows": [
+            {"name": name, "tokens": token_texts(ids, tokenizer), "values": [None] * (len(ids) - 1) + [reward]}
+            for name, ids, reward in zip(names, ranking.responses, rewards, strict=True)
+        ]
+    }

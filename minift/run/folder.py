@@ -3,6 +3,7 @@
 run.json        resolved values, template, versions, fingerprints, commits; after training, the results
 metrics.jsonl   one object per logged step or evaluation
 samples.jsonl   held-out rows with the model's answers or rewards before and after
+row.json        one row as the loss sees it: its tokens, with their losses or the rewards after training
 before.json     the answers or rewards before training, and which answers passed, for --resume
 report.html     all of this as one page
 checkpoints/    see checkpoint.py
@@ -15,6 +16,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from minift.files.text import (
 )  # fmt: skip
 from minift.prompts import Template
 from minift.run import checkpoint, interrupts, lock, resume
-from minift.run.device import pick_device, pick_dtype, weights_dtype
+from minift.run.device import machine, pick_device, pick_dtype, weights_dtype
 from minift.run.report import write_report
 from minift.run.resume import A_RUN
 from minift.trainer import DivergedError, Progress, Task
@@ -103,7 +105,12 @@ class Run:
             "versions": {"python": platform.python_version()} | versions,
             "fingerprints": fingerprints,
             "commits": commits | {"weights": commit_of(self.model_files.own)},
+            "command": resume.command_of_run(),
+            "machine": machine(self.device),
+            "date": date.today().isoformat(),
         }
+        of_start = {name: self._earlier.get(name) for name in ("command", "date")}
+        self.record |= {name: value for name, value in of_start.items() if isinstance(value, str)}
         if self.config.resume:
             resume.check_contents(self.folder, self._earlier, fingerprints, asdict(template))
             with lock.name_errors(f"--resume: {self.folder}", "expected a folder that can be written"):
@@ -172,8 +179,13 @@ class Run:
             handler(received[0], None)
         interrupts.on_signals(handler)
 
-    def finish(self, results: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Write `results` (measure → before and after), samples and report.html; return results with eval losses."""
+    def finish(
+        self, results: dict[str, Any], samples: Sequence[dict[str, Any]], seen: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write `results` (measure → before and after), samples, `seen` (row.json) and report.html.
+
+        Return the results with the evaluation losses.
+        """
         losses = {}
         for name in ("loss", "lm_loss"):
             values = [line[name] for line in self.metrics if line["split"] == "eval" and line.get(name) is not None]
@@ -182,8 +194,9 @@ class Run:
         self.record["results"] = results = losses | results
         if samples:
             write_json_lines(self.folder / "samples.jsonl", samples)
+        write_json(self.folder / "row.json", seen)
         write_json(self.folder / "run.json", self.record)
-        write_report(self.folder, self.record, self.metrics, samples)
+        write_report(self.folder, self.record, self.metrics, samples, seen)
         interrupts.on_signals(interrupts.interrupt_with())
         lock.release(self.folder)
         return results
@@ -204,14 +217,20 @@ class Run:
         return UserError(f"--model {self.config.model}: {problem} before training: {cause}")
 
 
-def read_run(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the record, metrics and samples in a run's folder; UserError if they are not as a run writes them."""
+def read_run(
+    folder: str | Path,
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """Return the record, metrics, samples and row in a run's folder; UserError if they are not as a run writes them.
+
+    Runs of earlier versions have no row.json: it is then {}.
+    """
     folder = Path(folder)
     record = read_json(folder / "run.json", A_RUN)  # first: without it, the folder is not a run's
-    metrics_file, samples_file = folder / "metrics.jsonl", folder / "samples.jsonl"
+    metrics_file, samples_file, row_file = (folder / name for name in ("metrics.jsonl", "samples.jsonl", "row.json"))
     metrics = _parse_metrics(read_text(metrics_file, A_RUN), metrics_file)
     samples = _parse_objects(read_text(samples_file, A_RUN), samples_file) if samples_file.exists() else []
-    return record, metrics, [sample for _, sample in samples]
+    seen = read_json(row_file, A_RUN) if row_file.exists() else {}
+    return record, metrics, [sample for _, sample in samples], seen
 
 
 def _parse_metrics(text: str, path: Path) -> list[dict[str, Any]]:

@@ -73,7 +73,12 @@ def recorded_commits(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> d
 
 def command(*flags: str) -> str:
     """Return this process's command line with --resume and more flags. Of a flag given twice the last counts."""
-    return shlex.join([sys.orig_argv[0], *(word for word in sys.argv if word != "--resume"), "--resume", *flags])
+    return f"{command_of_run()} {shlex.join(['--resume', *flags])}"
+
+
+def command_of_run() -> str:
+    """Return this process's command line without --resume."""
+    return shlex.join([sys.orig_argv[0], *(word for word in sys.argv if word != "--resume")])
 
 
 def _check_equal(folder: Path, subject: str, earlier: object, now: object) -> None:
