@@ -33,7 +33,7 @@ PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check
 PATH_FILES = $(patsubst %,minift/%.py,prompts encode batching model losses optim trainer)
 HEART_FILES = $(PATH_FILES) $(patsubst %,minift/%.py,generate processors beam bleu pairs scoring lora)
 
-.PHONY: help tour sft rm improve experiments compare bench test lines clean
+.PHONY: help tour sft rm improve experiments compare bench test test-pages lines clean
 
 help:
 	@echo "make tour                see a row become an answer, and two answers rewards, in ten stops; seconds;"
@@ -52,6 +52,7 @@ help:
 	@echo "                         ARGS=--faults plants ten faults and checks that each is noticed"
 	@echo "make bench               time minift and the packages it replaces; ARGS=\"--shape 125m\" takes a larger model"
 	@echo "make test                check style and types, run the tests"
+	@echo "make test-pages          look at the HTML pages in Chromium, if there is one; leaves pictures in runs/pages/"
 	@echo "make lines               count the lines of code"
 	@echo "make clean               remove .venv and the caches; runs/ stays"
 	@echo "make PYTHON=python3.12 … create .venv with this Python"
@@ -94,6 +95,11 @@ test: .venv/installed-for-tests
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 	.venv/bin/python -m pytest -q
+
+# These tests are among those of `make test`, which does not keep the pictures.
+test-pages: .venv/installed-for-tests
+	@mkdir -p runs
+	.venv/bin/python -m pytest -q -rs tests/test_pages.py --basetemp runs/pages
 
 lines:
 	@count() { printf '%6d  %s\n' "$$(shift; cat "$$@" | wc -l)" "$$1"; }; \

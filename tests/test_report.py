@@ -66,7 +66,7 @@ PAIRS = [
 class Page(HTMLParser):
     """The tags, table cells and texts that a browser sees; asserts that tags nest correctly."""
 
-    VOID = {"meta", "br"}
+    VOID = {"meta", "br", "wbr"}
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -149,6 +149,9 @@ def test_a_run_of_an_earlier_version_or_without_results_has_a_verdict_too(tmp_pa
     record = {"task": "rm", "values": {"model": "m", "data": "d"}}
     html = html_of(tmp_path, record, metrics=[], samples=[])
     assert "<h1>Reward model: no results yet</h1>" in html and "m trained on d" in html and "<pre" not in html
+    record = {"values": {"data": "a/<b>"}, "command": "x --out=y/z"}  # broken after slashes, and between words
+    html = html_of(tmp_path, record, metrics=[], samples=[])
+    assert "<span>x</span> <span>--out=y/<wbr>z</span>" in html and "<td>a/<wbr>&lt;b&gt;</td>" in html
 
 
 def test_rates_by_category_are_bars_with_intervals(tmp_path):

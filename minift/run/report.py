@@ -90,9 +90,9 @@ def _head(folder: Path, record: dict[str, Any], metrics: Sequence[dict[str, Any]
     facts += [record[name] for name in ("machine", "date") if name in record]
     items = " ".join(f"<span>{escape(fact)}</span>" for fact in facts)
     # Each word in a box, so that --max-steps is not broken after a hyphen.
-    words = " ".join(f"<span>{escape(word)}</span>" for word in record.get("command", "").split())
+    words = " ".join(f"<span>{_breakable(word)}</span>" for word in record.get("command", "").split())
     command = f'<pre class="command">{words}</pre>' if words else ""
-    return f'<p>{escape(f"{folder.resolve().name}: {about}")}</p><p class="facts">{items}</p>{command}'
+    return f'<p>{_breakable(f"{folder.resolve().name}: {about}")}</p><p class="facts">{items}</p>{command}'
 
 
 def _duration(seconds: float) -> str:
@@ -167,6 +167,11 @@ def _plain(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
     return "none" if value is None else str(value)
+
+
+def _breakable(text: str) -> str:
+    """Return text as HTML in which a path may be broken after each slash, and not inside its names."""
+    return escape(text).replace("/", "/<wbr>")
 
 
 def _is_number(value: object) -> bool:
@@ -383,7 +388,7 @@ def _settings(record: dict[str, Any]) -> str:
     for key, value in record.items():
         if isinstance(value, dict) and key != "results":
             cells = [(" · ".join(path), _plain(leaf)) for path, leaf in _leaves(value, ())]
-            rows = "".join(f"<tr><th>{escape(path)}</th><td>{escape(text)}</td></tr>" for path, text in cells)
+            rows = "".join(f"<tr><th>{escape(path)}</th><td>{_breakable(text)}</td></tr>" for path, text in cells)
             tables.append(f'<h3>{escape(_name(key))}</h3><table class="settings">{rows}</table>')
     summary = "<summary>values, template, versions and fingerprints</summary>"
     return f"<details>{summary}{''.join(tables)}</details>" if tables else ""
@@ -401,7 +406,8 @@ h3, h4 { font-size: 1em; margin: .6rem 0 0; color: var(--dim); font-weight: norm
 h3::first-letter, h4::first-letter, summary::first-letter, figcaption b::first-letter { text-transform: uppercase; }
 .facts span { display: inline-block; margin-right: 1.2em; } .command span { display: inline-block; max-width: 100%; }
 p { color: var(--dim); }
-table { border-collapse: collapse; } th, td { padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line);
+.wide { overflow-x: auto; } table { border-collapse: collapse; }
+th, td { padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; font-weight: normal; } th { color: var(--dim); }
 .numbers td, .numbers tr:first-child th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap;
   padding-left: 1rem; }

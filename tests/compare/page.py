@@ -13,9 +13,13 @@ OWN_STYLE = """
 path.trl { stroke: var(--train); stroke-width: 6; stroke-linecap: round; } span.trl::before { color: var(--train); }
 path.minift { stroke: var(--smooth); } span.minift::before { color: var(--smooth); }
 path.distance { stroke: var(--eval); } circle.distance { fill: var(--eval); } figcaption span { margin-left: .8rem; }
-td.agree { color: var(--good); } td.disagree { color: var(--eval); font-weight: bold; } td.note { color: var(--dim); }
-main { max-width: 1400px; } .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }
+td.agree { color: var(--good); } td.disagree { color: var(--bad); font-weight: bold; }
+td.long { min-width: 12rem; } td.short { white-space: nowrap; }
+main { max-width: 1400px; } .pair { display: grid; gap: 0 1.5rem; }
+@media (min-width: 800px) { .pair { grid-template-columns: 1fr 1fr; } }
 """
+VERDICTS = ("agree", "DISAGREE")
+LONG = 24  # a cell with more characters is broken into lines
 README = """# minift and the packages it replaces, side by side
 
 ```sh
@@ -83,8 +87,10 @@ def page(
     if curves:
         parts += ["<h2>Loss curves</h2>", *(figures(title, sides) for title, sides in curves.items())]
     if checks:
-        head = ["section", "what", "on", "largest difference", "tolerance", "", "note"]
-        parts += ["<h2>Comparisons</h2>", table(head, [[*check.cells, check.note] for check in checks])]
+        # The verdict first: on a telephone the other columns are scrolled.
+        head = ["", "section", "what", "on", "largest difference", "tolerance", "note"]
+        rows = [[check.cells[-1], *check.cells[:-1], check.note] for check in checks]
+        parts += ["<h2>Comparisons</h2>", table(head, rows)]
     if differences:
         head = ["", "minift", "reference", "reason"]
         parts += ["<h2>Deliberate differences</h2>", table(head, differences)]
@@ -100,7 +106,7 @@ def page(
 def figures(title: str, sides: dict[str, list[float]]) -> str:
     """Return a chart of both loss curves, and one of their relative difference in each step."""
     ours, theirs = ([*enumerate(sides[name], start=1)] for name in ("minift", "trl"))
-    both = chart("loss", [Curve("trl", "trl", theirs), Curve("minift", "minift", ours)])
+    both = chart("loss", [Curve("trl", "trl", theirs), Curve("minift", "minift", ours)], "mean loss of a step")
     distances = [(step, abs(a - b) / abs(b) if b else abs(a)) for (step, a), (_, b) in zip(ours, theirs, strict=False)]
     between = chart("relative difference", [Curve("distance", "relative difference", distances)])
     return (
@@ -113,8 +119,10 @@ def figures(title: str, sides: dict[str, list[float]]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     titles = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr>" if any(head) else ""
-    classes = {"agree": ' class="agree"', "DISAGREE": ' class="disagree"'}
-    lines = "".join(
-        f"<tr>{''.join(f'<td{classes.get(cell, str())}>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
-    return f"<table>{titles}{lines}</table>"
+    lines = []
+    for row in rows:
+        classes = [cell.lower() if cell in VERDICTS else "long" if len(cell) > LONG else "short" for cell in row]
+        cells = zip(classes, map(escape, row), strict=True)
+        line = "".join(f'<td class="{css_class}">{cell}</td>' for css_class, cell in cells)
+        lines.append(f"<tr>{line}</tr>")
+    return f'<div class="wide"><table>{titles}{"".join(lines)}</table></div>'
