@@ -23,6 +23,9 @@ RECORD = "logging and evaluation"
 GROUPS = (DATA, ENCODING, PREFERENCES, LOOP, OPTIMISER, LORA, RECORD)
 
 
+MOST = 10**9  # of a whole number without a limit of its own
+
+
 class Domain(NamedTuple):
     """How an option's text is read, which values are allowed, and how messages describe them."""
 
@@ -31,7 +34,7 @@ class Domain(NamedTuple):
     expected: str
 
 
-def _whole(least: int, most: int = 10**9) -> Domain:
+def _whole(least: int, most: int = MOST) -> Domain:
     return Domain(int, lambda value: least <= value <= most, f"a whole number of at least {least} and at most {most}")
 
 

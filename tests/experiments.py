@@ -90,7 +90,11 @@ EXPERIMENTS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run experiments and print a line for each."""
-    parser = CommandParser("python -m tests.experiments", description="Change one thing, train with three seeds.")
+    parser = CommandParser(
+        "python -m tests.experiments",
+        arguments="[NAME ...] [flags]",
+        description="Change one thing, train with three seeds.",
+    )
     add = parser.add_argument
     add("names", nargs="*", choices=[[], *EXPERIMENTS], metavar="NAME", help=f"{' '.join(EXPERIMENTS)} (default: all)")
     add("--seeds", type=whole_number(0), nargs="+", default=[42, 43, 44], help="(default: 42 43 44)")

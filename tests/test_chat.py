@@ -22,7 +22,7 @@ from minift.model import OPT, RewardModel
 from tests.runs import ROOT, mistake, user_error, write_lines
 from tests.test_scoring import saved
 
-HINT = "Type an instruction; an empty line ends it. Ctrl-D leaves.\n"
+HINT = "Type an instruction, and its input after /input; an empty line ends both. Ctrl-D leaves.\n"
 PROMPT = "### Instruction:\n{}\n\n### Response:\n"
 
 
@@ -88,6 +88,32 @@ def test_an_empty_line_or_the_end_ends_an_instruction(data, instructions, model,
     assert capsys.readouterr() == ("A\n\n" * len(instructions), "")  # no hint in a pipe
 
 
+@pytest.mark.parametrize(
+    ("data", "row"),
+    [
+        ("Sort it.\n/input\na = 1\n  b\n", {"instruction": "Sort it.", "input": "a = 1\n  b"}),
+        ("Sort\nit. \n /input  [3, 1]\n/input\n", {"instruction": "Sort\nit. ", "input": "[3, 1]\n/input"}),
+        ("Sort it.\n/input \nb\n", {"instruction": "Sort it.", "input": "b"}),
+        ("Sort it.\n/input\n", {"instruction": "Sort it."}),
+        ("Explain `/input`.\n/inputs\n", {"instruction": "Explain `/input`.\n/inputs"}),
+    ],
+)
+def test_what_follows_input_is_the_input(data, row, model, judge, asked, monkeypatch, capsys):
+    pipe(monkeypatch, data.encode())
+    ask(model, "--judge", judge)
+    form = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n" if "input" in row else None
+    assert asked == [form.format(**row) if form else PROMPT.format(row["instruction"])]
+    assert capsys.readouterr().out == f"A\n── reward {load_judge(judge).score(row, 'A'):.2f}\n\n"
+
+
+def test_an_input_without_an_instruction_is_named(model, asked, terminal, capsys):
+    os.write(terminal, b"\n/input\n3\n\nAdd.\n\n\x04")
+    ask(model)
+    printed = capsys.readouterr()
+    assert printed.err == f"{HINT}error: standard input: line 2: expected an instruction before /input\n\n"
+    assert printed.out == "A\n\n"  # and it went on
+
+
 def test_a_terminal_is_told_how_to_type(model, asked, terminal, capsys):
     os.write(terminal, b"One\nmore\n\n" + b"word " * 200 + b"\n\nTwo\n\n\x04")  # Ctrl-D
     ask(model)
@@ -140,6 +166,7 @@ def test_several_samples_differ(flags, temperature):
         (b"", ["--judge", "nowhere"], "nowhere"),
         (b"", ["--seed", -1], "--seed: '-1': expected a whole number"),
         (b"\n\n" + b"word " * 300, [], "standard input: line 3: the prompt has "),
+        (b"/input 3", [], "standard input: line 1: expected an instruction before /input"),
         (b"a\n\xff\n", [], "standard input: line 1: lone surrogate U+DCFF at character"),
         (b"a", ["--max-new-tokens", 400], "standard input: line 1: the prompt has "),
     ],

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -285,7 +286,7 @@ def test_help_shows_groups_defaults_and_what_make_runs(script, capsys, monkeypat
     assert end.value.code == 0
     text = capsys.readouterr().out
     used = {option.metadata["group"] for option in options_of(script)}
-    headings = ["options", *(group for group in GROUPS if group in used)]
+    headings = ["options", *(group for group in GROUPS if group in used), "examples"]
     assert re.findall(r"^([a-z -]+):$", text, re.MULTILINE) == headings and len(headings) > 6
     entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=--)|\n\n", text)]
     for option in options_of(script):
@@ -301,6 +302,17 @@ def test_help_shows_groups_defaults_and_what_make_runs(script, capsys, monkeypat
         assert [match and match[1] for match in found] == expected, entry
     lr = {"sft": "default 2e-05; `make sft`: 0.001)", "rm": "default 0.0001; `make rm`: 0.0012)"}
     assert lr[script] in text
+
+
+@every_script
+def test_every_example_of_help_is_a_command_line(script, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        parse(script, ["--help"])
+    examples = capsys.readouterr().out.split("\nexamples:\n")[1].splitlines()
+    assert len(examples) == 3
+    for line in examples:
+        python, name, *words = shlex.split(line)
+        assert (python, name) == ("python", f"train_{script}.py") and parse(script, words) and len(line) <= 100
 
 
 def test_the_control_experiment_changes_only_the_labels():

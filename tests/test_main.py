@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,6 +39,21 @@ def test_every_command_has_a_help_text(
 ) -> None:
     assert run(monkeypatch, command, "--help") == 0
     assert f"usage: minift {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [name for name in command_line.COMMANDS if name not in ("tour", "report")])
+def test_help_has_groups_and_three_examples_that_are_command_lines(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert run(monkeypatch, command, "--help") == 0
+    text, examples = capsys.readouterr().out.split("\nexamples:\n")
+    assert len(re.findall(r"^[a-z, ]+:$", text, re.MULTILINE)) >= 3
+    parser = importlib.import_module(command_line.COMMANDS[command][0])._parser()
+    lines = examples.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        minift, name, *words = shlex.split(line)
+        assert (minift, name) == ("minift", command) and parser.parse_args(words) and len(line) <= 110
 
 
 def test_an_unknown_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -154,20 +154,29 @@ def _cell(values: Sequence[float], label: str) -> str:
 
 def _parser() -> CommandParser:
     about = "Sample several answers to each prompt; a reward model chooses one (best of n)."
-    parser = CommandParser("minift best-of", description=about)
-    add = parser.add_argument
+    parser = CommandParser(
+        "minift best-of", arguments="--model MODEL --judge JUDGE --prompts FILE [flags]", description=about,
+        examples=(
+            "--model runs/sft --judge runs/rm --prompts data/heldout.jsonl --run-checks",
+            "--model runs/sft --judge runs/rm --prompts p.csv --samples 8 --vote --out best.jsonl",
+            "--model runs/sft --judge runs/rm --prompts p.csv --rows rows-to-train-on.jsonl",
+        ),
+    )  # fmt: skip
+    add = parser.add_argument_group("model and sampling").add_argument
     add("--model", required=True, help="a language model's folder or hub id, such as runs/sft")
-    add_judging_flags(parser)
-    add("--vote", action="store_true", help="choose the answer whose copies have the largest sum of e^reward, not "
-        "the one with the highest reward")  # fmt: skip
+    add("--template", help="template of the language model (default: that of its training run, or course)")
     add("--samples", type=whole_number(1), default=16, help="answers to each prompt (default: %(default)s)")
     add("--temperature", type=float, default=0.7, help="of sampling (default: %(default)s)")
-    add("--out", help="JSONL: the prompts with `samples`, `rewards` and the `best` one (default: standard output)")
-    add("--rows", help="JSONL: the prompts with the best sample as `output`: rows to train on")
+    add("--seed", type=whole_number(0), default=42, help="of sampling (default: %(default)s)")
+    add("--batch-size", type=whole_number(1), default=64, help="answers sampled at a time (default: %(default)s)")
+    add_judging_flags(parser)
+    add = parser.add_argument_group("choice and results").add_argument
+    add("--vote", action="store_true", help="choose the answer whose copies have the largest sum of e^reward, not "
+        "the one with the highest reward")  # fmt: skip
+    add("--out", metavar="FILE", help="JSONL: the prompts with `samples`, `rewards` and the `best` one (default: "
+        "standard output)")  # fmt: skip
+    add("--rows", metavar="FILE", help="JSONL: the prompts with the best sample as `output`: rows to train on")
     add("--run-checks", action="store_true", help="run the samples, and a greedy answer, against the `checks` of rows "
         "that have some, and print how often each passes; only for rows that you trust")  # fmt: skip
-    add("--template", help="template of the language model (default: that of its training run, or course)")
-    add("--batch-size", type=whole_number(1), default=64, help="answers sampled at a time (default: %(default)s)")
-    add("--seed", type=whole_number(0), default=42, help="of sampling (default: %(default)s)")
     add_device_flags(parser, half=False)
     return parser

@@ -45,12 +45,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = CommandParser("minift bleu", description="sacreBLEU's BLEU.")
-    add = parser.add_argument
+    parser = CommandParser(
+        "minift bleu", arguments="(HYP REF [REF ...] | --jsonl FILE) [flags]", description="sacreBLEU's BLEU, as JSON.",
+        examples=(
+            "answers.txt references.txt",
+            "--jsonl answers.jsonl",
+            "--jsonl answers.jsonl --reference-field target --sentence-level",
+        ),
+    )  # fmt: skip
+    add = parser.add_argument_group("texts").add_argument
     add("files", nargs="*", metavar="HYP REF", help="one segment a line; more than one REF may follow")
     add("--jsonl", metavar="FILE", help="instead of HYP REF: one JSON object a line")
     add("--hypothesis-field", default="completion", help="default: %(default)s")
     add("--reference-field", default="output", help="holds a string or a list of strings; default: %(default)s")
+    add = parser.add_argument_group("how it is computed").add_argument
     add("--tokenize", choices=TOKENIZERS, default="13a", help="default: %(default)s")
     add("--smooth-method", choices=SMOOTHING_DEFAULTS, default="exp", help="default: %(default)s")
     add("--smooth-value", type=float, help="for floor (default 0.1) and add-k (default 1)")

@@ -1,6 +1,7 @@
 """`minift chat`: ask a model, from the terminal or a pipe; a reward model may judge its answers, or choose one."""
 
 import math
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from minift.generate import Options
 from minift.run.device import placement
 from minift.scoring import Judge, vote
 
+INPUT = re.compile(r"^[ \t]*/input(?:[ \t]*\n|[ \t]+|$)", re.MULTILINE)  # between an instruction and its input
 SAMPLED = 0.7  # the temperature of several samples, as in best-of
 
 
@@ -33,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = load_language_model(args.model, template=args.template, **placed)
     is_typed = sys.stdin is not None and sys.stdin.isatty()
     if is_typed:
-        say("Type an instruction; an empty line ends it. Ctrl-D leaves.", sys.stderr)
+        say("Type an instruction, and its input after /input; an empty line ends both. Ctrl-D leaves.", sys.stderr)
     for row in instructions():
         try:
             say(answer(row, model, options, judge) + "\n")
@@ -44,7 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def instructions() -> Iterator[Row]:
-    """Yield the paragraphs of standard input: one or more lines, ended by an empty line or the end of the input."""
+    """Yield the paragraphs of standard input: one or more lines, ended by an empty line or the end of standard input.
+
+    The text after a line that begins with /input is the input of the lines before it.
+    """
     stdin = sys.stdin or ()
     if isinstance(stdin, TextIOWrapper):
         stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8: the tokenizer refuses the line
@@ -53,7 +58,9 @@ def instructions() -> Iterator[Row]:
         if line.strip():
             lines.append(line.rstrip("\n"))
         elif lines:
-            yield Row({"instruction": "\n".join(lines)}, f"line {number - len(lines) + 1}")
+            instruction, *rest = INPUT.split("\n".join(lines), maxsplit=1)
+            row = {"instruction": instruction.rstrip("\n")} | ({"input": rest[0]} if rest and rest[0] else {})
+            yield Row(row, f"line {number - len(lines) + 1}")
             lines = []
 
 
@@ -62,6 +69,8 @@ def answer(row: Row, model: LanguageModel, options: Options, judge: Judge | None
 
     Raises UserError for an instruction that the model or the judge cannot take.
     """
+    if not row["instruction"]:
+        raise UserError(f"{STDIN}: {row.location}: expected an instruction before /input")
     max_positions = model.model.config.max_position_embeddings
     prompts = encode_prompts([row], model.tokenizer, model.template, max_positions, options.max_new_tokens, STDIN)
     [completions] = model.complete(prompts, options)
@@ -91,16 +100,27 @@ def _options(args: Namespace) -> Options:
 
 
 def _parser() -> CommandParser:
-    about = "Answer the instructions of the terminal or of standard input. An empty line ends an instruction."
-    parser = CommandParser("minift chat", description=about)
-    add = parser.add_argument
+    about = (
+        "Answer the instructions of the terminal or of standard input. An empty line ends an instruction. The text "
+        "after /input, on its line and the next ones, is the input: the code or text that the instruction is about."
+    )
+    parser = CommandParser(
+        "minift chat", arguments="--model MODEL [flags]", description=about,
+        examples=(
+            "--model runs/sft",
+            "--model runs/sft --judge runs/rm --samples 8",
+            "--model facebook/opt-125m --template dialogue --temperature 0.7",
+        ),
+    )  # fmt: skip
+    add = parser.add_argument_group("models").add_argument
     add("--model", required=True, help="a language model's folder or hub id, such as runs/sft")
     add("--judge", help="a reward model, such as runs/rm: prints the reward of each answer")
-    add("--samples", type=whole_number(1), default=1, help="sample that many answers; the judge chooses one")
-    add("--temperature", type=float, help=f"0 is greedy (default: 0; with --samples {SAMPLED})")
-    add("--max-new-tokens", type=whole_number(1), default=128, help="of an answer (default: %(default)s)")
     add("--template", help="template of the language model (default: that of its training run, or course)")
     add("--judge-template", help="template of the reward model (default: that of its training run, or dialogue)")
+    add = parser.add_argument_group("answers").add_argument
+    add("--samples", type=whole_number(1), default=1, help="sample that many answers; the judge chooses one")
+    add("--max-new-tokens", type=whole_number(1), default=128, help="of an answer (default: %(default)s)")
+    add("--temperature", type=float, help=f"0 is greedy (default: 0; with --samples {SAMPLED})")
     add("--seed", type=whole_number(0), default=42, help="of sampling (default: %(default)s)")
     add_device_flags(parser, half=False)
     return parser

@@ -6,8 +6,8 @@ import re
 import reprlib
 import signal
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Callable
+from argparse import Action, ArgumentParser, ArgumentTypeError, HelpFormatter
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,14 +19,32 @@ from minift.run.interrupts import interrupt_with, leave, on_signals
 # For Apple's GPU: an operation that it lacks runs on the CPU. torch reads this when it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
+EXAMPLES = "examples:"
 LONGEST_WORD = 340  # characters of a value or path in a message; of a longer one only the beginning is printed
 
 
-class CommandParser(ArgumentParser):
-    """An argparse parser whose errors are one-line `UserError`s and whose flags cannot be abbreviated."""
+class Help(HelpFormatter):
+    """A help text with each example on a line of its own, and short names of values: `--max-new-tokens TOKENS`."""
 
-    def __init__(self, prog: str, **settings: Any) -> None:
-        super().__init__(prog, allow_abbrev=False, **settings)
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(EXAMPLES) else super()._fill_text(text, width, indent)
+
+    def _get_default_metavar_for_optional(self, action: Action) -> str:
+        return action.dest.split("_")[-1].upper()
+
+
+class CommandParser(ArgumentParser):
+    """An argparse parser whose errors are one-line `UserError`s and whose flags cannot be abbreviated.
+
+    `arguments` is the usage after the command's name, and `examples` are what may follow that name, for --help.
+    """
+
+    def __init__(self, prog: str, *, arguments: str = "[flags]", examples: Sequence[str] = (), **settings: Any) -> None:
+        start = f"python {prog}" if prog.endswith(".py") else prog
+        epilog = "\n  ".join([EXAMPLES, *(f"{start} {example}" for example in examples)]) if examples else None
+        super().__init__(
+            prog, f"{prog} {arguments}", epilog=epilog, formatter_class=Help, allow_abbrev=False, **settings
+        )
         # argparse takes -1e-4 and -inf for flags, so that the value of the flag before them would be missing.
         self._negative_number_matcher = re.compile(r"-(\d|\.\d|inf|nan)")
 
@@ -52,16 +70,18 @@ def whole_number(least: int) -> Callable[[str], int]:
 def add_device_flags(parser: ArgumentParser, *, half: bool = True) -> None:
     """Add --device and --dtype, which choose where and in which precision a command computes; float16 if `half`."""
     dtypes = ["float32", "bfloat16", *(["float16"] if half else []), "float64"]
-    parser.add_argument("--device", default="auto", help="cpu, mps, cuda or cuda:N; auto takes a GPU if there is one")
-    parser.add_argument("--dtype", choices=dtypes, default="float32", help="(default: %(default)s)")
+    add = parser.add_argument_group("where it computes").add_argument
+    add("--device", default="auto", help="cpu, mps, cuda or cuda:N; auto takes a GPU if there is one")
+    add("--dtype", choices=dtypes, metavar="DTYPE", default="float32",
+        help=f"one of {', '.join(dtypes)} (default: %(default)s)")  # fmt: skip
 
 
 def add_judging_flags(parser: ArgumentParser) -> None:
     """Add the flags of a command in which a reward model judges answers to prompts."""
-    add = parser.add_argument
+    add = parser.add_argument_group("prompts, answers and their judge").add_argument
     add("--judge", required=True, help="a reward model's folder or hub id, such as runs/rm")
-    add("--prompts", required=True, help='rows of {"prompt": …}, {"instruction": …, "input": …} or {"messages": […]}; '
-        "all go through the templates")  # fmt: skip
+    add("--prompts", required=True, metavar="FILE", help='rows of {"prompt": …}, {"instruction": …, "input": …} '
+        'or {"messages": […]}; all go through the templates')  # fmt: skip
     add("--limit", type=whole_number(1), help="only that many prompts, the first ones")
     add("--judge-template", help="template of the reward model (default: that of its training run, or dialogue)")
     add("--max-new-tokens", type=whole_number(1), default=128, help="of an answer, at most (default: %(default)s)")

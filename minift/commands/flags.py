@@ -9,12 +9,25 @@ from typing import Any
 
 from minift.commands.cli import CommandParser
 from minift.commands.recipes import DROPPED_BY, RECIPES
-from minift.config import GROUPS, SWITCH, TEXT, Config, defaults_of, flag_of, options_of
+from minift.config import GROUPS, MOST, SWITCH, TEXT, Config, defaults_of, flag_of, options_of
 from minift.errors import UserError
 from minift.run import sandbox
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sft": "train_sft.py", "rm": "train_rm.py"}
+
+EXAMPLES = {
+    "sft": (
+        "--max-steps 200 --out runs/short",
+        "--model facebook/opt-125m --data rows.jsonl --epochs 1 --out runs/mine",
+        "--model runs/sft --data rows.csv --lora-rank 16 --lora-alpha 32 --lr 1e-4",
+    ),
+    "rm": (
+        "--max-steps 200 --out runs/short",
+        "--model facebook/opt-125m --data pairs.jsonl --epochs 1 --out runs/judge",
+        "--model runs/sft --data pairs.csv --eval-data heldout.csv --lm-weight 0.1",
+    ),
+}
 
 # The names under which people coming from trl know a flag, where they are not spelled alike.
 TRL_NAMES = {
@@ -82,7 +95,9 @@ def _resolve(script: str, given: dict[str, Any]) -> Config:
 def _parser(script: str) -> CommandParser:
     # Values are read as text here and checked by `_read`, so that every message has the same form.
     about = f"`make {script}` runs this script without flags, with the values of the recipe tiny."
-    parser = CommandParser(SCRIPTS[script], description=about, argument_default=argparse.SUPPRESS)
+    parser = CommandParser(
+        SCRIPTS[script], examples=EXAMPLES[script], description=about, argument_default=argparse.SUPPRESS
+    )
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for option in options_of(script):
         domain = option.metadata["domain"]
@@ -95,7 +110,7 @@ def _parser(script: str) -> CommandParser:
 def _help(option: Field, script: str) -> str:
     """Return an option's meaning, the values allowed, its default, and its value in `make sft` or `make rm`."""
     domain, default = option.metadata["domain"], defaults_of(script)[option.name]
-    notes = [domain.expected] if domain not in (SWITCH, TEXT) else []
+    notes = [domain.expected.removesuffix(f" and at most {MOST}")] if domain not in (SWITCH, TEXT) else []
     notes += [f"default {as_text(default)}"] if default is not None and domain is not SWITCH else []
     tiny = getattr(_resolve(script, {}), option.name)
     notes += [f"`make {script}`: {'on' if tiny is True else as_text(tiny)}"] if tiny != default else []

@@ -24,19 +24,27 @@ from minift.remarks import Encoded, unread, wraps_again
 from minift.run.device import placement
 from minift.tokenizer import Tokenizer
 
-# Fields of `Options` that are flags of the same type and default, and what --help says of each.
+# Fields of `Options` that are flags of the same type and default, by the group that --help shows them in.
 FLAGS = {
-    "max_new_tokens": "maximum number of tokens in a completion",
-    "min_new_tokens": "no end token before that many",
-    "num_beams": "above 1: beam search",
-    "length_penalty": "of beam search: scores are divided by length to this power",
-    "top_k": "sample from the k most probable tokens; 0: from all",
-    "top_p": "sample from the most probable tokens with total probability p",
-    "repetition_penalty": "for tokens that occurred, in the prompt or after; 1: none",
-    "no_repeat_ngram_size": "no n tokens in a row twice; 0: any may repeat",
-    "num_samples": "completions of each prompt, numbered by `sample`; with beams, the best ones",
-    "batch_size": "rows at a time; each beam is a row",
-    "seed": "of sampling",
+    "length": {
+        "max_new_tokens": "maximum number of tokens in a completion",
+        "min_new_tokens": "no end token before that many",
+    },
+    "beam search": {
+        "num_beams": "above 1: beam search",
+        "length_penalty": "scores are divided by length to this power",
+    },
+    "sampling": {
+        "top_k": "sample from the k most probable tokens; 0: from all",
+        "top_p": "sample from the most probable tokens with total probability p",
+        "num_samples": "completions of each prompt, numbered by `sample`; with beams, the best ones",
+        "seed": "",
+    },
+    "repetition": {
+        "repetition_penalty": "for tokens that occurred, in the prompt or after; 1: none",
+        "no_repeat_ngram_size": "no n tokens in a row twice; 0: any may repeat",
+    },
+    "speed": {"batch_size": "rows at a time; each beam is a row"},
 }
 
 
@@ -127,31 +135,45 @@ def texts_of(rows: Sequence[Row], completions: Completions, language_model: Lang
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser("minift generate", description="Complete prompts: greedy, sampling or beam search.")
-    add = parser.add_argument
+    parser = CommandParser(
+        "minift generate", arguments="--model MODEL (--prompts FILE | --prompt TEXT) [flags]",
+        description="Complete prompts: greedy, sampling or beam search.",
+        examples=(
+            "--model runs/sft --prompt 'Reverse the list `a`.'",
+            "--model runs/sft --prompts data/heldout.jsonl --out answers.jsonl",
+            "--model runs/sft --prompts rows.csv --num-beams 5 --early-stopping true",
+        ),
+    )  # fmt: skip
+    group = parser.add_argument_group("model and prompts")
+    add = group.add_argument
     add("--model", required=True, help="a folder or hub id of a model, or of adapters")
-    prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompts", help='rows of {"prompt": …}, {"instruction": …, "input": …} or {"messages": […]} '
-        "for the template; - is standard input, in JSON")  # fmt: skip
+    prompts = group.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompts", metavar="FILE", help='rows of {"prompt": …}, {"instruction": …, "input": …} or '
+        '{"messages": […]} for the template; - is standard input, in JSON')  # fmt: skip
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="an instruction; may be given several times")
     add("--input", metavar="TEXT", help="the input of each --prompt")
-    add("--out", help="JSONL: the same lines with `completion` and `token_ids` (default: standard output, where a "
-        "terminal shows only the text)")  # fmt: skip
+    add("--out", metavar="FILE", help="JSONL: the same lines with `completion` and `token_ids` (default: standard "
+        "output, where a terminal shows only the text)")  # fmt: skip
     add("--template", help=f"{', '.join(TEMPLATES)}, or a file (default: that of the training run, or course)")
     defaults = Options()
-    for name, meaning in FLAGS.items():
-        default = getattr(defaults, name)
-        add(flag_of(name), type=type(default), default=default, help=f"{meaning} (default: {default})")
-    add("--early-stopping", choices=("true", "false", "never"), default="false",
-        help="when beam search ends (default: %(default)s)")  # fmt: skip
-    add("--temperature", type=float, help="0 is greedy, above 0 tokens are sampled (default: 0, or 1 where --top-k, "
-        "--top-p or --num-samples without beams ask for sampling)")  # fmt: skip
+    adds = {}
+    for title, meanings in FLAGS.items():
+        adds[title] = parser.add_argument_group(title).add_argument
+        for name, meaning in meanings.items():
+            default = getattr(defaults, name)
+            adds[title](
+                flag_of(name), type=type(default), default=default, help=f"{meaning} (default: {default})".lstrip()
+            )
+    adds["beam search"]("--early-stopping", choices=("true", "false", "never"), default="false", metavar="WHEN",
+        help="true, false or never: when the search ends (default: %(default)s)")  # fmt: skip
+    adds["sampling"]("--temperature", type=float, help="0 is greedy, above 0 tokens are sampled (default: 0, or 1 "
+        "where --top-k, --top-p or --num-samples without beams ask for sampling)")  # fmt: skip
     add_device_flags(parser)
     return parser
 
 
 def _options(args: Namespace) -> Options:
-    values = {name: getattr(args, name) for name in FLAGS}
+    values = {name: getattr(args, name) for meanings in FLAGS.values() for name in meanings}
     values["early_stopping"] = {"true": True, "false": False, "never": "never"}[args.early_stopping]
     is_sampled = args.num_beams == 1 and (args.top_k != 0 or args.top_p != 1 or args.num_samples > 1)
     values["temperature"] = float(is_sampled) if args.temperature is None else args.temperature

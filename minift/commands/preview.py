@@ -51,14 +51,27 @@ def _check_lengths(encoded: Encoded[Example], max_positions: int) -> None:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser("minift preview", description="Show what the loss sees of some rows.")
-    add = parser.add_argument
+    parser = CommandParser(
+        "minift preview", arguments="--model MODEL --data FILE [flags]",
+        description="Show what the loss sees of some rows.",
+        examples=(
+            "--model data/model --data data/instructions.jsonl",
+            "--model facebook/opt-125m --data rows.csv --template alpaca --rows 10",
+            "--model data/model --data texts.jsonl --response-template 'Answer:' --out ids.jsonl",
+        ),
+    )  # fmt: skip
+    add = parser.add_argument_group("model and rows").add_argument
     add("--model", required=True, help="a model's folder or hub id; its weights are not read")
-    add("--data", required=True, help="rows: a JSON, JSONL, CSV or parquet file, or a hub data set")
+    add("--data", required=True, metavar="FILE", help="rows: a JSON, JSONL, CSV or parquet file, or a hub data set")
+    add = parser.add_argument_group("what the model sees").add_argument
     add("--template", help=f"one of {', '.join(TEMPLATES)}, or a file (default: that of the training run, or course)")
     add("--response-template", help="text before the response in rows of `text` (default: the template's)")
     add("--max-length", type=whole_number(1), help="tokens kept of a row (default: all, up to the model's positions)")
-    add("--supervise", choices=("completion", "all"), default="completion", help="tokens that count in the loss")
+    add("--supervise", choices=("completion", "all"), default="completion", metavar="TOKENS", help="tokens that count "
+        "in the loss: completion or all (default: %(default)s)")  # fmt: skip
+    add = parser.add_argument_group("what is shown and written").add_argument
     add("--rows", type=whole_number(0), default=terminal.SHOWN, help="how many rows to show (default: %(default)s)")
-    add("--out", help="write input_ids and labels of every row to this .jsonl file; `row` counts from 0")
+    add(
+        "--out", metavar="FILE", help="write input_ids and labels of every row to this .jsonl file; `row` counts from 0"
+    )
     return parser

@@ -52,13 +52,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser("minift score", description="Score responses, or both sides of preference pairs.")
-    add = parser.add_argument
+    parser = CommandParser(
+        "minift score", arguments="--model MODEL --data FILE [flags]",
+        description="Score responses, or both sides of preference pairs.",
+        examples=(
+            "--model runs/rm --data data/heldout_pairs.jsonl",
+            "--model runs/rm --data data/heldout_pairs.jsonl --out scores.jsonl",
+            "--model runs/rm --data dialogues.csv --template none",
+        ),
+    )  # fmt: skip
+    add = parser.add_argument_group("model and rows").add_argument
     add("--model", required=True, help="a reward model's folder or hub id, such as runs/rm, or adapters of one")
-    add("--data", required=True, help='file or hub data set of {"prompt": …, "response": …} or {"prompt": …, '
-        '"chosen": …, "rejected": …}; "instruction", "input" can replace "prompt"; pairs of whole dialogues '
-        "have neither")  # fmt: skip
-    add("--out", help="JSONL: the same rows with `score`, or `score_chosen` and `score_rejected`")
+    add("--data", required=True, metavar="FILE", help='file or hub data set of {"prompt": …, "response": …} or '
+        '{"prompt": …, "chosen": …, "rejected": …}; "instruction", "input" can replace "prompt"; pairs of whole '
+        "dialogues have neither")  # fmt: skip
+    add("--out", metavar="FILE", help="JSONL: the same rows with `score`, or `score_chosen` and `score_rejected`")
     add("--template", help="template the model was trained with (default: that of the training run, or dialogue)")
     add("--batch-size", type=whole_number(1), default=32, help="rows scored at a time (default: %(default)s)")
     add_device_flags(parser, half=False)

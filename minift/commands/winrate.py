@@ -125,13 +125,21 @@ def _print_wins(args: Namespace, rewards: Sequence[Sequence[float]], num_prompts
 
 def _parser() -> CommandParser:
     about = "Two language models answer the same prompts greedily; a reward model says how often each one wins."
-    parser = CommandParser("minift winrate", description=about)
-    add = parser.add_argument
+    parser = CommandParser(
+        "minift winrate", arguments="--model-a A --model-b B --judge JUDGE --prompts FILE [flags]", description=about,
+        examples=(
+            "--model-a runs/sft --model-b data/model --judge runs/rm --prompts data/heldout.jsonl",
+            "--model-a runs/sft --model-b runs/mine --judge runs/rm --prompts p.csv --limit 100",
+            "--model-a runs/sft --model-b runs/mine --judge runs/rm --prompts p.csv --out won.jsonl",
+        ),
+    )  # fmt: skip
+    add = parser.add_argument_group("models").add_argument
     add("--model-a", required=True, help="a language model's folder or hub id, such as runs/sft")
     add("--model-b", required=True, help="another one's, such as data/model")
-    add_judging_flags(parser)
-    add("--out", help="JSONL: the prompts with `answer_a`, `answer_b`, `score_a` and `score_b`")
     add("--template", help="template of the language models (default: that of each one's training run, or course)")
     add("--batch-size", type=whole_number(1), default=64, help="prompts answered at a time (default: %(default)s)")
+    add_judging_flags(parser)
+    add = parser.add_argument_group("results").add_argument
+    add("--out", metavar="FILE", help="JSONL: the prompts with `answer_a`, `answer_b`, `score_a` and `score_b`")
     add_device_flags(parser, half=False)
     return parser
