@@ -129,7 +129,7 @@ def reliability(bins_by_class: dict[str, list[list[tuple[float, bool]]]]) -> str
     """Return the SVG of a reliability diagram, of bins of pairs (confidence, is right) by CSS class."""
     tenths = [number / 10 for number in range(0, 11, 2)]
     plot = Plot(Axis("confidence", 0.5, 0.5, [0.5, 0.6, 0.7, 0.8, 0.9, 1.0]), Axis("accuracy", 0, 1, tenths), SQUARE)
-    plot.line("grid", [(0.5, 0.5), (1.0, 1.0)])  # where confidence and accuracy are equal
+    plot.line("ideal", [(0.5, 0.5), (1.0, 1.0)])  # where confidence and accuracy are equal
     for css_class, bins in bins_by_class.items():
         total = sum(map(len, bins))
         for pairs in filter(None, bins):

@@ -63,8 +63,8 @@ def weights_dtype(config: Config) -> torch.dtype:
 
 def machine(device: torch.device) -> str:
     """Return the name of a GPU, or of the processor with the number of threads that torch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else "Apple's GPU"
     about = Path("/proc/cpuinfo")  # Linux; elsewhere `platform` knows the name
     found = re.search(r"model name\s*: (.+)", about.read_text(encoding="utf-8")) if about.exists() else None
     name = found[1] if found else platform.processor() or platform.machine()

@@ -72,11 +72,11 @@ def write_report(
 
 def _verdict(record: dict[str, Any]) -> str:
     """Return what the run was, and its first two measures from → to."""
-    ends = {measure: record["results"][measure] for measure in VERDICTS if measure in record.get("results", {})}
-    changes = [
-        f"{VERDICTS[measure]} " + "\u00a0→\u00a0".join(_short(_overall(exams[exam]), measure) for exam in EXAMS)
-        for measure, exams in ends.items()
-    ]
+    results, changes = record.get("results", {}), []
+    for measure, name in VERDICTS.items():
+        if exams := results.get(measure):
+            ends = [exams[exam]["all"] if isinstance(exams[exam], dict) else exams[exam] for exam in EXAMS]
+            changes.append(f"{name} " + "\u00a0→\u00a0".join(_text(value, measure) for value in ends))
     task = record.get("task", "run")
     return f"{TITLES.get(task, task)}: {', '.join(changes[:2]) or 'no results yet'}"
 
@@ -113,7 +113,7 @@ def _results(results: dict[str, Any]) -> str:
             inner.remove(column)
         if measure not in in_bars and not (measure in bars and inner != ["all"]):
             row = " · ".join([_name(measure), *(inner if inner != ["all"] else [])])
-            cells.setdefault(row, {})[column] = _short(value, measure)
+            cells.setdefault(row, {})[column] = _text(value, measure)
     columns = [name for name in ("", *EXAMS) if any(name in row for row in cells.values())]
     rows = ["".join(f"<th>{name}</th>" for name in ("", *columns))]
     for row, values in cells.items():
@@ -141,10 +141,6 @@ def _bars(rate: str, results: dict[str, Any]) -> str:
     return f'<figure>{head}<div class="bars">{"".join(rows)}</div></figure>'
 
 
-def _overall(value: Any) -> Any:
-    return value["all"] if isinstance(value, dict) else value
-
-
 def _leaves(value: object, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ...], object]]:
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -153,20 +149,14 @@ def _leaves(value: object, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, .
         yield path, value
 
 
-def _short(value: object, measure: str = "") -> str:
-    """Return a value with three digits, a rate in percent, a list with commas."""
+def _text(value: object, measure: str | None = None) -> str:
+    """Return a value exactly, or as a result: rates in percent, BLEU with one decimal, others with three digits."""
     if isinstance(value, list):
-        return ", ".join(_short(item, measure) for item in value)
-    if not _is_number(value):
-        return _plain(value)
+        return ", ".join(_text(item, measure) for item in value)
+    if measure is None or not _is_number(value):
+        return "none" if value is None else str(value)
     form = ".1%" if measure in RATES else ".1f" if measure == "bleu" else ".3g" if isinstance(value, float) else ","
     return format(value, form)
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    return "none" if value is None else str(value)
 
 
 def _breakable(text: str) -> str:
@@ -248,8 +238,8 @@ def _row(seen: dict[str, Any]) -> str:
         )
     else:
         note = (
-            "Grey tokens are the prompt: their label is −100, so they do not count. Under each supervised token is its "
-            "−log p after training; the redder, the less the model expected it. The loss of this row is the mean, "
+            "Grey tokens, such as those of the prompt, have the label −100 and do not count. Under each supervised "
+            "token is its −log p after training: the redder, the less it was expected. The row's loss is the mean, "
             f"{sum(values[0]):.3g} / {len(values[0])} = {sum(values[0]) / len(values[0]):.3g}."
         )
     blocks = []
@@ -299,9 +289,12 @@ def _samples(samples: Sequence[dict[str, Any]]) -> str:
     if not samples:
         return ""
     bad = sum(not is_good for is_good, _ in map(_quality, samples))
-    problem = "ranked wrongly" if "rewards_after" in samples[0] else "fail their checks"
+    are_pairs = "rewards_after" in samples[0]
+    problem, old, new = (
+        ("ranked wrongly", "chosen", "rejected") if are_pairs else ("fail their checks", "reference", "after")
+    )
     count = f"{len(samples):,} in samples.jsonl, worst first" + (f": {bad:,} {problem}" if bad else "")
-    legend = "words only in <del>the reference, or the chosen response</del>, and only in <ins>the other text</ins>"
+    legend = f"words only in <del>{old}</del>, and only in <ins>{new}</ins>"
     cards = [_card(sample) for sample in sorted(samples, key=_quality)[:MOST_SAMPLES]]
     parts = [f"<h2>Samples</h2><p>{count}; {legend}.</p>", *cards[:OPEN_SAMPLES]]
     if rest := cards[OPEN_SAMPLES:]:
@@ -326,7 +319,9 @@ def _card(sample: dict[str, Any]) -> str:
     rewards = sample.get("rewards_after", [])
     values = {key: value for key, value in sample.items() if isinstance(value, int | float | list)}
     notes = [sample["kind"]] if isinstance(sample.get("kind"), str) else []
-    notes = [escape(note) for note in (*notes, *(f"{_name(key)}: {_short(value)}" for key, value in values.items()))]
+    notes = [
+        escape(note) for note in (*notes, *(f"{_name(key)}: {_text(value, key)}" for key, value in values.items()))
+    ]
     if len(rewards) == 2:
         wrong = ' <span class="bad">✗ ranked wrongly</span>' if rewards[0] <= rewards[1] else ""
         notes.insert(0, f"probability of chosen {sigmoid(rewards[0] - rewards[1]):.1%}{wrong}")
@@ -345,7 +340,7 @@ def _marks(sample: dict[str, Any], key: str) -> str:
     """Return the BLEU of an answer, and whether it is the reference and passes its checks."""
     if key not in EXAMS or "reference" not in sample:
         return ""
-    marks = f" BLEU {_bleu(sample, key):.0f}"
+    marks = f" · BLEU {_bleu(sample, key):.0f}"
     if sample[key].strip() == sample["reference"].strip() != "":
         marks += ' <span class="good">= reference</span>'
     return marks + PASSED.get(sample.get("passed", {}).get(key), "")
@@ -387,7 +382,7 @@ def _settings(record: dict[str, Any]) -> str:
     tables = []
     for key, value in record.items():
         if isinstance(value, dict) and key != "results":
-            cells = [(" · ".join(path), _plain(leaf)) for path, leaf in _leaves(value, ())]
+            cells = [(" · ".join(path), _text(leaf)) for path, leaf in _leaves(value, ())]
             rows = "".join(f"<tr><th>{escape(path)}</th><td>{_breakable(text)}</td></tr>" for path, text in cells)
             tables.append(f'<h3>{escape(_name(key))}</h3><table class="settings">{rows}</table>')
     summary = "<summary>values, template, versions and fingerprints</summary>"
@@ -423,8 +418,9 @@ svg { width: 100%; height: auto; display: block; overflow: visible; } svg text {
 @media (max-width: 640px) { svg text { font-size: 11px; } } @media (max-width: 480px) { svg text { font-size: 14px; } }
 .three svg text, .curves + .small svg text { font-size: 10.5px; }
 svg path { fill: none; stroke-width: 1.2; stroke-linejoin: round; } svg .grid { stroke: var(--line); }
-svg .axis { stroke: var(--dim); stroke-width: 1; } path.train { stroke: var(--train); } path.smooth {
-  stroke: var(--smooth); stroke-width: 1.8; } circle.eval, circle.before { fill: var(--eval); }
+svg .axis, svg .ideal { stroke: var(--dim); stroke-width: 1; } svg .ideal { stroke-dasharray: 4 3; }
+path.train { stroke: var(--train); } path.smooth { stroke: var(--smooth); stroke-width: 1.8; }
+circle.eval, circle.before { fill: var(--eval); }
 circle.train, circle.smooth { fill: var(--smooth); } circle.after { fill: var(--smooth); fill-opacity: .7; }
 circle.before { fill-opacity: .4; } circle.best { fill: none; stroke: var(--eval); stroke-width: 1.5; }
 rect.chosen { fill: var(--smooth); fill-opacity: .6; } rect.rejected { fill: var(--eval); fill-opacity: .5; }
