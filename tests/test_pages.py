@@ -23,11 +23,12 @@ PAGES = ("sft", "rm", "compare", "tour")
 WIDTHS, HEIGHT = (390, 1280), 5000
 DARK, LIGHT = 0, 1  # Chromium's numbers
 LONGEST_WORD = 24  # a longer one, such as a fingerprint, may be broken
+SMALLEST_TEXT = 9  # height of a line in pixels
 
 # Measures a page and sends the findings to the page around it, with its <details> open.
 MEASURE = """<script>
 addEventListener("load", () => {
-  const closed = [...document.querySelectorAll("details:not([open])")], broken = [], outside = [];
+  const closed = [...document.querySelectorAll("details:not([open])")], broken = [], outside = [], tiny = [];
   closed.forEach(details => details.open = true);
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), range = document.createRange();
   while (texts.nextNode()) {
@@ -39,19 +40,20 @@ addEventListener("load", () => {
       if (new Set(boxes.map(box => Math.round(box.top))).size > 1 && word[0].length <= LONGEST) broken.push(word[0]);
       const inSvg = node.parentElement.closest("svg");
       if (inSvg && boxes.some(box => box.left < 0 || box.right > innerWidth)) outside.push(word[0]);
+      if (boxes.some(box => box.height < SMALLEST)) tiny.push(word[0]);
     }
   }
   const findings = {width: innerWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches,
-                    overflow: document.scrollingElement.scrollWidth - innerWidth, broken, outside};
+                    overflow: document.scrollingElement.scrollWidth - innerWidth, broken, outside, tiny};
   closed.forEach(details => details.open = false);
   parent.postMessage(findings, "*");
 });
-</script>""".replace("LONGEST", str(LONGEST_WORD))
+</script>""".replace("LONGEST", str(LONGEST_WORD)).replace("SMALLEST", str(SMALLEST_TEXT))
 # A window of Chromium is at least 500 pixels wide, a frame in it is not.
 AROUND = """<!doctype html><html style="color-scheme: light dark"><body style="margin: 0">
 <script>addEventListener("message", event => document.body.dataset.findings = JSON.stringify(event.data))</script>
 <iframe src="measured.html" style="border: 0; width: {}px; height: {}px"></iframe></body></html>"""
-GOOD = {"broken": [], "outside": [], "console": []}
+GOOD = {"broken": [], "outside": [], "tiny": [], "console": []}
 
 
 def measure(content: str, folder: Path, width: int = 390, scheme: int = LIGHT, picture: str = "picture.png") -> dict:
@@ -130,6 +132,7 @@ def test_a_page_fits_and_breaks_no_word(
         (f'<p style="width: 2em; overflow-wrap: anywhere">{"0123456789abcdef" * 4}', {}),
         ('<p style="width: 600px">wide', {"overflow": 210}),
         ('<svg viewBox="0 0 9 9" style="overflow: visible"><text x="-9">label</text></svg>', {"outside": ["label"]}),
+        ('<svg viewBox="0 0 900 9"><text y="9" font-size="16">label</text></svg>', {"tiny": ["label"]}),
     ],
 )
 def test_faults_are_found(fault: str, finding: dict, pictures: Path) -> None:

@@ -497,6 +497,19 @@ def test_resume_keeps_which_answers_passed(tmp_path, checked, monkeypatch):
     assert "pass_rate" not in json.loads((tmp_path / "run" / "run.json").read_text())["results"]
 
 
+@pytest.mark.parametrize("began", [{"command": "as it began", "date": "2001-02-03"}, {"command": 7}])
+def test_resume_keeps_the_command_and_the_date(began, tmp_path, checked):
+    run("sft", *checked)
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    write_json(path, {key: value for key, value in record.items() if key not in ("command", "date")} | began)
+    run("sft", *checked, "--resume")
+    kept = {key: value for key, value in began.items() if isinstance(value, str)}
+    resumed = json.loads(path.read_text())
+    assert [(record | kept)[key] for key in ("command", "date")] == [resumed[key] for key in ("command", "date")]
+    assert "--resume" not in resumed["command"]
+
+
 def test_checks_that_cannot_be_run_are_refused_before_training(tmp_path, checked, monkeypatch):
     write_lines(tmp_path / "checked.jsonl", [*CHECKED, {"instruction": "A", "output": "a", "checks": [{}]}])
     message = refused("sft", *checked, "--run-checks")

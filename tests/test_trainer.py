@@ -23,7 +23,7 @@ from minift.files.weights import save_model
 from minift.model import OPT
 from minift.progress import progress_bar
 from minift.run import checkpoint
-from minift.run.device import pick_device, pick_dtype, placement, weights_dtype
+from minift.run.device import machine, pick_device, pick_dtype, placement, weights_dtype
 from minift.run.folder import Run
 from minift.run.setup import set_dropout
 from minift.trainer import Task, train
@@ -470,6 +470,18 @@ def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="--device cuda"):
         pick_device("cuda")
     assert pick_device("auto").type == "cpu"
+
+
+def test_the_name_of_the_machine(monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    assert machine(torch.device("cpu")).endswith(", 1 thread") and not machine(torch.device("cpu")).startswith(",")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    monkeypatch.setattr("minift.run.device.Path.exists", lambda path: False)  # not Linux
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "abacus")
+    assert machine(torch.device("cpu")) == "abacus, 8 threads"
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"GPU {device.index}")
+    assert machine(torch.device("cuda:1")) == "GPU 1" and machine(torch.device("mps")) == "Apple's GPU"
 
 
 @pytest.mark.parametrize(
