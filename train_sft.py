@@ -60,7 +60,7 @@ def main() -> None:
     questions = held_out_prompts(eval_set.rows, tokenizer, template, config, model.config.max_position_embeddings)
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     terminal.print_plan(train_batches, config)
-    before = run.before_training(lambda: sit_exam(model, tokenizer, questions, "before"), len(questions))
+    before = run.before_training(partial(sit_exam, model, tokenizer, questions, "before training"), len(questions))
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, run.model_files)
@@ -70,7 +70,7 @@ def main() -> None:
 
     # 7. What it learned.
     merge(model)  # adapters, if any: a plain model answers faster
-    after = sit_exam(model, tokenizer, questions, "after")
+    after = sit_exam(model, tokenizer, questions, "after training")
     samples = [question.sample(b, a) for question, b, a in zip(questions, before, after, strict=True)]
     seen = row_as_seen(model, tokenizer, (eval_set.examples or train_set.examples)[0])  # for the report
     results = run.finish(compare_answers(questions, before, after), samples, seen)

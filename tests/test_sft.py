@@ -387,7 +387,7 @@ def test_resume_does_not_ask_the_base_model_again(tmp_path, data, monkeypatch):
     flags = [*SMALL, *data, "--out", out]
     asked = []
     ask = exam.complete_greedily
-    monkeypatch.setattr(exam, "complete_greedily", lambda *given: asked.append(given[3]) or ask(*given))
+    monkeypatch.setattr(exam, "complete_greedily", lambda *given: asked.append(given[3].split()[0]) or ask(*given))
     run("sft", *flags, "--bleu-samples", 2)
     samples = (out / "samples.jsonl").read_bytes()
     run("sft", *flags, "--bleu-samples", 2, "--resume")
@@ -412,7 +412,9 @@ def test_resume_does_not_ask_the_base_model_again(tmp_path, data, monkeypatch):
 
 def answer_with(monkeypatch: pytest.MonkeyPatch, texts: dict[str, list[str]]) -> None:
     """Let the model's answers be `texts`, by the exam that asks for them."""
-    monkeypatch.setattr(exam, "complete_greedily", lambda model, tokenizer, questions, description: texts[description])
+    monkeypatch.setattr(
+        exam, "complete_greedily", lambda model, tokenizer, questions, description: texts[description.split()[0]]
+    )
 
 
 ADD = "def f(a):\n    return a + 1"
@@ -552,7 +554,7 @@ def test_a_signal_saves_the_step_and_prints_the_command_that_resumes(whole, data
 
 def test_a_signal_after_training_says_how_to_continue_too(data, tmp_path, monkeypatch):
     def answer(model, tokenizer, questions, when):
-        if when == "after":
+        if when == "after training":
             os.kill(os.getpid(), signal.SIGINT)
         return [""] * len(questions)
 

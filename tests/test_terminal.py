@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,13 @@ import pytest
 
 from minift.commands import best_of, generate, preview, score, terminal, winrate
 from minift.commands.cli import run_command
+from minift.encode import encode_rows
 from minift.files.pretrained import find_model, load_for_rm
+from minift.files.text import wrap
 from minift.files.tokenizer import save_tokenizer
 from minift.files.weights import save_model
+from minift.prompts import TEMPLATES
+from minift.tokenizer import Tokenizer
 from tests.runs import ROOT, SHIPPED, run, write_lines
 
 NASTY = "é\x1b[2J\x1b[31m\x1b]0;title\x07\x08\r\x7f\x9b1m\u202e😀"
@@ -127,3 +132,97 @@ def test_a_process_whose_streams_are_closed(closed: str, tmp_path: Path) -> None
 def test_a_line_that_is_repeated_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.print_text("before", "a\n" + "#\n" * 40 + "b\nb\nb\n\n\n\n\nc")
     assert capsys.readouterr().out == "\n── before\na\n#\n… (40 such lines)\nb\nb\nb\n\n\n\n\nc\n"
+
+
+# --------------------------------------------------------------------------------------------------------- long lines
+
+
+@pytest.mark.parametrize(
+    ("line", "wrapped"),
+    [
+        ("", ""),
+        ("  ", "  "),
+        ("one two", "one two"),
+        ("one two three", "one two\nthree"),
+        ("  one two  three ", "  one two\n  three "),
+        ("onetwothreefour five", "onetwothreefour\nfive"),  # a word, a path or a command stays whole
+        ("\x1b[32mone two x\x1b[0m y", "\x1b[32mone two x\x1b[0m\ny"),  # colours take no room
+        ("    if a: return b", "    if a:\n    return\n    b"),
+    ],
+)
+def test_a_line_is_broken_between_words(line: str, wrapped: str) -> None:
+    assert wrap(line, 10) == wrapped
+
+
+def test_only_a_terminal_gets_broken_lines(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [{"instruction": "Write a function that adds " + "many " * 20, "output": "word " * 30}]
+    encoded = encode_rows(rows, tokenizer, TEMPLATES["course"], max_length=150, source="a file of rows")
+    printed = []
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        terminal.print_summaries(encoded)
+        terminal.show_labels(encoded.examples, tokenizer)
+        terminal.print_text("prompt", rows[0]["instruction"])
+        printed.append(re.sub("\x1b\\[\\d+m|[⟦⟧]", "", capsys.readouterr().out))
+    plain, fitted = printed
+    assert max(map(len, plain.splitlines())) > 100 and max(map(len, fitted.splitlines())) <= 40
+    assert fitted.replace("green", "between  and ").split() == plain.split()
+
+
+def test_columns_that_do_not_fit_follow_below(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    rows = [["pass rate", "before training", "after", "after 2"], ["all", "1.0%", "2.0%", "3.0%"]]
+    terminal.print_columns(rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "pass rate                         before training    after    after 2",
+        "all                                          1.0%     2.0%       3.0%",
+    ]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    terminal.print_columns(rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "pass rate                         before training    after",
+        "all                                          1.0%     2.0%",
+        "pass rate                         after 2",
+        "all                                  3.0%",
+    ]
+    monkeypatch.setenv("COLUMNS", "10")
+    terminal.print_columns(rows)
+    assert capsys.readouterr().out.count("\n") == 6
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_the_next_command_has_paths_of_the_folder_that_the_run_started_in(
+    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """`cd elsewhere; python …/train_rm.py` named files of the project as if they were elsewhere."""
+
+    def words() -> dict[str, str]:
+        terminal.print_best_of(Path("my runs/rm"), "tiny")
+        python, *words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+        assert (python, words[:3], "--run-checks" in words) == ("/a b/python", ["-m", "minift", "best-of"], True)
+        words.remove("--run-checks")
+        return dict(zip(words[3::2], words[4::2], strict=True))
+
+    monkeypatch.setattr(sys, "orig_argv", ["/a b/python", "train_rm.py"])
+    monkeypatch.setattr(terminal, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr("minift.commands.flags.PROJECT", tmp_path / "project")
+    for folder in ("elsewhere/my runs", "project/data"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "project/data/heldout.jsonl").touch()
+    if is_there:
+        (tmp_path / "project/runs/sft").mkdir(parents=True)
+    beside = {"--model": "my runs/sft", "--judge": "my runs/rm", "--out": "my runs/best-of.jsonl"}
+    monkeypatch.chdir(tmp_path / "project")
+    heldout = "data/heldout.jsonl"
+    assert words() == beside | {"--prompts": heldout} | ({"--model": "runs/sft"} if is_there else {})
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    own = str(tmp_path / "project/runs/sft")
+    elsewhere = beside | {"--prompts": str(tmp_path / "project" / heldout)}
+    assert words() == elsewhere | ({"--model": own} if is_there else {})
+    Path("my runs/sft").mkdir()
+    assert words() == elsewhere
+    terminal.print_best_of(Path("rm"), None)
+    assert capsys.readouterr().out.endswith("--judge rm --prompts PROMPTS.jsonl --out best-of.jsonl\n")

@@ -83,13 +83,17 @@ def _resolve(script: str, given: dict[str, Any]) -> Config:
     values = defaults_of(script) | recipe | given
     for name in {"model", "data", "eval_data"} - given.keys():
         if str(values[name]).startswith("data/"):  # in the project's folder, which need not be the current one
-            path = PROJECT / values[name]
-            is_here = path.exists() and path.resolve() == Path(values[name]).resolve()
-            values[name] = values[name] if is_here else str(path)
+            values[name] = in_project(values[name])
     origins = {option: "flag" if option in given else "recipe" if option in recipe else "default" for option in values}
     if values["eval_data"] is not None:
         values["eval_fraction"], origins["eval_fraction"] = 0.0, origins["eval_data"]
     return Config(**values, origins=origins)
+
+
+def in_project(name: str) -> str:
+    """Return the path of a file in the project's folder: `name` if this is the current folder, else the whole path."""
+    path = PROJECT / name
+    return name if path.exists() and path.resolve() == Path(name).resolve() else str(path)
 
 
 def _parser(script: str) -> CommandParser:

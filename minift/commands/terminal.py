@@ -1,15 +1,17 @@
 """Printing for commands and scripts: labels in colour, pairs, samples, the table of results."""
 
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, TextIO
 
 from minift.batching import Loader
-from minift.commands.flags import as_text
+from minift.commands.flags import PROJECT, as_text, in_project
 from minift.config import Config, flag_of, to_dict
 from minift.encode import Example, count_supervised
 from minift.files.marks import GREEN, PLAIN, has_colour, mark
@@ -21,8 +23,11 @@ from minift.tokenizer import Tokenizer
 from minift.trainer import num_steps
 from minift.words import words
 
+say_wrapped = partial(say, wraps=True)  # all but tables and commands to copy
+
 MAX_NGRAM = 4  # of BLEU: a text with fewer words has none
 SHOWN, MAX_LINES = 3, 12  # examples or samples printed, and lines of each of their texts
+LABEL = 30  # characters of the first column
 MANY = 4  # equal lines after each other are counted: an untuned model repeats itself
 # For a measure: the measures with its counts and its intervals, and what is counted.
 COUNTED = {"pass_rate": ("checked", "pass_interval", "answers"), "accuracy": ("pairs", "interval", "pairs")}
@@ -41,7 +46,7 @@ def print_summaries(*data_sets: Encoded) -> None:
     """Print what was kept of each data set, and the remarks about its rows."""
     for encoded in data_sets:
         if encoded.num_rows:
-            say(encoded.summary)
+            say_wrapped(encoded.summary)
     say("")
 
 
@@ -52,7 +57,9 @@ def print_plan(batches: Loader, config: Config) -> None:
     tokens = sum(len(batch.input_ids) for step in range(measured) for batch in batches.micro_batches(step)) / measured
     say(f"\n{total_steps:,} optimiser steps of about {tokens:,.0f} tokens")
     if config.warmup_steps >= total_steps:
-        say(f"--warmup-steps {config.warmup_steps:,}: the run ends before its learning rate reaches --lr {config.lr}")
+        say_wrapped(
+            f"--warmup-steps {config.warmup_steps:,}: the run ends before its learning rate reaches --lr {config.lr}"
+        )
 
 
 def show_labels(
@@ -72,7 +79,7 @@ def show_labels(
         title = f"\n── example {number} of {len(examples):,}"
         lines.append(f"{title}: {len(example.input_ids)} tokens, {num_supervised} supervised")
         lines.append(mark(example, tokenizer, colour))
-    say("\n".join(lines), stream, is_escaped=True)  # by `mark`: `say` would escape the colours too
+    say_wrapped("\n".join(lines), stream, is_escaped=True)  # by `mark`: `say` would escape the colours too
 
 
 def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer) -> None:
@@ -80,13 +87,17 @@ def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer
     if any(ranking.best_only for ranking in rankings):
         repeated = num_pairs - sum(len(ranking.responses) - 1 if ranking.best_only else 1 for ranking in rankings)
         kept = f"{len(rankings):,} prompts with all their pairs"
-        say(f"training: {kept}, {repeated} pairs dropped: they repeat another one")
+        say_wrapped(f"training: {kept}, {repeated} pairs dropped: they repeat another one")
     measured = rankings[:MEASURED_RANKINGS]
     tokens = sum(len(response) for ranking in measured for response in ranking.responses)
     saved = 1 - sum(len(collate_rankings([ranking]).input_ids) for ranking in measured) / tokens
     note = f" (measured on the first {len(measured):,})" if len(measured) < len(rankings) else ""
-    say(f"training: {saved:.0%} of the tokens saved: a prefix that responses share is computed once for all{note}")
-    say("\nWhat the loss compares: rewards, read at each response's last token; the chosen one's should be higher.")
+    say_wrapped(
+        f"training: {saved:.0%} of the tokens saved: a prefix that responses share is computed once for all{note}"
+    )
+    say_wrapped(
+        "\nWhat the loss compares: rewards, read at each response's last token; the chosen one's should be higher."
+    )
     for number, ranking in enumerate(rankings[:SHOWN], start=1):
         shared = len(commonprefix(ranking.responses))
         prefix = tokenizer.decode(ranking.responses[0][:shared], skip_special_tokens=False)
@@ -118,7 +129,7 @@ def print_results(results: dict[str, dict[str, Any]], folder: Path, samples: Seq
     """Print a run's results, before and after training, and what it left in its folder."""
     say("")
     print_table(results, samples)
-    say(f"\nfiles in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    say_wrapped(f"\nfiles in {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 def print_chat(model: Path) -> None:
@@ -127,11 +138,16 @@ def print_chat(model: Path) -> None:
 
 
 def print_best_of(judge: Path, recipe: str | None) -> None:
-    """Print the command with which a new reward model chooses among the answers of a tuned model."""
-    prompts = "data/heldout.jsonl --run-checks" if recipe == "tiny" else "PROMPTS.jsonl"
-    command = f"{shlex.quote(sys.orig_argv[0])} -m minift best-of --model runs/sft --judge {shlex.quote(str(judge))}"
-    say(f"\nlet it choose among a tuned model's answers (of `make sft`, say):\n"
-        f"  {command} --prompts {prompts} --out runs/best-of.jsonl")  # fmt: skip
+    """Print the command with which a new reward model chooses among the answers of a tuned model.
+
+    That model is runs/sft beside the judge, else the project's. Paths are right in the folder that the run started in.
+    """
+    beside = judge.parent / "sft"
+    model = str(beside) if beside.is_dir() or not (PROJECT / "runs/sft").is_dir() else in_project("runs/sft")
+    prompts, checks = (in_project("data/heldout.jsonl"), "--run-checks") if recipe == "tiny" else ("PROMPTS.jsonl", "")
+    words = [sys.orig_argv[0], "-m", "minift", "best-of", "--model", model, "--judge", str(judge), "--prompts", prompts]
+    words += [checks] * bool(checks) + ["--out", str(judge.parent / "best-of.jsonl")]
+    say(f"\nlet it choose among a tuned model's answers (of `make sft`, say):\n  {shlex.join(words)}")
 
 
 def print_table(results: dict[str, dict[str, Any]], samples: Sequence[dict[str, Any]] = ()) -> None:
@@ -165,11 +181,21 @@ def print_table(results: dict[str, dict[str, Any]], samples: Sequence[dict[str, 
 
 
 def print_columns(rows: Sequence[Sequence[str]], stream: TextIO | None = None) -> None:
-    """Print rows of texts: the first text of each on the left, the others in columns, aligned on the right."""
-    widths = [max(map(len, column)) + 4 for column in zip(*rows, strict=True)]
-    for label, *cells in rows:
-        aligned = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        say(f"{label:30}" + "".join(aligned), stream)
+    """Print rows of texts: the first text of each on the left, the others in columns, aligned on the right.
+
+    Columns that do not fit on a terminal beside the others follow below, with the labels again.
+    """
+    stream = stream or sys.stdout
+    widths = [max(map(len, column)) + 4 for column in zip(*rows, strict=True)][1:]
+    room = shutil.get_terminal_size().columns - LABEL if stream.isatty() else sum(widths)
+    start = 0
+    while start < len(widths):
+        fitting = [count for count in range(1, len(widths) - start + 1) if sum(widths[start : start + count]) <= room]
+        end = start + max(fitting, default=1)
+        for label, *cells in rows:
+            aligned = [f"{cell:>{width}}" for cell, width in zip(cells[start:end], widths[start:end], strict=True)]
+            say(f"{label:{LABEL}}" + "".join(aligned), stream)
+        start = end
 
 
 def _cell(
@@ -192,4 +218,4 @@ def print_text(title: str, text: str) -> None:
         lines += [line] * count if count < MANY or not line.strip() else [line, f"… ({count} such lines)"]
     if len(lines) > MAX_LINES:
         lines[MAX_LINES:] = ["…"]
-    say("\n".join(["", f"── {title}", *lines]))
+    say_wrapped("\n".join(["", f"── {title}", *lines]))

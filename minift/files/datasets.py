@@ -97,7 +97,7 @@ def load_rows(data: str | Path | None, schemas: Schemas = TRAINING_SCHEMAS, *, m
 def print_remarks(encoded: Encoded, stream: TextIO) -> None:
     """Print the remarks about a data set's rows, if there are any."""
     if encoded.remarks:
-        say("\n".join([f"{encoded.source}:", *encoded.remark_lines]), stream)
+        say("\n".join([f"{encoded.source}:", *encoded.remark_lines]), stream, wraps=True)
 
 
 def check_added(rows: Sequence[Row], names: Sequence[str], source: str) -> None:

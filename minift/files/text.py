@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import sys
 import zlib
@@ -21,6 +22,7 @@ NOT_BLANK = re.compile(r"[^ \t\n\r]")  # JSON's blanks, fewer than Python's
 GZIP = b"\x1f\x8b"  # the first bytes of every such file, and of no UTF-8 text
 STDIN = "standard input"  # in messages
 STREAM = re.compile(r"/+dev/(stdin|stdout|stderr|fd/\d+)|/proc/(self|\d+)/fd/\d+")
+COLOUR = re.compile("\x1b\\[\\d+m")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MACHINE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT}  # OSErrors that no other name or flag avoids
 FILE_TYPES = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
@@ -31,9 +33,34 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
-def say(text: str, stream: TextIO | None = None, *, is_escaped: bool = False) -> None:
-    """Print text, escaped unless it already is, by default to standard output. Everything is printed so."""
-    print(text if is_escaped else printable(text), file=stream or sys.stdout, flush=True)
+def say(text: str, stream: TextIO | None = None, *, is_escaped: bool = False, wraps: bool = False) -> None:
+    """Print text, escaped unless it already is, by default to standard output. Everything is printed so.
+
+    With `wraps`, lines that are too long for a terminal are broken between words; in a file or pipe they stay.
+    """
+    stream = stream or sys.stdout
+    text = text if is_escaped else printable(text)
+    if wraps and stream is not None and stream.isatty():
+        columns = shutil.get_terminal_size().columns
+        text = "\n".join(wrap(line, columns) for line in text.split("\n"))
+    print(text, file=stream, flush=True)
+
+
+def wrap(line: str, columns: int) -> str:
+    r"""Break a line between words, at most `columns` characters apart and with its own indentation. Colours take none.
+
+    >>> wrap("  one two three", 10)
+    '  one two\n  three'
+    """
+    words = re.findall(r"\s*\S+", line)
+    indent = re.match(r"\s*", line)[0] if words else ""  # type: ignore[index]
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(COLOUR.sub("", lines[-1] + word)) > columns:
+            lines.append(indent + word.lstrip())
+        else:
+            lines[-1] += word
+    return "\n".join(lines) + line[sum(map(len, words)) :]
 
 
 def read_bytes(path: str | Path, length: int = -1) -> bytes:
