@@ -12,7 +12,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from minift.files.tokenizer import load_tokenizer
+from minift.model import OPT, RewardModel
 from minift.tokenizer import Tokenizer
+from tests.runs import saved
 
 # `make test &` starts with SIGINT ignored, and the runs that tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -82,3 +84,15 @@ def real_data() -> Path:
     if "MINIFT_REAL_DATA" not in os.environ:
         pytest.skip("MINIFT_REAL_DATA names no folder with opt_tokenizer/ and code_alpaca_2k.json")
     return Path(os.environ["MINIFT_REAL_DATA"])
+
+
+@pytest.fixture(scope="session")
+def judge(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """Return the folder of a small reward model of random weights."""
+    return saved(RewardModel, tmp_path_factory.mktemp("judge"), 0, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """Return the folder of a small language model of random weights."""
+    return saved(OPT, tmp_path_factory.mktemp("model"), 1, tokenizer, max_position_embeddings=128)

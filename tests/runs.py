@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -15,9 +16,13 @@ import pytest
 
 import train_rm
 import train_sft
+from data.make.pretrain import initialise
 from minift.commands.cli import run_command
 from minift.errors import UserError
 from minift.files.text import sha256
+from minift.files.tokenizer import save_tokenizer
+from minift.files.weights import save_model
+from minift.model import OPTConfig
 from minift.trainer import Task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,10 +31,21 @@ SCRIPTS: dict[str, ModuleType] = {"sft": train_sft, "rm": train_rm}
 STEPS = 4
 SMALL = ["--max-steps", STEPS, "--batch-size", 4, "--device", "cpu"]
 TINY = [*SMALL, "--recipe", "tiny"]  # --data would otherwise end the recipe
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 16}
+SMALL_OPT = OPTConfig(vocab_size=480, max_position_embeddings=64, do_layer_norm_before=False, **SIZES)
 
 
 class Reached(Exception):
     """Training would begin here."""
+
+
+def saved(model_class: type, folder: Path, seed: int, tokenizer, **changes: int) -> Path:
+    """Save a model of random weights and the tokenizer in a folder; `changes` are to `SMALL_OPT`."""
+    model = model_class(replace(SMALL_OPT, **changes))
+    initialise(model, seed)
+    save_model(model, folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
 
 
 def command(script: str, *flags: object) -> list[str]:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from fractions import Fraction
 from itertools import combinations
-from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
@@ -19,10 +18,8 @@ from minift.errors import UserError
 from minift.files import language_model
 from minift.files.datasets import TRAINING_SCHEMAS, load_rows
 from minift.files.pretrained import load_judge
-from minift.model import OPT, RewardModel
 from minift.scoring import mean_best_of, vote, wilson_interval
 from tests.runs import ROOT, read_lines, write_lines
-from tests.test_scoring import saved
 
 DOUBLE, TRIPLE = "def f(x):\n    return 2 * x", "def f(x):\n    return 3 * x"
 CHECKS = [{"expression": "f(2)", "expected": "4"}]
@@ -33,16 +30,6 @@ ROWS = [
 ]
 GREEDY = [TRIPLE, DOUBLE]
 SAMPLES = [[DOUBLE, TRIPLE, DOUBLE], [TRIPLE, TRIPLE, "def f("], ["Yo", "so " * 60, "Hello"]]
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory, tokenizer) -> Path:
-    return saved(RewardModel, tmp_path_factory.mktemp("judge"), 0, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tokenizer) -> Path:
-    return saved(OPT, tmp_path_factory.mktemp("model"), 1, tokenizer, max_position_embeddings=128)
 
 
 @pytest.fixture

@@ -18,22 +18,11 @@ from minift.commands import terminal as terminal_output
 from minift.files import language_model
 from minift.files.pretrained import load_judge
 from minift.generate import Options
-from minift.model import OPT, RewardModel
-from tests.runs import ROOT, mistake, user_error, write_lines
-from tests.test_scoring import saved
+from minift.model import RewardModel
+from tests.runs import ROOT, mistake, saved, user_error, write_lines
 
 HINT = "Type an instruction, and its input after /input; an empty line ends both. Ctrl-D leaves.\n"
 PROMPT = "### Instruction:\n{}\n\n### Response:\n"
-
-
-@pytest.fixture(scope="module")
-def judge(tmp_path_factory, tokenizer) -> Path:
-    return saved(RewardModel, tmp_path_factory.mktemp("judge"), 0, tokenizer)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tokenizer) -> Path:
-    return saved(OPT, tmp_path_factory.mktemp("model"), 1, tokenizer, max_position_embeddings=128)
 
 
 @pytest.fixture

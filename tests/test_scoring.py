@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer, OPTForSequenceClassification
 
-from data.make.pretrain import initialise
 from minift.commands import generate, score, winrate
 from minift.commands.terminal import print_table
 from minift.errors import UserError
@@ -18,15 +16,11 @@ from minift.files import language_model
 from minift.files.datasets import SCORE_SCHEMAS, load_rows
 from minift.files.pretrained import load_judge
 from minift.files.templates import save_template
-from minift.files.tokenizer import save_tokenizer
-from minift.files.weights import save_model
-from minift.model import OPT, OPTConfig, RewardModel
+from minift.model import OPT, RewardModel
 from minift.prompts import TEMPLATES
 from minift.scoring import Judge, calibration, examine, wilson_interval, win_rate
-from tests.runs import read_lines, user_error, write_lines
+from tests.runs import read_lines, saved, user_error, write_lines
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 16}
-CONFIG = OPTConfig(vocab_size=480, max_position_embeddings=64, do_layer_norm_before=False, **SIZES)
 ANSWERS = [
     ("Add 1 and 2.", "3"),
     ("Add 1 and 2.", "def add(first, second):\n    return first + second"),
@@ -35,14 +29,6 @@ ANSWERS = [
     (None, "\n\nHuman: Hi\n\nAssistant: Hello."),
     ("A", "for number in range(10): print(number)"),
 ]
-
-
-def saved(model_class: type, folder: Path, seed: int, tokenizer, **changes: int) -> Path:
-    model = model_class(replace(CONFIG, **changes))
-    initialise(model, seed)
-    save_model(model, folder)
-    save_tokenizer(tokenizer, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
