@@ -1,4 +1,4 @@
-"""The HTML pages in headless Chromium, 390 and 1280 pixels wide, light and dark: nothing overflows, breaks or fails.
+"""The HTML pages in headless Chromium, 390 to 1280 pixels wide, light and dark: nothing overflows, breaks or fails.
 
 `make test-pages` runs these tests and leaves the screenshots in runs/pages/pictures/: look at them. The tests are
 skipped where there is no Chromium that starts.
@@ -20,15 +20,16 @@ from tests.runs import TINY, few_rows, run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PAGES = ("sft", "rm", "compare", "tour")
-WIDTHS, HEIGHT = (390, 1280), 5000
+WIDTHS, HEIGHT = (390, 800, 1280), 5000
 DARK, LIGHT = 0, 1  # Chromium's numbers
-LONGEST_WORD = 24  # a longer one, such as a fingerprint, may be broken
-SMALLEST_TEXT = 9  # height of a line in pixels
+LONGEST = 24  # a longer one, such as a fingerprint, may be broken
+SMALLEST, LARGEST = 9, 24  # height of a line in pixels; LARGEST: in a chart
 
 # Measures a page and sends the findings to the page around it, with its <details> open.
-MEASURE = """<script>
+MEASURE = (
+    """<script>
 addEventListener("load", () => {
-  const closed = [...document.querySelectorAll("details:not([open])")], broken = [], outside = [], tiny = [];
+  const closed = [...document.querySelectorAll("details:not([open])")], broken = [], outside = [], unreadable = [];
   closed.forEach(details => details.open = true);
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), range = document.createRange();
   while (texts.nextNode()) {
@@ -40,20 +41,23 @@ addEventListener("load", () => {
       if (new Set(boxes.map(box => Math.round(box.top))).size > 1 && word[0].length <= LONGEST) broken.push(word[0]);
       const inSvg = node.parentElement.closest("svg");
       if (inSvg && boxes.some(box => box.left < 0 || box.right > innerWidth)) outside.push(word[0]);
-      if (boxes.some(box => box.height < SMALLEST)) tiny.push(word[0]);
+      if (boxes.some(box => box.height < SMALLEST || inSvg && box.height > LARGEST)) unreadable.push(word[0]);
     }
   }
   const findings = {width: innerWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches,
-                    overflow: document.scrollingElement.scrollWidth - innerWidth, broken, outside, tiny};
+                    overflow: document.scrollingElement.scrollWidth - innerWidth, broken, outside, unreadable};
   closed.forEach(details => details.open = false);
   parent.postMessage(findings, "*");
 });
-</script>""".replace("LONGEST", str(LONGEST_WORD)).replace("SMALLEST", str(SMALLEST_TEXT))
+</script>""".replace("LONGEST", str(LONGEST))
+    .replace("SMALLEST", str(SMALLEST))
+    .replace("LARGEST", str(LARGEST))
+)
 # A window of Chromium is at least 500 pixels wide, a frame in it is not.
 AROUND = """<!doctype html><html style="color-scheme: light dark"><body style="margin: 0">
 <script>addEventListener("message", event => document.body.dataset.findings = JSON.stringify(event.data))</script>
 <iframe src="measured.html" style="border: 0; width: {}px; height: {}px"></iframe></body></html>"""
-GOOD = {"broken": [], "outside": [], "tiny": [], "console": []}
+GOOD = {"broken": [], "outside": [], "unreadable": [], "console": []}
 
 
 def measure(content: str, folder: Path, width: int = 390, scheme: int = LIGHT, picture: str = "picture.png") -> dict:
@@ -131,8 +135,9 @@ def test_a_page_fits_and_breaks_no_word(
         ('<p style="width: 2em">two words, max-steps, data/rows', {}),
         (f'<p style="width: 2em; overflow-wrap: anywhere">{"0123456789abcdef" * 4}', {}),
         ('<p style="width: 600px">wide', {"overflow": 210}),
-        ('<svg viewBox="0 0 9 9" style="overflow: visible"><text x="-9">label</text></svg>', {"outside": ["label"]}),
-        ('<svg viewBox="0 0 900 9"><text y="9" font-size="16">label</text></svg>', {"tiny": ["label"]}),
+        ('<svg viewBox="0 0 390 20" style="overflow: visible"><text x="-9" y="15">label</text></svg>', {"outside": ["label"]}),
+        ('<svg viewBox="0 0 900 9"><text y="9" font-size="16">label</text></svg>', {"unreadable": ["label"]}),
+        ('<svg viewBox="0 0 90 40"><text y="30" font-size="16">label</text></svg>', {"unreadable": ["label"]}),
     ],
 )
 def test_faults_are_found(fault: str, finding: dict, pictures: Path) -> None:

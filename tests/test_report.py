@@ -148,7 +148,8 @@ def test_the_time_has_a_suitable_unit(tmp_path, seconds, shown):
 def test_a_run_of_an_earlier_version_or_without_results_has_a_verdict_too(tmp_path):
     record = {"task": "rm", "values": {"model": "m", "data": "d"}}
     html = html_of(tmp_path, record, metrics=[], samples=[])
-    assert "<h1>Reward model: no results yet</h1>" in html and "m trained on d" in html and "<pre" not in html
+    assert "<h1>Reward model: not finished</h1>" in html and "m trained on d" in html and "<pre" not in html
+    assert "<h1>Reward model: nothing held out</h1>" in html_of(tmp_path, record | {"results": {}})
     record = {"values": {"data": "a/<b>"}, "command": "x --out=y/z"}  # broken after slashes, and between words
     html = html_of(tmp_path, record, metrics=[], samples=[])
     assert "<span>x</span> <span>--out=y/<wbr>z</span>" in html and "<td>a/<wbr>&lt;b&gt;</td>" in html

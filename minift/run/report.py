@@ -77,8 +77,8 @@ def _verdict(record: dict[str, Any]) -> str:
         if exams := results.get(measure):
             ends = [exams[exam]["all"] if isinstance(exams[exam], dict) else exams[exam] for exam in EXAMS]
             changes.append(f"{name} " + "\u00a0→\u00a0".join(_text(value, measure) for value in ends))
-    task = record.get("task", "run")
-    return f"{TITLES.get(task, task)}: {', '.join(changes[:2]) or 'no results yet'}"
+    title, nothing = record.get("task", "run"), "nothing held out" if "results" in record else "not finished"
+    return f"{TITLES.get(title, title)}: {', '.join(changes[:2]) or nothing}"
 
 
 def _head(folder: Path, record: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> str:
@@ -249,7 +249,8 @@ def _row(seen: dict[str, Any]) -> str:
         each = enumerate(zip(row["tokens"], row["values"], heats, strict=True))
         tokens = "".join(_token(*token, is_grey=index < shared) for index, token in each)
         blocks.append(f'{name}<pre class="tokens">{tokens}</pre>')
-    return f"<h2>One {'pair' if is_ranking else 'row'} as the loss sees it</h2><p>{note}</p>{''.join(blocks)}"
+    noun = {1: "row", 2: "pair"}.get(len(rows), "ranking")
+    return f"<h2>One {noun} as the loss sees it</h2><p>{note}</p>{''.join(blocks)}"
 
 
 def _token(text: str, value: float | None, heat: float | None, *, is_grey: bool) -> str:
@@ -416,7 +417,8 @@ span.smooth::before, span.chosen::before, span.after::before { color: var(--smoo
 span.eval::before, span.best::before, span.rejected::before, span.before::before { color: var(--eval); }
 svg { width: 100%; height: auto; display: block; overflow: visible; } svg text { fill: var(--dim); font-size: 9px; }
 @media (max-width: 640px) { svg text { font-size: 11px; } } @media (max-width: 480px) { svg text { font-size: 14px; } }
-.three svg text, .curves + .small svg text { font-size: 10.5px; }
+.three svg text { font-size: 10.5px; }
+@media (min-width: 901px) { .curves + .small svg text { font-size: 10.5px; } }
 svg path { fill: none; stroke-width: 1.2; stroke-linejoin: round; } svg .grid { stroke: var(--line); }
 svg .axis, svg .ideal { stroke: var(--dim); stroke-width: 1; } svg .ideal { stroke-dasharray: 4 3; }
 path.train { stroke: var(--train); } path.smooth { stroke: var(--smooth); stroke-width: 1.8; }
@@ -427,8 +429,8 @@ rect.chosen { fill: var(--smooth); fill-opacity: .6; } rect.rejected { fill: var
 .curves { display: grid; gap: 0 1.5rem; grid-template-columns: 2fr 1fr; }
 .small { display: grid; gap: 0 1rem; align-content: start; }
 .curves .small { grid-template-columns: 1fr; } .curves + .small { grid-template-columns: repeat(4, 1fr); }
-@media (max-width: 700px) { .curves { display: block; } 
-  .curves .small, .curves + .small { grid-template-columns: 1fr 1fr; } .curves + .small svg text { font-size: 14px; } }
+@media (max-width: 900px) { .curves { display: block; } 
+  .curves .small, .curves + .small { grid-template-columns: 1fr 1fr; } }
 .three { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); }
 .bars { display: grid; grid-template-columns: auto minmax(80px, 1fr) auto; gap: .3rem .8rem; align-items: center; }
 .bars span:nth-child(3n) { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

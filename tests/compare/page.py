@@ -16,7 +16,7 @@ path.distance { stroke: var(--eval); } circle.distance { fill: var(--eval); } fi
 td.agree { color: var(--good); } td.disagree { color: var(--bad); font-weight: bold; }
 td.long { min-width: 12rem; } td.short { white-space: nowrap; }
 main { max-width: 1400px; } .pair { display: grid; gap: 0 1.5rem; }
-@media (min-width: 800px) { .pair { grid-template-columns: 1fr 1fr; } }
+@media (min-width: 900px) { .pair { grid-template-columns: 1fr 1fr; } }
 """
 VERDICTS = ("agree", "DISAGREE")
 LONG = 24  # a cell with more characters is broken into lines
