@@ -135,7 +135,7 @@ def test_a_page_fits_and_breaks_no_word(
         ('<p style="width: 2em">two words, max-steps, data/rows', {}),
         (f'<p style="width: 2em; overflow-wrap: anywhere">{"0123456789abcdef" * 4}', {}),
         ('<p style="width: 600px">wide', {"overflow": 210}),
-        ('<svg viewBox="0 0 390 20" style="overflow: visible"><text x="-9" y="15">label</text></svg>', {"outside": ["label"]}),
+        ('<svg viewBox="0 0 390 20" overflow="visible"><text x="-9" y="15">label</text></svg>', {"outside": ["label"]}),
         ('<svg viewBox="0 0 900 9"><text y="9" font-size="16">label</text></svg>', {"unreadable": ["label"]}),
         ('<svg viewBox="0 0 90 40"><text y="30" font-size="16">label</text></svg>', {"unreadable": ["label"]}),
     ],
