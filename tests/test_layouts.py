@@ -7,12 +7,13 @@ from transformers import AutoTokenizer
 
 import minift
 from minift.commands import generate
+from minift.config import Config
 from minift.encode import IGNORE_INDEX, encode_prompt, encode_rows
 from minift.errors import UserError
 from minift.files.datasets import PAIR_SCHEMAS, PROMPT_SCHEMAS, SCORE_SCHEMAS, TRAINING_SCHEMAS, load_rows
 from minift.pairs import encode_rankings
 from minift.prompts import TEMPLATES, question_of
-from minift.run.exam import prompt_and_reference, ranking_sample
+from minift.run.exam import held_out_prompts, prompt_and_reference, ranking_sample
 from tests.runs import SHIPPED, read_lines, user_error, write_lines
 
 SYSTEM, QUESTION, ANSWER = "Be brief.", "Add 1 and 2.", " 3"
@@ -108,9 +109,10 @@ def test_the_exam_asks_for_the_last_answer(tmp_path, tokenizer):
     template = TEMPLATES["dialogue"]
     prompt, blanks, reference = prompt_and_reference(row, tokenizer, template)
     assert (blanks, reference) == (" ", ANSWER)
-    assert tokenizer.decode(prompt[1:], skip_special_tokens=False) == (
-        "\n\nHuman: Hi\n\nAssistant: Yo</s>\n\nHuman: Add.\n\nAssistant:"
-    )
+    text = "</s>\n\nHuman: Hi\n\nAssistant: Yo</s>\n\nHuman: Add.\n\nAssistant:"
+    assert tokenizer.decode(prompt, skip_special_tokens=False) == text
+    [question] = held_out_prompts([row], tokenizer, template, Config(), 64)
+    assert (question.prompt_ids, question.prompt, question.reference) == (prompt, text, ANSWER)
 
 
 def test_sharegpt_s_names(tmp_path, capsys):

@@ -62,7 +62,7 @@ def held_out_prompts(
         prompt_ids, blanks, reference = prompt_and_reference(row, tokenizer, template, config.response_template)
         length = len(tokenizer.encode([blanks + reference, Special(tokenizer.eos_token)]))
         if prompt_ids and len(prompt_ids) + length <= max_positions:
-            prompt = tokenizer.decode(prompt_ids)
+            prompt = tokenizer.decode(prompt_ids, skip_special_tokens="history" not in row)  # an EOS ends each turn
             where = f"{config.eval_data or config.data}: {location_of(row, index)}"
             checks = checks_of(row, where) if config.run_checks else None
             questions.append(ExamQuestion(prompt_ids, prompt, reference, length, category_of(row), blanks, checks))

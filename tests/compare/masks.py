@@ -19,7 +19,7 @@ from minift.files.tokenizer import load_tokenizer
 from minift.prompts import TEMPLATES, Template, is_text_row, render, trailing_blanks
 from minift.tokenizer import Tokenizer
 from tests.compare import Check, Setting, digest
-from tests.compare.training import length_limit, make_trainer, quiet
+from tests.compare.training import last_turns, length_limit, make_trainer, quiet
 
 SECTION = "masks"
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def compare(setting: Setting) -> Iterator[Check]:
 def against_trl(setting: Setting) -> Iterator[Check]:
     reference, ours = AutoTokenizer.from_pretrained(setting.model), load_tokenizer(setting.model)
     limit = length_limit(setting)
-    rows = load_rows(setting.data)[: QUICK_ROWS if setting.quick else None]
+    rows = last_turns(setting.data)[: QUICK_ROWS if setting.quick else None]
     some = rows[:SOME_ROWS]
     plan = [(COURSE, limit, rows), (COURSE, min(short_limit(some, ours), limit), some)]
     if "instruction" in rows[0]:

@@ -129,7 +129,18 @@ def length_limit(setting: Setting) -> int:
 def plain_rows(setting: Setting, data: Path, schemas: Mapping[str, tuple[str, ...]] = TRAINING_SCHEMAS) -> list[Row]:
     """Return the rows that do not spell a special token; other sections compare those that do."""
     special = reference_tokenizer(setting.model).all_special_tokens
-    return [row for row in load_rows(data, schemas) if not any(token in str(row) for token in special)]
+    return [row for row in last_turns(data, schemas) if not any(token in str(row) for token in special)]
+
+
+def last_turns(data: Path, schemas: Mapping[str, tuple[str, ...]] = TRAINING_SCHEMAS) -> list[Row]:
+    """Return rows, of a conversation only the last turn: trl has no mask by turn for a prompt and its completion.
+
+    tests/test_layouts.py compares the mask by turn with that of a chat template.
+    """
+    rows = load_rows(data, schemas)
+    for row in rows:
+        row.pop("history", None)
+    return rows
 
 
 def extent_of(plan: Plan, rows: int, noun: str = "rows") -> str:
