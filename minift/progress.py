@@ -1,6 +1,7 @@
 """A progress bar on stderr (`huggingface_hub` brings tqdm), or plain lines where no terminal shows it."""
 
 import sys
+from contextlib import nullcontext
 from typing import Any, TextIO
 
 from huggingface_hub.utils import tqdm
@@ -29,7 +30,7 @@ def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> t
     return tqdm(**options, file=PlainLines(sys.stderr), bar_format=form, mininterval=PLAIN_SECONDS, miniters=1)
 
 
-def print_above(bar: tqdm, line: str) -> None:
-    """Print a line of numbers on standard output, above the bar."""
-    with bar.external_write_mode():
+def print_above(bar: tqdm | None, line: str) -> None:
+    """Print a line of numbers on standard output, above the bar if there is one."""
+    with bar.external_write_mode() if bar is not None else nullcontext():
         print(line, flush=True)

@@ -88,7 +88,9 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
     total_steps = num_steps(config, task.train_batches)
     progress = recorder.restore(task.model, optimizer)
     if progress.step == 0:
-        _log(recorder, task, progress, "eval", evaluate(task))
+        means = evaluate(task)
+        _log(recorder, task, progress, "eval", means)
+        _print_means(0, means)
 
     clock = time.perf_counter() - progress.seconds
     with progress_bar(total_steps, "training", "step", progress.step) as bar, recorder.guard() as signals:
@@ -115,11 +117,9 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
                 means = evaluate(task)
                 _check_finite(config, progress.step, means.get("loss", 0.0))
                 _log(recorder, task, progress, "eval", means)
-                if means:
-                    shown = ", ".join(f"{name} {means[name]:.3f}" for name in PRINTED if name in means)
-                    print_above(bar, f"step {progress.step:,}: held-out {shown}")
-                    if progress.best_loss is None or means["loss"] < progress.best_loss:
-                        progress.best_loss, is_best = means["loss"], True
+                _print_means(progress.step, means, bar)
+                if means and (progress.best_loss is None or means["loss"] < progress.best_loss):
+                    progress.best_loss, is_best = means["loss"], True
 
             stop = bool(signals)  # read once: a signal during `save` stops after the next step
             if stop or is_last or is_best or _is_due(config.save_every, progress.step):
@@ -212,6 +212,13 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
         for name, value in sums.items()
         if name != "tokens" and not name.endswith("count")
     }
+
+
+def _print_means(step: int, means: dict[str, float], bar: Any = None) -> None:
+    """Print what an evaluation found, above the bar if there is one; nothing if it had no batches."""
+    shown = ", ".join(f"{name} {means[name]:.3f}" for name in PRINTED if name in means)
+    if shown:
+        print_above(bar, f"step {step:,}: held-out {shown}")
 
 
 def _is_due(every: int, step: int) -> bool:

@@ -538,7 +538,7 @@ def test_progress_that_no_terminal_shows_is_plain_lines(capsys, monkeypatch):
     assert "\r" not in printed.err and not any(line.strip() == "" for line in printed.err.splitlines())
     found = [line.split(" ")[:2] for line in printed.err.splitlines()]
     assert found[:5] == [["training:", f"{step}/4"] for step in range(5)] and "loss" in printed.err.splitlines()[-1]
-    losses = [(line["step"], line["loss"]) for line in lines if line["split"] == "eval" and line["step"]]
+    losses = [(line["step"], line["loss"]) for line in lines if line["split"] == "eval"]
     assert printed.out.splitlines() == [f"step {step}: held-out loss {loss:.3f}" for step, loss in losses]
 
 
