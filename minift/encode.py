@@ -49,9 +49,9 @@ def encode_completion(prompt: Sequence[str], completion: Sequence[str], tokenize
 def encode_turns(row: Mapping[str, Any], tokenizer: Tokenizer, template: Template) -> tuple[Example, bool]:
     r"""Encode a row after its history; supervise the completion and EOS of every turn, and no question.
 
-    A turn gets the ids and labels that it has as a row of its own. trl 1.16 makes the same mask with
-    `assistant_only_loss` if its chat template spells this template, the BOS, and {% generation %} around each
-    completion and EOS. `completion_only_loss` would supervise the last turn alone.
+    A turn gets the ids and labels that it has as a row of its own, but only the first has a BOS. trl 1.16 makes the
+    same mask with `assistant_only_loss`, if its chat template spells the BOS and this template and has {% generation %}
+    around each completion and its EOS. There, text that spells a special token becomes one.
 
     >>> from minift.prompts import TEMPLATES  # "HiYo</s>ByeOk</s>"
     >>> row = {"history": [["Hi", "Yo"]], "instruction": "Bye", "output": "Ok"}

@@ -1,6 +1,7 @@
 """Preference pairs and rankings → ids, each response after its prompt, best first; then batches of them."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -107,6 +108,9 @@ def _margin(row: Mapping[str, Any], name: str, where: str) -> float:
     if name not in row:
         raise UserError(f"{subject} missing")
     margin = row[name]
+    if isinstance(margin, str):  # CSV has only text
+        with suppress(ValueError):
+            margin = float(margin)
     # The comparison is False for NaN, and works for integers of any size.
     if isinstance(margin, bool) or not isinstance(margin, int | float) or not abs(margin) <= MAX_MARGIN:
         raise UserError(f"{subject} {margin!r:.40}, expected a number between -{MAX_MARGIN:,} and {MAX_MARGIN:,}")

@@ -167,11 +167,7 @@ def question_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def turns_of(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield each turn of a row, the row itself last, as a row whose history is the turns before it.
-
-    >>> [turn["instruction"] for turn in turns_of({"history": [["Hi", "Yo"]], "instruction": "Bye", "output": "Bye"})]
-    ['Hi', 'Bye']
-    """
+    """Yield each turn of a row, the row itself last, as a row whose history is the turns before it."""
     history = row.get("history", ()) if uses_template(row) else ()
     for number, (instruction, output) in enumerate(history):
         yield {"history": history[:number], "instruction": instruction, "output": output}

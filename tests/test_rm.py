@@ -450,9 +450,10 @@ def test_a_side_of_exactly_the_allowed_length_stays(tokenizer):
 
 
 def test_margins_are_numbers(tokenizer):
-    rankings = encode([PAIR | {"gap": 2}, PAIR | {"gap": -0.5}], tokenizer, margin_field="gap").examples
-    assert [ranking.margin for ranking in rankings] == [2.0, -0.5]
-    for wrong in ("1", None, True, [1], math.inf, math.nan, 10**400, 1e39):
+    rows = [PAIR | {"gap": gap} for gap in (2, -0.5, " 1e1")]  # a CSV file has only text
+    rankings = encode(rows, tokenizer, margin_field="gap").examples
+    assert [ranking.margin for ranking in rankings] == [2.0, -0.5, 10.0]
+    for wrong in ("", "wide", "nan", "1e39", None, True, [1], math.inf, math.nan, 10**400, 1e39):
         with pytest.raises(UserError, match=r"^rows.jsonl: row 2: field 'gap'.*expected a number"):
             encode([PAIR | {"gap": 2}, PAIR | {"gap": wrong}], tokenizer, margin_field="gap")
     with pytest.raises(UserError, match="row 1: field 'gap'.*missing"):
