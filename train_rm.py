@@ -19,6 +19,7 @@ from minift.lora import merge
 from minift.losses import bradley_terry, completion_cross_entropy, next_token_targets, preference_metrics
 from minift.model import last_tokens
 from minift.pairs import PairBatch, collate_rankings, encode_rankings, group_by_chosen
+from minift.run.distributed import RANKS, deal
 from minift.run.exam import compare_rewards, ranking_as_seen, ranking_sample
 from minift.run.folder import Run
 from minift.run.setup import export, load_splits, max_length_for, prepare, swap_half
@@ -55,7 +56,7 @@ def main() -> None:
     terminal.show_pairs(rankings, len(train_set.examples), tokenizer)
 
     # 4. A batch is the flat list of its tokens; a prompt that responses share is in it once.
-    train_batches = Loader(rankings, collate_rankings, config.batch_size, config.grad_accum, config.seed, config.order)
+    train_batches = Loader(rankings, collate_rankings, config.batch_size, run.grad_accum, config.seed, config.order)
     eval_batches = Loader(eval_set.examples, collate_rankings, config.batch_size)
 
     def loss(batch: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -78,13 +79,14 @@ def main() -> None:
     # 5. The examination: does the better response of each held-out pair get the higher reward? A pair is two rows.
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     terminal.print_plan(train_batches, config)
-    score = partial(score_rankings, model, eval_set.examples, 2 * config.batch_size)
+    score = partial(deal, partial(score_rankings, model, batch_size=2 * config.batch_size), eval_set.examples)
     before = run.before_training(score, len(eval_set.examples))
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, run.model_files)
     unit = "prompts" if any(ranking.best_only for ranking in rankings) else f"{train_set.noun}s"
-    train(Task(model, loss, train_batches, eval_batches, write_model, unit=unit, dtype=run.dtype), config, run)
+    task = Task(model, loss, train_batches, eval_batches, write_model, unit, run.dtype, RANKS)
+    train(task, config, run)
     write_model(run.folder)
 
     # 7. What it learned.

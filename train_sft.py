@@ -17,6 +17,7 @@ from minift.files.pretrained import load_for_sft
 from minift.files.templates import load_template
 from minift.lora import merge
 from minift.losses import completion_cross_entropy, next_token_targets
+from minift.run.distributed import RANKS
 from minift.run.exam import compare_answers, held_out_prompts, row_as_seen, sit_exam
 from minift.run.folder import Run
 from minift.run.setup import export, load_splits, max_length_for, prepare
@@ -47,7 +48,7 @@ def main() -> None:
     terminal.show_labels(train_set.examples, tokenizer)
 
     # 4. A batch is the flat list of its real tokens; an optimiser step accumulates grad_accum of them.
-    train_batches = Loader(train_set.examples, collate, config.batch_size, config.grad_accum, config.seed, config.order)
+    train_batches = Loader(train_set.examples, collate, config.batch_size, run.grad_accum, config.seed, config.order)
     eval_batches = Loader(eval_set.examples, collate, config.batch_size)
 
     def loss(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -64,7 +65,7 @@ def main() -> None:
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, run.model_files)
-    task = Task(model, loss, train_batches, eval_batches, write_model, unit="supervised_tokens", dtype=run.dtype)
+    task = Task(model, loss, train_batches, eval_batches, write_model, "supervised_tokens", run.dtype, RANKS)
     train(task, config, run)
     write_model(run.folder)
 

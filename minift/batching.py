@@ -84,8 +84,11 @@ class Loader(Generic[AnyBatch]):
         """Return the number of optimiser steps in one pass over the examples."""
         return -(-len(self.examples) // (self.batch_size * self.grad_accum))
 
-    def micro_batches(self, step: int) -> Iterator[AnyBatch]:
-        """Yield the micro-batches of a step, counted from 0 over all epochs. Raises ValueError without examples."""
+    def micro_batches(self, step: int, first: int = 0, every: int = 1) -> Iterator[AnyBatch]:
+        """Yield the micro-batches of a step, counted from 0 over all epochs, or only every so manyth from the first on.
+
+        Raises ValueError without examples.
+        """
         if not self.examples:
             raise ValueError("no examples, so there is no optimiser step")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
@@ -94,7 +97,7 @@ class Loader(Generic[AnyBatch]):
         order = torch.randperm(count, generator=generator) if self.order == "shuffled" else torch.arange(count)
         per_step = self.batch_size * self.grad_accum
         indices = order[step_in_epoch * per_step : (step_in_epoch + 1) * per_step].tolist()
-        for start in range(0, len(indices), self.batch_size):
+        for start in range(first * self.batch_size, len(indices), every * self.batch_size):
             yield self.collate([self.examples[index] for index in indices[start : start + self.batch_size]])
 
     def __iter__(self) -> Iterator[AnyBatch]:

@@ -7,8 +7,9 @@ metrics and checkpoints.
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -30,6 +31,16 @@ PRINTED = ("loss", "lm_loss", "accuracy")  # the metrics that are printed after 
 LossFunction = Callable[[Any], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
+class Ranks(NamedTuple):
+    """The processes that train one model together, by default one; `run.distributed` has those of torchrun."""
+
+    rank: int = 0
+    world_size: int = 1
+    sum_values: Callable[[dict[str, float]], dict[str, float]] = dict  # over the ranks
+    # A context that sums over the ranks what its backward passes, so many of them, add up in `.grad`.
+    summed_gradients: Callable[[nn.Module, int], AbstractContextManager[None]] = lambda model, passes: nullcontext()
+
+
 class Task(NamedTuple):
     """A model to train, its batches and its loss."""
 
@@ -40,6 +51,7 @@ class Task(NamedTuple):
     write_model: Callable[[Path], None]  # writes the model into a folder, as other libraries read it
     unit: str  # the item that the loss counts: "supervised_tokens", "pairs", "prompts" or "rankings"
     dtype: torch.dtype = torch.float32  # of the forward pass: bfloat16 means autocast
+    ranks: Ranks = Ranks()
 
 
 @dataclass
@@ -81,8 +93,9 @@ class DivergedError(UserError):
 def train(task: Task, config: Config, recorder: Recorder) -> None:
     """Train `task.model` in place for `config.max_steps` optimiser steps, or `config.epochs` passes over the data.
 
-    Dropout is seeded by (seed, step), the order by (seed, epoch), so neither evaluating more often nor resuming changes
-    anything. Raises DivergedError if the loss or gradient is not finite, and like `recorder.guard` after a signal.
+    Dropout is seeded by seed and micro-batch, the order by seed and epoch, so neither evaluating more often nor
+    resuming changes anything. Raises DivergedError if the loss or gradient is not finite, and like `recorder.guard`
+    after a signal.
     """
     optimizer = adamw(task.model, config.lr, config.weight_decay)
     total_steps = num_steps(config, task.train_batches)
@@ -121,7 +134,8 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
                 if means and (progress.best_loss is None or means["loss"] < progress.best_loss):
                     progress.best_loss, is_best = means["loss"], True
 
-            stop = bool(signals)  # read once: a signal during `save` stops after the next step
+            # Read once: a signal during `save` stops after the next step. All ranks stop if one has a signal.
+            stop = task.ranks.sum_values({"signals": len(signals)})["signals"] > 0
             if stop or is_last or is_best or _is_due(config.save_every, progress.step):
                 _check_finite(config, progress.step, _loss_after(task, optimizer, step))
                 recorder.save(task, optimizer, progress, is_best=is_best)
@@ -141,8 +155,7 @@ def optimizer_step(
 
     The gradient is that of the mean loss over all items of the step, however they are divided into micro-batches.
     """
-    torch.manual_seed((config.seed << 32) + step)  # dropout
-    sums = accumulate_gradient(task, step)
+    sums = accumulate_gradient(task, config.seed, step)
     gradients = [parameter.grad for parameter in task.model.parameters() if parameter.grad is not None]
     torch._foreach_div_(gradients, sums["count"])
     grad_norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.max_grad_norm).item()
@@ -154,16 +167,24 @@ def optimizer_step(
     return sums, grad_norm
 
 
-def accumulate_gradient(task: Task, step: int) -> dict[str, float]:
-    """Leave the gradient of a step's summed loss in `.grad`; return the sums of loss, count, tokens and metrics."""
+def accumulate_gradient(task: Task, seed: int, step: int) -> dict[str, float]:
+    """Leave the gradient of a step's summed loss in `.grad`; return the sums of loss, count, tokens and metrics.
+
+    Rank r of K computes the step's micro-batches r, r + K, …; gradient and sums are those of all ranks.
+    """
     task.model.train()
+    rank, world_size = task.ranks.rank, task.ranks.world_size
+    batches = [*task.train_batches.micro_batches(step, rank, world_size)]
     sums: dict[str, Any] = {}
-    for batch in task.train_batches.micro_batches(step):
-        loss, values = _losses_of(task, batch)
-        loss.backward()
-        # Tensors are added, not floats: a float would make the loop wait for the device in every micro-batch.
-        _add(sums, {**values, "tokens": len(batch.input_ids)})
-    return {name: float(value) for name, value in sums.items()}
+    with task.ranks.summed_gradients(task.model, len(batches)):
+        for index, batch in enumerate(batches):
+            number = step * task.train_batches.grad_accum + rank + index * world_size  # of all micro-batches of the run
+            torch.manual_seed((seed << 32) + number)  # dropout, whichever rank computes it
+            loss, values = _losses_of(task, batch)
+            loss.backward()
+            # Tensors are added, not floats: a float would make the loop wait for the device in every micro-batch.
+            _add(sums, {**values, "tokens": len(batch.input_ids)})
+    return task.ranks.sum_values({name: float(value) for name, value in sums.items()})
 
 
 @torch.no_grad()
@@ -171,10 +192,10 @@ def evaluate(task: Task) -> dict[str, float]:
     """Return the mean loss and metrics over all items of the evaluation batches; {} if there are none."""
     sums: dict[str, float] = {}
     with eval_mode(task.model):
-        for batch in task.eval_batches:
+        for batch in islice(task.eval_batches, task.ranks.rank, None, task.ranks.world_size):
             _, values = _losses_of(task, batch)
             _add(sums, {name: float(value) for name, value in values.items()})
-    return _means(sums)
+    return _means(task.ranks.sum_values(sums))
 
 
 @torch.no_grad()

@@ -369,7 +369,7 @@ def test_accumulating_micro_batches_is_the_big_batch():
         model = our_model(POST_LN, torch.float64)
         loader = Loader(rankings, collate_rankings, batch_size, grad_accum=5)
         task = Task(model, rm_loss(model, CENTER), loader, loader, write_nothing, "prompts", torch.float64)
-        return accumulate_gradient(task, 0), gradients(model)
+        return accumulate_gradient(task, 0, 0), gradients(model)
 
     expected, expected_gradients = step(5)
     assert expected["count"] == 5

@@ -571,10 +571,10 @@ import train_sft
 from minift.commands.cli import run_command
 from minift.trainer import accumulate_gradient
 from minift import trainer
-def slow(task, step):
+def slow(task, seed, step):
     open({flag!r}, "w").close()
     time.sleep({seconds})
-    return accumulate_gradient(task, step)
+    return accumulate_gradient(task, seed, step)
 trainer.accumulate_gradient = slow
 sys.argv = {argv!r}
 run_command(train_sft.main)

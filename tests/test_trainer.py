@@ -38,10 +38,10 @@ HELD_OUT = random_examples(LENGTHS[:7], seed=2)
 class KilledLoader(Loader):
     """The loader of a run that is killed when it has done five steps."""
 
-    def micro_batches(self, step):
+    def micro_batches(self, step, *ranks):
         if step == 5:
             raise KeyboardInterrupt
-        return super().micro_batches(step)
+        return super().micro_batches(step, *ranks)
 
 
 def small_models(dtype: torch.dtype) -> tuple[OPTForCausalLM, OPT]:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from minift.errors import UserError
 from minift.files.text import say, target_of
 from minift.run.interrupts import interrupt_with, leave, on_signals
+from minift.run.ranks import RANK
 
 # For Apple's GPU: an operation that it lacks runs on the CPU. torch reads this when it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
@@ -124,9 +125,11 @@ def run_command(main: Callable[[], None]) -> None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(getattr(sys, name), TextIOWrapper):
             getattr(sys, name).reconfigure(errors="backslashreplace")
+    if RANK > 0:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
         main()
-    except UserError as error:
+    except UserError as error:  # a mistake that every rank finds
         _exit(2, f"error: {error}")
     except KeyboardInterrupt as error:
         number, line = error.args or (signal.SIGINT, "interrupted")
@@ -148,6 +151,8 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _exit(status: int, line: str) -> NoReturn:
+    if RANK > 0 and status != 1:
+        sys.exit(status)  # rank 0 prints the same
     line = re.sub(r"\s*[\n\r]\s*", " ", line.strip())
     # Of a word of 60 + LONGEST_WORD characters or more, print the first 60; the punctuation after it stays.
     say(re.sub(rf"(\S{{60}})\S{{{LONGEST_WORD},}}?(?=[:,;]?(\s|$))", r"\1…", line), sys.stderr)

@@ -2,7 +2,7 @@
 
 import argparse
 import reprlib
-from dataclasses import Field
+from dataclasses import Field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from minift.commands.cli import CommandParser
 from minift.commands.recipes import DROPPED_BY, RECIPES
 from minift.config import GROUPS, MOST, SWITCH, TEXT, Config, defaults_of, flag_of, options_of
 from minift.errors import UserError
-from minift.run import sandbox
+from minift.run import checkpoint, sandbox
+from minift.run.ranks import IS_RESTARTED
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sft": "train_sft.py", "rm": "train_rm.py"}
@@ -65,6 +66,8 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
     ):  # fmt: skip
         if is_wrong:
             raise UserError(problem)
+    if IS_RESTARTED and checkpoint.find(Path(config.out) / "checkpoints"):
+        config = replace(config, resume=True)
     if config.run_checks:
         sandbox.check_available()
     return config

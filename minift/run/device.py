@@ -9,16 +9,20 @@ import torch
 
 from minift.config import Config
 from minift.errors import UserError
+from minift.run.ranks import LOCAL_RANK, WORLD_SIZE
 
 
 def pick_device(name: str) -> torch.device:
     """Return the device with this name; `auto` is the GPU if there is one, CUDA's before Apple's (`mps`).
 
-    Raises UserError for a GPU that does not exist.
+    Started by torchrun, each process has a GPU of its own: `cuda` is the one with its number. Raises UserError for a
+    GPU that does not exist.
     """
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    if name == "cuda" and WORLD_SIZE > 1:
+        name = f"cuda:{LOCAL_RANK}"
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if name not in ["cpu", *["mps"] * has_mps, *["cuda"] * bool(gpus), *gpus]:
         others = "cpu, mps" if has_mps else "cpu"

@@ -13,13 +13,14 @@ from minift.config import Config
 from minift.encode import Example, marker_of, split_row
 from minift.errors import UserError
 from minift.files.marks import token_texts
-from minift.generate import Options, generate
+from minift.generate import Completions, Options, generate
 from minift.losses import next_token_targets
 from minift.model import OPT, RewardModel, eval_mode
 from minift.pairs import Ranking, responses_of
 from minift.progress import progress_bar
 from minift.prompts import Template, blanks_of, is_text_row, question_of
 from minift.remarks import by_category, category_of, likely_cause, location_of
+from minift.run.distributed import deal
 from minift.run.sandbox import Check, check_answers, checks_of
 from minift.scoring import examine, score_rankings, wilson_interval
 from minift.tokenizer import Special, Tokenizer
@@ -93,8 +94,12 @@ def sit_exam(model: OPT, tokenizer: Tokenizer, questions: Sequence[ExamQuestion]
     checks = [question.checks for question in questions]
     if not any(checks):
         return [(text, None) for text in texts]
-    with progress_bar(len(texts), f"{description}: checks", "answer") as bar:
-        return list(zip(texts, check_answers(texts, checks, bar.update), strict=True))
+
+    def check(numbers: Sequence[int]) -> list[bool | None]:
+        with progress_bar(len(numbers), f"{description}: checks", "answer") as bar:
+            return check_answers([texts[n] for n in numbers], [checks[n] for n in numbers], bar.update)
+
+    return list(zip(texts, deal(check, range(len(texts))), strict=True))
 
 
 def complete_greedily(
@@ -109,9 +114,12 @@ def complete_greedily(
     # A limit for each question: one long prompt must not shorten the answers to all others.
     limits = [min(longest, max_positions - len(prompt)) for prompt in prompts]
     options = Options(max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id)
-    with progress_bar(len(questions), description, "answer") as bar:
-        completions = generate(model, prompts, options, bar.update, limits)
-    answers = [tokenizer.decode(ids) for (ids,) in completions]
+
+    def answer(numbers: Sequence[int]) -> Completions:
+        with progress_bar(len(numbers), description, "answer") as bar:
+            return generate(model, [prompts[n] for n in numbers], options, bar.update, [limits[n] for n in numbers])
+
+    answers = [tokenizer.decode(ids) for (ids,) in deal(answer, range(len(prompts)))]
     return [answer.removeprefix(question.blanks) for answer, question in zip(answers, questions, strict=True)]
 
 

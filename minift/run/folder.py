@@ -41,6 +41,8 @@ from minift.files.text import (
 from minift.prompts import Template
 from minift.run import checkpoint, interrupts, lock, resume
 from minift.run.device import machine, pick_device, pick_dtype, weights_dtype
+from minift.run.distributed import join, rank_0_first
+from minift.run.ranks import RANK, WORLD_SIZE
 from minift.run.report import write_report
 from minift.run.resume import A_RUN
 from minift.trainer import DivergedError, Progress, Task
@@ -63,11 +65,12 @@ class Run:
         self.config = config
         self.folder = Path(config.out)
         self.device = pick_device(config.device)
+        self.grad_accum = config.grad_accum * WORLD_SIZE  # of all ranks together
         self.dtype = pick_dtype(config, self.device)  # of the forward pass
         self.weights_dtype = weights_dtype(config)
         self.metrics: list[dict[str, Any]] = []
         self.first_step = 0  # optimiser steps done before this process
-        self._values = to_dict(config, script)
+        self._values = to_dict(config, script) | {"grad_accum": self.grad_accum}
         self._earlier: dict[str, Any] = {}  # the record of the run to resume
         self._commits: dict[str, str] = {}
         # Before the model is loaded, which can take minutes.
@@ -76,9 +79,8 @@ class Run:
             may_differ = {"lr"} if config.origins.get("lr") == "flag" else set()
             resume.check_values(self.folder, self._earlier, script, self._values, may_differ)
             self._commits = resume.recorded_commits(self._earlier, self._values)
-            lock.check_free(self.folder)
-        else:
-            lock.check_folder(self.folder)
+        if RANK == 0:
+            (lock.check_free if config.resume else lock.check_folder)(self.folder)
         files = {"data": config.data, "eval_data": config.eval_data}
         self.data = {name: at_commit(file, self._commits.get(name)) for name, file in files.items() if file}
 
@@ -93,6 +95,10 @@ class Run:
         An earlier run in the folder is kept as `<folder>-1`, or with the first free number. Raises UserError like
         `Run`, and if they are not the same.
         """
+        join(self.device)
+        if RANK > 0:
+            self.record = {}
+            return
         fingerprints = {name: sha256(data_files(file)) for name, file in self.data.items()}
         fingerprints |= self.model_files.fingerprints()
         commits = {name: commit_of(data_files(file)[0]) for name, file in self.data.items()}
@@ -137,7 +143,8 @@ class Run:
                 if is_same and kept["sha256"] == _digest(kept["before"]):
                     return kept["before"]
         before = exam()
-        write_json(path, {"before": before, "run_checks": self.config.run_checks, "sha256": _digest(before)})
+        if RANK == 0:
+            write_json(path, {"before": before, "run_checks": self.config.run_checks, "sha256": _digest(before)})
         return before
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
@@ -145,21 +152,26 @@ class Run:
         metrics_file = self.folder / "metrics.jsonl"
         progress = Progress()
         if self.config.resume:
-            progress = checkpoint.load(self.folder / "checkpoints", model, optimizer)
+            with rank_0_first():  # it deletes what a killed process left
+                progress = checkpoint.load(self.folder / "checkpoints", model, optimizer)
             text = read_text(metrics_file, A_RUN) if metrics_file.exists() else ""
             complete = text[: text.rfind("\n") + 1]  # a kill can cut the last line
             self.metrics = [line for line in _parse_metrics(complete, metrics_file) if line["step"] <= progress.step]
-        write_json_lines(metrics_file, self.metrics)
+        if RANK == 0:
+            write_json_lines(metrics_file, self.metrics)
         self.first_step = progress.step
         return progress
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         self.metrics.append(line)
-        append_json_line(self.folder / "metrics.jsonl", line)
+        if RANK == 0:
+            append_json_line(self.folder / "metrics.jsonl", line)
 
     def save(self, task: Task, optimizer: torch.optim.Optimizer, progress: Progress, *, is_best: bool) -> None:
         """Write a checkpoint."""
+        if RANK > 0:
+            return
         folder = self.folder / "checkpoints"
         checkpoint.save(folder, task.model, optimizer, progress, task.write_model, is_best=is_best)
 
@@ -192,6 +204,8 @@ class Run:
             if values:
                 losses[f"eval_{name}"] = {"before": values[0], "after": values[-1]}
         self.record["results"] = results = losses | results
+        if RANK > 0:
+            return results
         if samples:
             write_json_lines(self.folder / "samples.jsonl", samples)
         write_json(self.folder / "row.json", seen)

@@ -14,6 +14,7 @@ from minift.config import flag_of
 from minift.errors import UserError
 from minift.files.text import check_not_pointer, read_json
 from minift.run import checkpoint
+from minift.run.ranks import WORLD_SIZE
 
 A_RUN = "the folder of a run, such as runs/sft"
 WITHOUT_EFFECT = {"recipe", "out", "resume", "device", "log_every", "eval_every", "save_every", "bleu_samples",
@@ -77,8 +78,10 @@ def command(*flags: str) -> str:
 
 
 def command_of_run() -> str:
-    """Return this process's command line without --resume."""
-    return shlex.join([sys.orig_argv[0], *(word for word in sys.argv if word != "--resume")])
+    """Return the command line of this process without --resume, or of torchrun, if that has started it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
+    start = [sys.orig_argv[0], *(launcher if WORLD_SIZE > 1 else [])]
+    return shlex.join([*start, *(word for word in sys.argv if word != "--resume")])
 
 
 def _check_equal(folder: Path, subject: str, earlier: object, now: object) -> None:

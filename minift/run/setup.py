@@ -23,6 +23,7 @@ from minift.model import OPT, Layer, Model, RewardModel
 from minift.pairs import Ranking
 from minift.prompts import Template
 from minift.run.folder import Run
+from minift.run.ranks import RANK
 from minift.tokenizer import Tokenizer
 
 
@@ -106,11 +107,13 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
 
 
 def export(model: OPT | RewardModel, tokenizer: Tokenizer, template: Template, base: ModelFiles, folder: Path) -> None:
-    """Write a model into a folder as transformers reads it, with its tokenizer and template.
+    """Write a model into a folder as transformers reads it, with its tokenizer and template; only rank 0 does.
 
     Adapters are merged into the model. They are also written to `adapter/`, as peft reads them, with the name of
     `base`. This is not possible if `base` is itself a folder of adapters: no single folder holds their sum.
     """
+    if RANK > 0:
+        return
     if adapters_of(model) and not base.are_adapters:
         commit = commit_of(base.own)
         # A local base by its whole path: the adapters can then be used from any folder.

@@ -1,0 +1,128 @@
+"""torchrun: several processes, the ranks, train one model. Rank 0 prints and writes; the others keep silent.
+
+A step's micro-batches are dealt to the ranks in turn, and their gradients are summed over the ranks once a step. So K
+ranks compute what one process does with K times the accumulation, to rounding. Started without torchrun, a process is
+rank 0 of 1, and nothing here communicates.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minift.run.ranks import RANK, WORLD_SIZE
+from minift.trainer import Ranks
+
+BUCKET = 25 * 2**20  # bytes of gradients that are summed at a time; as in torch's DistributedDataParallel
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def join(device: torch.device) -> None:
+    """Wait for the other ranks that torchrun has started; a second call does nothing."""
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        with _named_errors():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Let rank 0 run the block before the others do."""
+    if RANK > 0:
+        _barrier()
+    yield
+    if RANK == 0:
+        _barrier()
+
+
+def _barrier() -> None:
+    gather([None])
+
+
+def gather(part: Sequence[Any]) -> list[Any]:
+    """Return the items of all ranks, each of which gives its part: one of each in turn, as they were dealt."""
+    if WORLD_SIZE == 1:
+        return list(part)
+    parts: list[Any] = [None] * WORLD_SIZE
+    with _named_errors():
+        dist.all_gather_object(parts, list(part))
+    return [part[number] for number in range(len(parts[0])) for part in parts if number < len(part)]
+
+
+def deal(function: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
+    """Return `function(items)`, a result for each item, computed by all ranks: rank r of K does items r, r + K, …"""
+    return gather(function(items[RANK::WORLD_SIZE]))
+
+
+def sum_values(values: dict[str, float]) -> dict[str, float]:
+    """Return the sums over the ranks. A rank may lack a name."""
+    sums: dict[str, float] = {}
+    for part in gather([values]):
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return sums
+
+
+@contextmanager
+def summed_gradients(model: nn.Module, num_backward: int) -> Iterator[None]:
+    """Leave in `.grad` the sums over the ranks of what the block's `num_backward` backward passes add up.
+
+    Gradients are complete in about the reverse order of the parameters. As soon as a bucket of them is, its sum begins,
+    while the backward pass goes on (Li et al. 2020, arXiv 2006.15704, section 3.2.3).
+    """
+    if WORLD_SIZE == 1:
+        yield
+        return
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad][::-1]
+    sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
+    numbers = [sum(sizes[:index]) // BUCKET for index in range(len(sizes))]
+    buckets = [
+        [p for _, p in group] for _, group in groupby(zip(numbers, parameters, strict=True), key=lambda it: it[0])
+    ]
+    passes = dict.fromkeys(parameters, 0)
+    sums: list[tuple[Tensor, dist.Work]] = []  # of the first buckets: all ranks must sum in one order
+
+    def begin() -> None:
+        """Begin the sum of the next bucket; a parameter without gradient on this rank adds zeros."""
+        bucket = buckets[len(sums)]
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in bucket])
+        sums.append((flat, dist.all_reduce(flat, async_op=True)))
+
+    def note(parameter: nn.Parameter) -> None:
+        """Begin the sums of the buckets that this gradient completes."""
+        passes[parameter] += 1
+        while len(sums) < len(buckets) and all(passes[p] == num_backward for p in buckets[len(sums)]):
+            begin()
+
+    handles = [parameter.register_post_accumulate_grad_hook(note) for parameter in parameters]
+    try:
+        with _named_errors():
+            yield
+            while len(sums) < len(buckets):
+                begin()
+            for bucket, (flat, work) in zip(buckets, sums, strict=True):
+                work.wait()
+                for parameter, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                    parameter.grad = grad.view_as(parameter)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+RANKS = Ranks(RANK, WORLD_SIZE, sum_values, summed_gradients)
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Raise ConnectionError where the other ranks cannot be reached: one of them has ended."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError) as error:  # gloo raises RuntimeErrors
+        if isinstance(error, RuntimeError) and not re.search("gloo|Connection|NCCL|store", str(error)):
+            raise
+        raise ConnectionError("another rank has ended; its own message, or torchrun's, says why") from None

@@ -1,0 +1,150 @@
+"""torchrun on CPU: K ranks are one process with K times the accumulation, and a rank that dies ends the run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.reference import difference
+from tests.runs import ROOT, few_rows, read_lines, run
+
+torchrun = pytest.mark.skipif(os.name != "posix", reason="torchrun needs signals")
+SEPARATE_BUCKETS = """
+import sys
+import train_sft
+from minift.commands.cli import run_command
+from minift.run import distributed
+distributed.BUCKET = 100_000  # bytes: dozens of buckets instead of one
+sys.argv[0] = "train_sft.py"
+run_command(train_sft.main)
+"""
+
+KILLED = """
+import os, signal, sys
+import train_sft
+from minift import trainer
+from minift.commands.cli import run_command
+accumulate_gradient = trainer.accumulate_gradient
+def killed(task, seed, step):
+    if step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return accumulate_gradient(task, seed, step)
+trainer.accumulate_gradient = killed
+sys.argv[0] = "train_sft.py"
+run_command(train_sft.main)
+"""
+
+
+def start(ranks: int, script: object, *flags: object, restarts: int = 0) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [f"--max-restarts={restarts}", str(script), *map(str, flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    try:
+        printed, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return printed, errors
+
+
+def flags_for(script: str, folder: Path) -> list:
+    """Return the flags of a short run on rows of different lengths, of 40: its last step has fewer micro-batches."""
+    return [*few_rows(script, folder), "--recipe", "tiny", "--epochs", 1, "--batch-size", 2, "--eval-every", 2,
+            "--lr", 1e-3, "--device", "cpu"]  # fmt: skip
+
+
+@torchrun
+@pytest.mark.parametrize(
+    ("script", "ranks", "accumulation", "flags"),
+    [
+        ("sft", 2, 2, ["--dtype", "float64"]),
+        ("sft", 3, 1, ["--run-checks", "--dropout", 0.1]),
+        ("sft", 2, 1, ["--lora-rank", 2, "--lora-dropout", 0.2, "--dropout", 0.1]),
+        ("rm", 2, 2, ["--lm-weight", 0.03]),
+    ],
+    ids=["sft, float64, buckets", "sft, three, dropout", "LoRA", "rewards"],
+)
+def test_ranks_are_accumulation(script: str, ranks: int, accumulation: int, flags: list, tmp_path: Path) -> None:
+    flags = [*flags_for(script, tmp_path), *flags]
+    name = f"train_{script}.py"
+    is_exact = "float64" in flags
+    if is_exact:
+        name = tmp_path / "buckets.py"
+        name.write_text(SEPARATE_BUCKETS)
+    process = start(ranks, name, *flags, "--grad-accum", accumulation, "--out", tmp_path / "ranks")
+    printed, errors = finish(process)
+    assert process.returncode == 0, errors[-3000:]
+    expected = run(script, *flags, "--grad-accum", accumulation * ranks, "--out", tmp_path / "one")
+    # Once, not once a rank; the values of --out and --grad-accum, and commands, differ.
+    assert [line[:9] for line in printed.splitlines()] == [line[:9] for line in expected.splitlines()]
+
+    ours, theirs = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("ranks", "one"))
+    assert len(ours) == len(theirs) > 4
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys() and (one["step"], one["tokens"]) == (other["step"], other["tokens"])
+        for measure in one.keys() - {"seconds", "split"}:
+            assert one[measure] == pytest.approx(
+                other[measure], rel=0, abs=1e-12 if is_exact else 1e-6 * max(1, abs(other[measure]))
+            ), measure
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("ranks", "one"))
+    for name, tensor in found.items():
+        # The exact gradient of k_proj.bias is 0: AdamW divides rounding by itself.
+        assert is_exact or "k_proj.bias" in name or difference(tensor, expected[name]) < 1e-5, name
+        assert not is_exact or difference(tensor, expected[name]) < 1e-9, name
+    for file in ("samples.jsonl", "before.json"):
+        assert (tmp_path / "ranks" / file).exists()
+    if script == "sft":
+        assert (tmp_path / "ranks" / "samples.jsonl").read_bytes() == (tmp_path / "one" / "samples.jsonl").read_bytes()
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("ranks", "one")]
+    assert records[0]["values"]["grad_accum"] == records[1]["values"]["grad_accum"] == accumulation * ranks
+    assert [path.name for path in tmp_path.glob("ranks*")] == ["ranks"]
+
+
+@torchrun
+def test_a_rank_that_is_killed_ends_the_run_and_restarts_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    flags = [*flags_for("sft", tmp_path), "--save-every", 1, "--bleu-samples", 2]
+    process = start(2, tmp_path / "killed.py", *flags, "--out", tmp_path / "ended")
+    _, errors = finish(process)
+    assert process.returncode == 1
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: the machine failed: another rank has ended; its own message, or torchrun's, says why"]
+    assert json.loads((tmp_path / "ended" / "checkpoints" / "steps.json").read_text())["last"] == 3
+
+    process = start(2, tmp_path / "killed.py", *flags, "--out", tmp_path / "restarted", restarts=1)
+    _, errors = finish(process)
+    assert process.returncode == 0, errors[-3000:]
+    assert [path.name for path in tmp_path.glob("restarted*")] == ["restarted"]
+    process = start(2, "train_sft.py", *flags, "--out", tmp_path / "ended", "--resume")
+    finish(process)
+    assert process.returncode == 0
+    run("sft", *flags, "--grad-accum", 2, "--out", tmp_path / "one")
+    for name in ("restarted", "ended"):
+        ours, theirs = (read_lines(tmp_path / folder / "metrics.jsonl") for folder in (name, "one"))
+        assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert abs(one["loss"] - other["loss"]) < 1e-6
+
+
+@torchrun
+def test_a_mistake_is_one_line_and_a_run_is_resumed_by_as_many_micro_batches(tmp_path: Path) -> None:
+    process = start(2, "train_sft.py", "--lr", "fast")
+    printed, errors = finish(process)
+    assert process.returncode == 1 and printed == ""
+    assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1
+    flags = [*flags_for("sft", tmp_path), "--bleu-samples", 2, "--out", tmp_path / "run"]
+    run("sft", *flags, "--grad-accum", 2)
+    for ranks, is_same in ((3, False), (2, True)):
+        process = start(ranks, "train_sft.py", *flags, "--resume")
+        _, errors = finish(process)
+        assert (process.returncode == 0) == is_same
+        assert ("error: --resume: --grad-accum was 2 in" in errors) == (not is_same)
