@@ -59,14 +59,16 @@ def encode_turns(row: Mapping[str, Any], tokenizer: Tokenizer, template: Templat
     (Example(input_ids=[2, 43, 76, 60, 82, 2, 37, 92, 72, 50, 78, 2],
              labels=[-100, -100, -100, 60, 82, 2, -100, -100, -100, 50, 78, 2]), False)
     """
-    labels: list[int] = []
-    is_joined = False
+    whole, is_joined = Example([], []), False
+    before: list[str] = []  # the EOS of the turn before: BPE joins nothing across it
     for turn in turns_of(row):
         prompt, completion = render(turn, template, tokenizer)
-        example, joined = encode_completion(prompt, end_with_eos(completion, tokenizer), tokenizer)
-        labels += example.labels[len(labels) :]
+        example, joined = encode_completion([*before, *prompt], end_with_eos(completion, tokenizer), tokenizer)
+        start = len(tokenizer.encode(before)) if before else 0
+        whole = Example(whole.input_ids + example.input_ids[start:], whole.labels + example.labels[start:])
         is_joined |= joined
-    return Example(example.input_ids, labels), is_joined
+        before = [Special(tokenizer.eos_token)]
+    return whole, is_joined
 
 
 def encode_text(prompt: Sequence[str], completion: Sequence[str], tokenizer: Tokenizer) -> tuple[Example, bool]:

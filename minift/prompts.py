@@ -94,8 +94,9 @@ def render_prompt(row: Mapping[str, Any], template: Template, tokenizer: Tokeniz
     if not uses_template(row):
         return [row["prompt"]]
     pieces: list[str] = []
-    for instruction, output in row.get("history", ()):
-        prompt, completion = render({"instruction": instruction, "output": output}, template, tokenizer)
+    *earlier, _ = turns_of(row)
+    for turn in earlier:
+        prompt, completion = render(turn, template, tokenizer)
         pieces += [*prompt, *end_with_eos(completion, tokenizer)]
     before, _, _ = template.cut(row)
     return [*pieces, *_fill(before, row, template, tokenizer)]
@@ -167,11 +168,10 @@ def question_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def turns_of(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield each turn of a row, the row itself last, as a row whose history is the turns before it."""
-    history = row.get("history", ()) if uses_template(row) else ()
-    for number, (instruction, output) in enumerate(history):
-        yield {"history": history[:number], "instruction": instruction, "output": output}
-    yield row
+    """Yield each turn of a row as a row without a history: those of its history, then itself."""
+    for instruction, output in row.get("history", ()) if uses_template(row) else ():
+        yield {"instruction": instruction, "output": output}
+    yield {name: value for name, value in row.items() if name != "history"}
 
 
 def uses_template(row: Mapping[str, Any]) -> bool:

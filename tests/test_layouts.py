@@ -8,11 +8,12 @@ from transformers import AutoTokenizer
 import minift
 from minift.commands import generate
 from minift.config import Config
-from minift.encode import IGNORE_INDEX, encode_prompt, encode_rows
+from minift.encode import IGNORE_INDEX, JOINED, encode_prompt, encode_rows, split_row
 from minift.errors import UserError
 from minift.files.datasets import PAIR_SCHEMAS, PROMPT_SCHEMAS, SCORE_SCHEMAS, TRAINING_SCHEMAS, load_rows
+from minift.files.tokenizer import load_tokenizer
 from minift.pairs import encode_rankings
-from minift.prompts import TEMPLATES, question_of
+from minift.prompts import TEMPLATES, Template, question_of
 from minift.run.exam import held_out_prompts, prompt_and_reference, ranking_sample
 from tests.runs import SHIPPED, read_lines, user_error, write_lines
 
@@ -68,6 +69,18 @@ def test_every_answer_and_its_end_token_are_supervised(tmp_path, tokenizer):
     assert (example.input_ids, example.labels) == (ids, labels)
 
 
+@pytest.mark.parametrize("form", ["{bos}Q: {instruction} A:{response}", "Q: {instruction}\nA: {response}{eos}\n"])
+def test_the_turns_are_those_of_the_whole_text(tmp_path, tokenizer, gpt2_tokenizer_directory, form):
+    """Encoded one by one, and as one text; for a tokenizer that adds a BOS and one that adds none."""
+    [row] = load(tmp_path, [{"messages": says("Hi", "Yo", " Add.", "", "x\n", "\n def name(text):")}])
+    template = Template("file", form, form)
+    for reader in (tokenizer, load_tokenizer(gpt2_tokenizer_directory)):
+        pieces = split_row(row, reader, template, "")
+        [example] = encode_rows([row], reader, template, max_length=None).examples
+        assert example.input_ids == reader.encode([*pieces[0], *pieces[1]])
+        assert sum(label != IGNORE_INDEX for label in example.labels) > 6
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_conversation_begins_with_the_shorter_one(tmp_path, tokenizer, name):
     """So that generation after any turn starts from ids that were trained on, and its answers have the same labels."""
@@ -81,6 +94,12 @@ def test_a_conversation_begins_with_the_shorter_one(tmp_path, tokenizer, name):
         start = encode_prompt(asked, tokenizer, TEMPLATES[name])
         assert start == whole.input_ids[: len(start)] and len(start) > len(part.input_ids)
         assert whole.labels[len(start) - 1] == IGNORE_INDEX != whole.labels[len(start)]
+
+
+@pytest.mark.parametrize("texts", [("Hi", "\n  Yo", "Bye", "Bye"), ("Hi", "Yo", "Bye", "\n  Bye")])
+def test_a_token_that_spans_a_question_and_its_answer_is_remarked_in_any_turn(tmp_path, tokenizer, texts):
+    rows = load(tmp_path, [{"messages": says(*texts)}, {"messages": says("Hi", "Yo", "Bye", "Bye")}])
+    assert encode_rows(rows, tokenizer, TEMPLATES["course"], max_length=None).remarks == {JOINED: ["line 1"]}
 
 
 @pytest.mark.parametrize("template", ["course", "dialogue"])
