@@ -107,7 +107,8 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert all(results["accuracy"][when].keys() == categories for when in ("before", "after")) and len(categories) == 7
     fields = {"kind", "prompt", "chosen", "rejected", "rewards_before", "rewards_after"}
     assert len(samples) == 18 and all(sample.keys() == fields for sample in samples)
-    flags = f"--model runs/sft --judge {out} --prompts data/heldout.jsonl --run-checks --out runs/best-of.jsonl"
+    answers = out.parent / "best-of.jsonl"
+    flags = f"--model runs/sft --judge {out} --prompts data/heldout.jsonl --run-checks --out {answers}"
     assert printed.rstrip().endswith(f"-m minift best-of {flags}")
     for expected in ("saved", "── chosen", "── rejected", "accuracy, 18 pairs", "eval loss", "Brier"):
         assert expected in printed

@@ -193,9 +193,8 @@ def test_columns_that_do_not_fit_follow_below(monkeypatch: pytest.MonkeyPatch, c
     assert capsys.readouterr().out.count("\n") == 6
 
 
-@pytest.mark.parametrize("is_there", [False, True])
 def test_the_next_command_has_paths_of_the_folder_that_the_run_started_in(
-    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """`cd elsewhere; python …/train_rm.py` named files of the project as if they were elsewhere."""
 
@@ -206,23 +205,16 @@ def test_the_next_command_has_paths_of_the_folder_that_the_run_started_in(
         words.remove("--run-checks")
         return dict(zip(words[3::2], words[4::2], strict=True))
 
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
     monkeypatch.setattr(sys, "orig_argv", ["/a b/python", "train_rm.py"])
-    monkeypatch.setattr(terminal, "PROJECT", tmp_path / "project")
-    monkeypatch.setattr("minift.commands.flags.PROJECT", tmp_path / "project")
-    for folder in ("elsewhere/my runs", "project/data"):
-        (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "project/data/heldout.jsonl").touch()
-    if is_there:
-        (tmp_path / "project/runs/sft").mkdir(parents=True)
-    beside = {"--model": "my runs/sft", "--judge": "my runs/rm", "--out": "my runs/best-of.jsonl"}
-    monkeypatch.chdir(tmp_path / "project")
-    heldout = "data/heldout.jsonl"
-    assert words() == beside | {"--prompts": heldout} | ({"--model": "runs/sft"} if is_there else {})
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    own = str(tmp_path / "project/runs/sft")
-    elsewhere = beside | {"--prompts": str(tmp_path / "project" / heldout)}
-    assert words() == elsewhere | ({"--model": own} if is_there else {})
-    Path("my runs/sft").mkdir()
-    assert words() == elsewhere
+    monkeypatch.setattr("minift.commands.flags.PROJECT", project)
+    judged = {"--judge": "my runs/rm", "--out": "my runs/best-of.jsonl"}
+    for folder, start in ((project, ""), (elsewhere, f"{project}/")):
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        expected = judged | {"--model": f"{start}runs/sft", "--prompts": f"{start}data/heldout.jsonl"}
+        assert words() == expected
+        Path("my runs/sft").mkdir(parents=True)
+        assert words() == expected | {"--model": "my runs/sft"}
     terminal.print_best_of(Path("rm"), None)
     assert capsys.readouterr().out.endswith("--judge rm --prompts PROMPTS.jsonl --out best-of.jsonl\n")

@@ -96,7 +96,7 @@ def _resolve(script: str, given: dict[str, Any]) -> Config:
 def in_project(name: str) -> str:
     """Return the path of a file in the project's folder: `name` if this is the current folder, else the whole path."""
     path = PROJECT / name
-    return name if path.exists() and path.resolve() == Path(name).resolve() else str(path)
+    return name if path.resolve() == Path(name).resolve() else str(path)
 
 
 def _parser(script: str) -> CommandParser:

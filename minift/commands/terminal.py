@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minift.batching import Loader
-from minift.commands.flags import PROJECT, as_text, in_project
+from minift.commands.flags import as_text, in_project
 from minift.config import Config, flag_of, to_dict
 from minift.encode import Example, count_supervised
 from minift.files.marks import GREEN, PLAIN, has_colour, mark
@@ -140,10 +140,10 @@ def print_chat(model: Path) -> None:
 def print_best_of(judge: Path, recipe: str | None) -> None:
     """Print the command with which a new reward model chooses among the answers of a tuned model.
 
-    That model is runs/sft beside the judge, else the project's. Paths are right in the folder that the run started in.
+    That model is `sft` beside the judge, else the project's. Paths are right in the folder that the run started in.
     """
     beside = judge.parent / "sft"
-    model = str(beside) if beside.is_dir() or not (PROJECT / "runs/sft").is_dir() else in_project("runs/sft")
+    model = str(beside) if beside.is_dir() else in_project("runs/sft")
     prompts, checks = (in_project("data/heldout.jsonl"), "--run-checks") if recipe == "tiny" else ("PROMPTS.jsonl", "")
     words = [sys.orig_argv[0], "-m", "minift", "best-of", "--model", model, "--judge", str(judge), "--prompts", prompts]
     words += [checks] * bool(checks) + ["--out", str(judge.parent / "best-of.jsonl")]
