@@ -121,6 +121,8 @@ class Config:
     max_grad_norm: float = _option(1.0, POSITIVE, OPTIMISER, "gradients with a larger norm are scaled down to this")
     dropout: float | None = _option(None, FRACTION, OPTIMISER, "instead of the dropout in the model's config; "
                                     "attention dropout is at most this")
+    gradient_checkpointing: bool = _option(False, SWITCH, OPTIMISER, "keep only each layer's input for the backward "
+                                           "pass, and compute the rest again: slower, but in less memory")
 
     lora_rank: int = _option(0, _whole(0), LORA, "rank of the adapters; 0: no adapters, all weights are trained")
     lora_alpha: float = _option(8.0, ALPHA, LORA, "an adapter's output is scaled by alpha / rank")

@@ -23,6 +23,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Model = TypeVar("Model", "OPT", "RewardModel")  # a function returns the class that it is given
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are not used
@@ -170,6 +171,7 @@ class Decoder(nn.Module):
         else:
             self.project_in = self.project_out = nn.Identity()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False  # keep each layer's input only; compute the rest again (arXiv 1604.06174)
         self.final_layer_norm: nn.Module = nn.Identity()
         if config.do_layer_norm_before and not config._remove_final_layer_norm:
             self.final_layer_norm = nn.LayerNorm(width, elementwise_affine=config.layer_norm_elementwise_affine)
@@ -185,8 +187,11 @@ class Decoder(nn.Module):
         hidden = self.project_in(self.embed_tokens(input_ids))  # (N,) -> (N, C)
         hidden = hidden + self.embed_positions(positions + POSITION_OFFSET)
         for index, layer in enumerate(self.layers):
-            is_last = index == len(self.layers) - 1
-            hidden = layer(hidden, last if is_last else layout, index, cache)
+            arguments = hidden, last if index == len(self.layers) - 1 else layout, index, cache
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                hidden = layer(*arguments)
         return self.project_out(self.final_layer_norm(hidden))  # (N, E) or (M, E)
 
 

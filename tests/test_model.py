@@ -173,6 +173,30 @@ def test_wanted_tokens_are_those_of_the_whole_list(name, wanted):
         assert_gradients_agree(gradients(model), expected_gradients, 1e-12)
 
 
+@every_architecture
+def test_gradient_checkpointing_changes_no_bit(name):
+    """With dropout: what is computed again draws the same numbers. Without it each layer runs once."""
+    model, batch = our_model(name), collate(EXAMPLES)
+    for layer in model.decoder.layers:
+        layer.dropout = 0.3
+    calls = []
+    model.decoder.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    found = []
+    for model.decoder.gradient_checkpointing in (False, True):
+        for is_training in (True, False):
+            calls.clear()
+            model.train(is_training).zero_grad()
+            torch.manual_seed(0)
+            hidden = hidden_states(model, batch)
+            hidden.square().sum().backward()
+            assert len(calls) == (2 if is_training and model.decoder.gradient_checkpointing else 1)
+            found.append((hidden.detach(), *gradients(model).values()))
+    plain, evaluated, checkpointed, evaluated_too = found
+    assert not torch.equal(plain[0], evaluated[0])
+    for ours, theirs in ((checkpointed, plain), (evaluated_too, evaluated)):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
 def test_the_order_of_the_flat_list_does_not_matter():
     model = our_model(POST_LN, torch.float64)
     batch = collate(EXAMPLES)

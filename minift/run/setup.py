@@ -82,6 +82,7 @@ def prepare(model: Model, run: Run) -> Model:
     model = model.to(run.device)
     if config.dropout is not None:
         set_dropout(model, config.dropout)
+    model.decoder.gradient_checkpointing = config.gradient_checkpointing
     if config.lora_rank:
         torch.manual_seed(config.seed)
         try:
