@@ -67,7 +67,7 @@ def flags_for(script: str, folder: Path) -> list:
     ("script", "ranks", "accumulation", "flags"),
     [
         ("sft", 2, 2, ["--dtype", "float64"]),
-        ("sft", 3, 1, ["--run-checks", "--dropout", 0.1]),
+        ("sft", 3, 1, ["--run-checks", "--dropout", 0.1, "--bleu-samples", 2]),
         ("sft", 2, 1, ["--lora-rank", 2, "--lora-dropout", 0.2, "--dropout", 0.1]),
         ("rm", 2, 2, ["--lm-weight", 0.03]),
     ],

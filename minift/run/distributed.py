@@ -26,8 +26,11 @@ Result = TypeVar("Result")
 def join(device: torch.device) -> None:
     """Wait for the other ranks that torchrun has started; a second call does nothing."""
     if WORLD_SIZE > 1 and not dist.is_initialized():
+        is_gpu = device.type == "cuda"
+        if is_gpu:
+            torch.cuda.set_device(device)  # where NCCL puts what it sends
         with _named_errors():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if is_gpu else "gloo")
 
 
 @contextmanager
