@@ -46,7 +46,7 @@ help:
 	@echo "make improve             let runs/rm choose among answers of runs/sft, train runs/sft on its favourites;"
 	@echo "                         writes runs/improved/; ARGS takes flags of train_sft.py"
 	@echo "make experiments         change one thing, train with three seeds, compare: label mask, LoRA, beams, …; an hour or"
-	@echo "                         more; ONLY=\"mask end\" runs some; ARGS=\"--steps 200\" makes it shorter"
+	@echo "                         more; ONLY=mask,end runs some; ARGS=\"--steps 200\" makes it shorter"
 	@echo "make compare             compare minift with trl, transformers, peft and sacreBLEU; writes runs/compare/;"
 	@echo "                         ONLY=bleu,sft runs some sections; MODEL=… DATA=… take your own;"
 	@echo "                         ARGS=--faults plants ten faults and checks that each is noticed"

@@ -1,7 +1,7 @@
 """Instruction tuning and reward modelling from scratch in plain PyTorch.
 
 `minift.load` returns a language model to ask, `minift.load_judge` a reward model: README.md, "As a library". README.md,
-"Read the code", has the reading order. minift/README.md has the rooms and the glossary.
+"Read the code", has the reading order. minift/README.md has the folders and the glossary.
 """
 
 import argparse

@@ -85,7 +85,7 @@ class Loader(Generic[AnyBatch]):
         return -(-len(self.examples) // (self.batch_size * self.grad_accum))
 
     def micro_batches(self, step: int, first: int = 0, every: int = 1) -> Iterator[AnyBatch]:
-        """Yield the micro-batches of a step, counted from 0 over all epochs, or only every so manyth from the first on.
+        """Yield the micro-batches `first`, `first + every`, … of a step, which is counted from 0 over all epochs.
 
         Raises ValueError without examples.
         """

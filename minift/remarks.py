@@ -85,7 +85,7 @@ class Encoded(Generic[Item]):
         if self.num_rows and not self.examples:
             reasons = self.remark_lines[: len(self.remarks)] + self.causes[:1]
             listed = "; ".join(reason.strip() for reason in reasons)
-            raise UserError(f"{self.source}: none of its {self.num_rows} {self.noun}s {wanted}: {listed}")
+            raise UserError(f"{self.source}: none of its {self.num_rows:,} {self.noun}s {wanted}: {listed}")
 
 
 def name_first(locations: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -37,7 +38,7 @@ class Ranks(NamedTuple):
     rank: int = 0
     world_size: int = 1
     sum_values: Callable[[dict[str, float]], dict[str, float]] = dict  # over the ranks
-    # A context that sums over the ranks what its backward passes, so many of them, add up in `.grad`.
+    # A context for a number of backward passes: at its end, `.grad` has the sums over the ranks.
     summed_gradients: Callable[[nn.Module, int], AbstractContextManager[None]] = lambda model, passes: nullcontext()
 
 
@@ -136,6 +137,8 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
 
             # Read once: a signal during `save` stops after the next step. All ranks stop if one has a signal.
             stop = task.ranks.sum_values({"signals": len(signals)})["signals"] > 0
+            if stop and not signals:
+                signals.append(SIGTERM)
             if stop or is_last or is_best or _is_due(config.save_every, progress.step):
                 _check_finite(config, progress.step, _loss_after(task, optimizer, step))
                 recorder.save(task, optimizer, progress, is_best=is_best)

@@ -23,6 +23,7 @@ from minift.beam import beam_search
 from minift.commands.cli import CommandParser, run_command, whole_number
 from minift.commands.flags import parse
 from minift.encode import IGNORE_INDEX, Example, encode_completion
+from minift.errors import UserError
 from minift.files.datasets import TRAINING_SCHEMAS, load_rows
 from minift.files.pretrained import load_language_model
 from minift.files.text import say
@@ -96,16 +97,19 @@ def main(arguments: list[str] | None = None) -> None:
         description="Change one thing, train with three seeds.",
     )
     add = parser.add_argument
-    add("names", nargs="*", choices=[[], *EXPERIMENTS], metavar="NAME", help=f"{' '.join(EXPERIMENTS)} (default: all)")
+    add("names", nargs="?", default=",".join(EXPERIMENTS), help="some of these, with commas (default: %(default)s)")
     add("--seeds", type=whole_number(0), nargs="+", default=[42, 43, 44], help="(default: 42 43 44)")
     add("--steps", type=whole_number(1), default=600, help="optimiser steps of 8 rows (default: %(default)s)")
     add("--flags", default="", help="more flags of train_sft.py, for all runs")
     args = parser.parse_args(arguments)
+    names = args.names.split(",")
+    if unknown := [name for name in names if name not in EXPERIMENTS]:
+        raise UserError(f"{unknown[0]!r} is no experiment, expected some of {','.join(EXPERIMENTS)}")
     say(
         " | ".join(["| what is changed", "BLEU", *(f"pass rate, {group}" for group in GROUPS)])
         + " |\n|---|---|---|---|"
     )
-    for name in args.names or EXPERIMENTS:
+    for name in names:
         flags = f"--max-steps {args.steps} --eval-every 0 {args.flags}"
         found = [results_of(name, seed, args.steps, f"{flags} --seed {seed}".split()) for seed in args.seeds]
         cells = [_cell([results["bleu"]["after"]["all"] for results in found], "{:.1f}")]

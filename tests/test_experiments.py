@@ -57,7 +57,7 @@ def test_five_beams_answer() -> None:
 def test_the_table_and_runs_that_are_finished(monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(experiments, "FOLDER", tmp_path / "runs")
     flags = " ".join(map(str, [*few_rows("sft", tmp_path), "--recipe tiny --run-checks --batch-size 2"]))
-    command = ["plain", "beams", "--seeds", "1", "2", "--steps", "1", "--flags", flags]
+    command = ["plain,beams", "--seeds", "1", "2", "--steps", "1", "--flags", flags]
     experiments.main(command)
     first = capsys.readouterr().out
     lines = first.splitlines()

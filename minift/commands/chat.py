@@ -118,7 +118,12 @@ def _parser() -> CommandParser:
     add("--template", help="template of the language model (default: that of its training run, or course)")
     add("--judge-template", help="template of the reward model (default: that of its training run, or dialogue)")
     add = parser.add_argument_group("answers").add_argument
-    add("--samples", type=whole_number(1), default=1, help="sample that many answers; the judge chooses one")
+    add(
+        "--samples",
+        type=whole_number(1),
+        default=1,
+        help="sample that many answers; a vote weighted by the judge's rewards chooses",
+    )
     add("--max-new-tokens", type=whole_number(1), default=128, help="of an answer (default: %(default)s)")
     add("--temperature", type=float, help=f"0 is greedy (default: 0; with --samples {SAMPLED})")
     add("--seed", type=whole_number(0), default=42, help="of sampling (default: %(default)s)")

@@ -6,6 +6,7 @@ import re
 import reprlib
 import signal
 import sys
+import time
 from argparse import Action, ArgumentParser, ArgumentTypeError, HelpFormatter
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
@@ -21,6 +22,7 @@ from minift.run.ranks import RANK
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 EXAMPLES = "examples:"
+SECONDS_FOR_RANK_0 = 5  # to print an error before other ranks do
 LONGEST_WORD = 340  # characters of a value or path in a message; of a longer one only the beginning is printed
 
 
@@ -125,11 +127,11 @@ def run_command(main: Callable[[], None]) -> None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(getattr(sys, name), TextIOWrapper):
             getattr(sys, name).reconfigure(errors="backslashreplace")
-    if RANK > 0:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    if RANK > 0:  # rank 0 prints the same, and its progress
+        sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     try:
         main()
-    except UserError as error:  # a mistake that every rank finds
+    except UserError as error:
         _exit(2, f"error: {error}")
     except KeyboardInterrupt as error:
         number, line = error.args or (signal.SIGINT, "interrupted")
@@ -147,12 +149,16 @@ def run_command(main: Callable[[], None]) -> None:
         # safetensors raises SafetensorError when the disk is full.
         if isinstance(error, OSError | MemoryError) or type(error).__name__ == "SafetensorError":
             _exit(1, f"error: the machine failed: {str(error) or type(error).__name__}")
+        sys.stderr = sys.__stderr__  # for the traceback, on every rank
         raise
 
 
 def _exit(status: int, line: str) -> NoReturn:
-    if RANK > 0 and status != 1:
-        sys.exit(status)  # rank 0 prints the same
+    if RANK > 0:
+        # Most errors are rank 0's too. While this process waits, torchrun sees that rank 0 has ended, and ends it too.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SECONDS_FOR_RANK_0)
+        sys.stderr, line = sys.__stderr__, f"rank {RANK}: {line}"
     line = re.sub(r"\s*[\n\r]\s*", " ", line.strip())
     # Of a word of 60 + LONGEST_WORD characters or more, print the first 60; the punctuation after it stays.
     say(re.sub(rf"(\S{{60}})\S{{{LONGEST_WORD},}}?(?=[:,;]?(\s|$))", r"\1…", line), sys.stderr)

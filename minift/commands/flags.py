@@ -11,8 +11,9 @@ from minift.commands.cli import CommandParser
 from minift.commands.recipes import DROPPED_BY, RECIPES
 from minift.config import GROUPS, MOST, SWITCH, TEXT, Config, defaults_of, flag_of, options_of
 from minift.errors import UserError
-from minift.run import checkpoint, sandbox
+from minift.run import sandbox
 from minift.run.ranks import IS_RESTARTED
+from minift.run.resume import is_unfinished
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"sft": "train_sft.py", "rm": "train_rm.py"}
@@ -66,7 +67,7 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
     ):  # fmt: skip
         if is_wrong:
             raise UserError(problem)
-    if IS_RESTARTED and checkpoint.find(Path(config.out) / "checkpoints"):
+    if IS_RESTARTED and is_unfinished(Path(config.out)):
         config = replace(config, resume=True)
     if config.run_checks:
         sandbox.check_available()

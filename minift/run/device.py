@@ -21,7 +21,9 @@ def pick_device(name: str) -> torch.device:
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    if name == "cuda" and WORLD_SIZE > 1:
+    if WORLD_SIZE > 1 and name.startswith("cuda:"):
+        raise UserError(f"--device {name}: with torchrun each process has a GPU of its own, expected cuda or auto")
+    if WORLD_SIZE > 1 and name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if name not in ["cpu", *["mps"] * has_mps, *["cuda"] * bool(gpus), *gpus]:

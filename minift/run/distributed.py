@@ -1,14 +1,13 @@
-"""torchrun: several processes, the ranks, train one model. Rank 0 prints and writes; the others keep silent.
+"""torchrun: several processes, the ranks, train one model. Rank 0 prints and writes; the others only tell of errors.
 
 A step's micro-batches are dealt to the ranks in turn, and their gradients are summed over the ranks once a step. So K
 ranks compute what one process does with K times the accumulation, to rounding. Started without torchrun, a process is
 rank 0 of 1, and nothing here communicates.
 """
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, TypeVar
 
 import torch
@@ -83,49 +82,54 @@ def summed_gradients(model: nn.Module, num_backward: int) -> Iterator[None]:
         return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad][::-1]
     sizes = [parameter.numel() * parameter.element_size() for parameter in parameters]
-    numbers = [sum(sizes[:index]) // BUCKET for index in range(len(sizes))]
-    buckets = [
-        [p for _, p in group] for _, group in groupby(zip(numbers, parameters, strict=True), key=lambda it: it[0])
-    ]
+    bucket_of = {p: before // BUCKET for p, before in zip(parameters, accumulate(sizes, initial=0), strict=False)}
+    buckets = [list(group) for _, group in groupby(parameters, key=bucket_of.__getitem__)]
     passes = dict.fromkeys(parameters, 0)
-    sums: list[tuple[Tensor, dist.Work]] = []  # of the first buckets: all ranks must sum in one order
+    begun: list[tuple[Tensor, dist.Work]] = []  # the sums of the first buckets: all ranks must begin them in one order
 
     def begin() -> None:
         """Begin the sum of the next bucket; a parameter without gradient on this rank adds zeros."""
-        bucket = buckets[len(sums)]
+        bucket = buckets[len(begun)]
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in bucket])
-        sums.append((flat, dist.all_reduce(flat, async_op=True)))
+        with _named_errors():
+            begun.append((flat, dist.all_reduce(flat, async_op=True)))
 
     def note(parameter: nn.Parameter) -> None:
         """Begin the sums of the buckets that this gradient completes."""
         passes[parameter] += 1
-        while len(sums) < len(buckets) and all(passes[p] == num_backward for p in buckets[len(sums)]):
+        while len(begun) < len(buckets) and all(passes[p] == num_backward for p in buckets[len(begun)]):
             begin()
 
     handles = [parameter.register_post_accumulate_grad_hook(note) for parameter in parameters]
     try:
-        with _named_errors():
-            yield
-            while len(sums) < len(buckets):
-                begin()
-            for bucket, (flat, work) in zip(buckets, sums, strict=True):
-                work.wait()
-                for parameter, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                    parameter.grad = grad.view_as(parameter)
+        yield
+        while len(begun) < len(buckets):
+            begin()
     finally:
         for handle in handles:
             handle.remove()
+    for bucket, (flat, work) in zip(buckets, begun, strict=True):
+        with _named_errors():
+            work.wait()
+        for parameter, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = grad.view_as(parameter)
 
 
 RANKS = Ranks(RANK, WORLD_SIZE, sum_values, summed_gradients)
 
 
+def leave() -> None:
+    """Wait for the other ranks and end the connection: a process that just exits can take the others with it."""
+    if dist.is_initialized():
+        _barrier()
+        dist.destroy_process_group()
+
+
 @contextmanager
 def _named_errors() -> Iterator[None]:
-    """Raise ConnectionError where the other ranks cannot be reached: one of them has ended."""
+    """Raise ConnectionError where the other ranks cannot be reached."""
     try:
         yield
     except (RuntimeError, ConnectionError) as error:  # gloo raises RuntimeErrors
-        if isinstance(error, RuntimeError) and not re.search("gloo|Connection|NCCL|store", str(error)):
-            raise
-        raise ConnectionError("another rank has ended; its own message, or torchrun's, says why") from None
+        cause = str(error).splitlines()[0]
+        raise ConnectionError(f"another rank has ended, see its own message or torchrun's ({cause:.100})") from None

@@ -41,7 +41,7 @@ from minift.files.text import (
 from minift.prompts import Template
 from minift.run import checkpoint, interrupts, lock, resume
 from minift.run.device import machine, pick_device, pick_dtype, weights_dtype
-from minift.run.distributed import join, rank_0_first
+from minift.run.distributed import join, leave, rank_0_first
 from minift.run.ranks import RANK, WORLD_SIZE
 from minift.run.report import write_report
 from minift.run.resume import A_RUN
@@ -205,6 +205,7 @@ class Run:
                 losses[f"eval_{name}"] = {"before": values[0], "after": values[-1]}
         self.record["results"] = results = losses | results
         if RANK > 0:
+            leave()
             return results
         if samples:
             write_json_lines(self.folder / "samples.jsonl", samples)
@@ -213,6 +214,7 @@ class Run:
         write_report(self.folder, self.record, self.metrics, samples, seen)
         interrupts.on_signals(interrupts.interrupt_with())
         lock.release(self.folder)
+        leave()
         return results
 
     def _explain(self, error: DivergedError) -> UserError:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from minift.run.ranks import RANK
+
 Handler = Callable[[int, FrameType | None], Any]
 NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -53,7 +55,8 @@ def deferred() -> Iterator[list[int]]:
                 if received:
                     leave(data[0])
                 received.append(data[0])
-                os.write(2, b"\nfinishing this step, then saving; a second signal ends the run at once\n")
+                if RANK == 0:
+                    os.write(2, b"\nfinishing this step, then saving; a second signal ends the run at once\n")
         os.close(reading)
 
     reading, writing = os.pipe()

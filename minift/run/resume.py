@@ -39,6 +39,12 @@ def read_earlier(folder: Path) -> dict[str, Any]:
         raise UserError(f"--resume: {path} is damaged; {start}") from None
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Return whether a folder holds a run that has a checkpoint and no results."""
+    path = folder / "run.json"
+    return checkpoint.find(folder / "checkpoints") is not None and "results" not in read_json(path, A_RUN)
+
+
 def check_values(
     folder: Path, earlier: Mapping[str, Any], script: str, values: Mapping[str, Any], may_differ: Set[str]
 ) -> None:
@@ -47,7 +53,8 @@ def check_values(
         raise UserError(f"--resume: {folder} is not a run of this script: its task is {earlier.get('task')!r:.40}")
     for name, value in values.items():
         if name not in WITHOUT_EFFECT | COMPARED_BY_CONTENT | may_differ:
-            _check_equal(folder, flag_of(name), earlier["values"].get(name), value)
+            times = ", times the number of ranks," if name == "grad_accum" else ""
+            _check_equal(folder, flag_of(name) + times, earlier["values"].get(name), value)
 
 
 def check_contents(
