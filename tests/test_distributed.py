@@ -96,20 +96,20 @@ def flags_for(script: str, folder: Path) -> list:
 @pytest.mark.parametrize(
     ("script", "ranks", "accumulation", "flags"),
     [
-        ("sft", 2, 2, ["--dtype", "float64"]),
+        ("sft", 2, 2, []),
         ("sft", 3, 1, ["--run-checks", "--dropout", 0.1, "--bleu-samples", 2]),
         ("sft", 2, 1, ["--lora-rank", 2, "--lora-dropout", 0.2, "--dropout", 0.1]),
         ("rm", 2, 2, ["--lm-weight", 0.03]),
     ],
-    ids=["sft, float64, buckets", "sft, three, dropout", "LoRA", "rewards"],
+    ids=["two, buckets", "three, dropout", "LoRA", "rewards"],
 )
 def test_ranks_are_accumulation(script: str, ranks: int, accumulation: int, flags: list, tmp_path: Path) -> None:
-    flags = [*flags_for(script, tmp_path), *flags]
-    name = f"train_{script}.py"
-    is_exact = "float64" in flags
-    if is_exact:
+    """In float64: AdamW divides a float32 gradient near 0 by itself, rounding included."""
+    name: object = f"train_{script}.py"
+    if not flags:
         name = tmp_path / "buckets.py"
         name.write_text(SEPARATE_BUCKETS)
+    flags = [*flags_for(script, tmp_path), "--dtype", "float64", *flags]
     process = start(ranks, name, *flags, "--grad-accum", accumulation, "--out", tmp_path / "ranks")
     printed, errors = finish(process)
     assert process.returncode == 0, errors[-3000:]
@@ -120,24 +120,17 @@ def test_ranks_are_accumulation(script: str, ranks: int, accumulation: int, flag
     )
     assert ours == theirs
 
-    ours, theirs = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("ranks", "one"))
+    ours, theirs = (read_lines(tmp_path / folder / "metrics.jsonl") for folder in ("ranks", "one"))
     assert len(ours) == len(theirs) > 4
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys() == other.keys() and (one["step"], one["tokens"]) == (other["step"], other["tokens"])
         for measure in one.keys() - {"seconds", "split"}:
-            assert one[measure] == pytest.approx(
-                other[measure], rel=0, abs=1e-12 if is_exact else 1e-6 * max(1, abs(other[measure]))
-            ), measure
-    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("ranks", "one"))
-    for name, tensor in found.items():
-        # The exact gradient of k_proj.bias is 0: AdamW divides rounding by itself.
-        assert is_exact or "k_proj.bias" in name or difference(tensor, expected[name]) < 1e-5, name
-        assert not is_exact or difference(tensor, expected[name]) < 1e-9, name
-    for file in ("samples.jsonl", "before.json"):
-        assert (tmp_path / "ranks" / file).exists()
+            assert abs(one[measure] - other[measure]) < 1e-10, measure
+    found, expected = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ranks", "one"))
+    assert max(difference(tensor, expected[name]) for name, tensor in found.items()) < 1e-9
     if script == "sft":
         assert (tmp_path / "ranks" / "samples.jsonl").read_bytes() == (tmp_path / "one" / "samples.jsonl").read_bytes()
-    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("ranks", "one")]
+    records = [json.loads((tmp_path / folder / "run.json").read_text()) for folder in ("ranks", "one")]
     assert records[0]["values"]["grad_accum"] == records[1]["values"]["grad_accum"] == accumulation * ranks
     assert [path.name for path in tmp_path.glob("ranks*")] == ["ranks"]
 
