@@ -135,12 +135,16 @@ def matrix_rate(width: int) -> float:
 
 
 def products(model: OPT) -> tuple[int, int]:
-    """Return the operations of training for each token in the body, and for each supervised token in the head.
+    """Return the operations of training for each token, and those for each supervised token only.
 
-    A weight W of n numbers takes 2n in W x, 2n for the gradient of x, and 2n for its own.
+    A weight W of n numbers takes 2n in W x, 2n for the gradient of x, and 2n for its own. The last layer's output,
+    its feed-forward and the head are computed for supervised tokens only.
     """
+    last = model.decoder.layers[-1]
+    late = [last.self_attn.out_proj, last.fc1, last.fc2, model.decoder.project_out]
     linears = [module for module in model.decoder.modules() if isinstance(module, nn.Linear)]
-    return sum(6 * linear.weight.numel() for linear in linears), 6 * model.head.numel()
+    for_all = sum(6 * linear.weight.numel() for linear in linears if linear not in late)
+    return for_all, sum(6 * linear.weight.numel() for linear in linears if linear in late) + 6 * model.head.numel()
 
 
 def lines(folder: Path, args: argparse.Namespace, scratch: Path) -> Iterator[Line]:
@@ -173,9 +177,9 @@ def sft_line(folder: Path, args: argparse.Namespace, scratch: Path) -> Line:
         texts = sft.trl_rows(sft.texts_of(row, tokenizer) for row in rows)
         return time_reference(trl.SFTTrainer, model, texts, folder, args, scratch)
 
-    in_body, in_head = products(load_model(folder))
+    for_all, for_supervised = products(load_model(folder))
     supervised = sum(label != IGNORE_INDEX for example in encoded.examples for label in example.labels)
-    return Line("rows, SFT", minift, reference, (in_body * encoded.tokens + in_head * supervised) / len(rows))
+    return Line("rows, SFT", minift, reference, (for_all * encoded.tokens + for_supervised * supervised) / len(rows))
 
 
 def reward_line(folder: Path, args: argparse.Namespace, scratch: Path) -> Line:
