@@ -57,7 +57,7 @@ class ModelFiles(NamedTuple):
 def find_model(name: str | Path, revision: str | None = None, *, fetch_weights: bool = True) -> ModelFiles:
     """Resolve a folder or hub id to local files, and those of the base model for adapters.
 
-    Raises UserError if there is no such model, or if adapters name no base model or one that cannot be found, and like
+    Raises UserError for a model that does not exist, for adapters without a base model that can be found, and like
     `hub.look_up`.
     """
     own = folder = _find_folder(name, revision, fetch_weights)

@@ -172,5 +172,5 @@ def _bos_of_post_processor(backend: tokenizers.Tokenizer, folder: Path) -> int |
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Read a file's JSON object, or return {} if there is no such file."""
+    """Read a file's JSON object, or return {} if the file does not exist."""
     return read_json(path, "a tokenizer's file") if path.is_file() else {}

@@ -3,7 +3,7 @@
 A run's `checkpoints/` holds folders `step-000120/`, and `steps.json` with the steps of the `last` and the `best` one.
 A folder is a model that anyone can load, `training.safetensors` (the trained parameters and AdamW's moments, as they
 are in memory) and `progress.json`. Order, dropout and learning rate follow from the seed and the step, so no generator
-state is saved. There are no symbolic links: network drives and copies lack them.
+state is saved. Nothing is a symbolic link: network drives and copies lack them.
 """
 
 import re
@@ -69,7 +69,7 @@ def find(checkpoints: Path) -> Path | None:
 def load(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Put the last checkpoint's parameters and moments into model and optimiser; return its progress.
 
-    Delete what a killed process left. Raises UserError if there is no checkpoint, or a damaged or unsuitable one.
+    Delete what a killed process left. Raises UserError without a checkpoint, and for a damaged or unsuitable one.
     """
     steps = _read_steps(checkpoints)
     folder = steps.get("last")
