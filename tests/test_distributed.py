@@ -24,7 +24,7 @@ run_command(train_sft.main)
 """
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 import train_sft
 from minift import trainer
 from minift.commands.cli import run_command
@@ -34,6 +34,8 @@ def killed(task, seed, step):
         os.kill(os.getpid(), signal.SIGKILL)
     return accumulate_gradient(task, seed, step)
 trainer.accumulate_gradient = killed
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+    time.sleep(2)  # rank 0 looks for this one's address and must not find that of the killed one
 sys.argv[0] = "train_sft.py"
 run_command(train_sft.main)
 """

@@ -12,7 +12,7 @@ from minift.commands.recipes import DROPPED_BY, RECIPES
 from minift.config import GROUPS, MOST, SWITCH, TEXT, Config, defaults_of, flag_of, options_of
 from minift.errors import UserError
 from minift.run import sandbox
-from minift.run.ranks import IS_RESTARTED
+from minift.run.ranks import NUM_RESTARTS
 from minift.run.resume import is_unfinished
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
     ):  # fmt: skip
         if is_wrong:
             raise UserError(problem)
-    if IS_RESTARTED and is_unfinished(Path(config.out)):
+    if NUM_RESTARTS > 0 and is_unfinished(Path(config.out)):
         config = replace(config, resume=True)
     if config.run_checks:
         sandbox.check_available()

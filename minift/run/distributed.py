@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minift.run.ranks import RANK, WORLD_SIZE
+from minift.run.ranks import IS_ONE_MACHINE, NUM_RESTARTS, RANK, WORLD_SIZE
 from minift.trainer import Ranks
 
 BUCKET = 25 * 2**20  # bytes of gradients that are summed at a time; as in torch's DistributedDataParallel
@@ -29,7 +29,10 @@ def join(device: torch.device) -> None:
         if is_gpu:
             torch.cuda.set_device(device)  # where NCCL puts what it sends
         with _named_errors():
-            dist.init_process_group("nccl" if is_gpu else "gloo")
+            store, rank, size = next(dist.rendezvous("env://"))
+            if IS_ONE_MACHINE:  # torchrun keeps its store: after a restart the addresses of ended processes are in it
+                store = dist.PrefixStore(f"restart {NUM_RESTARTS}", store)
+            dist.init_process_group("nccl" if is_gpu else "gloo", store=store, rank=rank, world_size=size)
 
 
 @contextmanager
