@@ -133,6 +133,23 @@ def test_json_template_has_both_forms(tmp_path):
     assert load_template(str(path)).marker == ">"
 
 
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("Q: {instruction} {input}\nA:{response}", "Q: Say hi.\nA:"),  # was "Say hi. \nA:"
+        ("{input}\n\n{instruction}\n>{response}", "Say hi.\n>"),
+        (TEMPLATES["dialogue"].with_input, "\n\nHuman: Say hi.\n\nAssistant:"),
+        (TEMPLATES["none"].with_input, "Say hi."),
+    ],
+)
+def test_a_text_file_leaves_no_blanks_where_a_row_has_no_input(tmp_path, text, prompt):
+    path = tmp_path / "template.txt"
+    path.write_text(text)
+    for row in (BARE, {"instruction": "Say hi.", "output": "hi"}):
+        assert joined(row, str(path))[0] == prompt
+    assert "1, 2" in joined(ROW, str(path))[0] and load_template(str(path)).with_input == text
+
+
 def test_plain_template_file_loses_its_last_line_end_only(tmp_path):
     path = tmp_path / "template.txt"
     path.write_bytes(b"{instruction}\r\n>\r\n{response}\n\r\n")

@@ -1,5 +1,6 @@
 """Prompt templates: built in, in a file of the user's, or beside the model that was trained with one."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -30,9 +31,10 @@ def template_of(name_or_path: str | None, folder: Path, default: str, flag: str 
 def load_template(name_or_path: str, flag: str = "--template") -> Template:
     """Return one of `TEMPLATES` by its name, or read a template from a file.
 
-    A file ending in .json holds an object with both forms, "with_input" and "without_input". Any other file is one form
-    for all rows, in which {input} may be empty; the line end at the end of the file does not belong to it. Raises
-    UserError, which begins with `flag`: unknown name or file, not exactly one {response}, no {instruction} before it.
+    A file ending in .json holds an object with both forms, "with_input" and "without_input". Any other file is the form
+    with input. The other form lacks {input} and the blanks before it, or after it at the start of the file. The line
+    end at the end of the file does not belong to it. Raises UserError, which begins with `flag`: unknown name or file,
+    not exactly one {response}, no {instruction} before it.
     """
     if name_or_path in TEMPLATES:
         return TEMPLATES[name_or_path]
@@ -42,7 +44,7 @@ def load_template(name_or_path: str, flag: str = "--template") -> Template:
             forms = read_json(name_or_path, expected)
         else:
             text = read_text(name_or_path, expected).replace("\r\n", "\n").removesuffix("\n")
-            forms = dict.fromkeys(FORMS, text)
+            forms = dict(zip(FORMS, (text, re.sub(r"^\{input\}\s*|\s*\{input\}", "", text)), strict=True))
     except UserError as error:
         raise UserError(f"{flag} {error}".lstrip()) from None
     subject = f"{flag} {name_or_path}".lstrip()
@@ -56,7 +58,7 @@ def load_template(name_or_path: str, flag: str = "--template") -> Template:
             raise UserError(f"{subject}: expected {{response}} once, found it {len(after)} times")
         if "{instruction}" not in before or "{instruction}" in after[0] or "{input}" in after[0]:
             raise UserError(f"{subject}: expected {{instruction}} and any {{input}} before {{response}}, not after it")
-    # Both forms are the same text where one text file made them: {input} is optional there.
+    # Both forms are the same text where a text file without {input} made them: it is for rows without an input.
     if forms["with_input"] != forms["without_input"] and "{input}" not in forms["with_input"]:
         raise UserError(f'{subject}: "with_input" has no {{input}}')
     return Template(name_or_path, **forms)
