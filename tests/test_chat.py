@@ -239,6 +239,11 @@ def test_prompts_of_standard_input(model, asked, monkeypatch, tmp_path, capsys):
         complete(model, "--prompts", "-")
         assert capsys.readouterr().out == expected and expected.count("\n") == 2
     assert len(asked) == 6
+    for flags in (["--prompts", path], ["--prompts", "-"]):
+        pipe(monkeypatch, path.read_bytes())
+        complete(model, *flags, "--limit", 1)
+        assert capsys.readouterr().out == expected.splitlines(keepends=True)[0]
+    assert len(asked) == 8
 
 
 @pytest.mark.parametrize("flags", [["--prompt", "B"], ["--prompts", "-"]])

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from minift.beam import check_beams
-from minift.commands.cli import CommandParser, add_device_flags, check_out
+from minift.commands.cli import CommandParser, add_device_flags, check_out, whole_number
 from minift.config import flag_of
 from minift.encode import encode_prompt
 from minift.errors import UserError
@@ -79,12 +79,12 @@ def _read_prompts(args: Namespace) -> tuple[list[Row], str]:
     """Return the rows to complete, and what messages call them."""
     if args.prompt is not None:
         added = {} if args.input is None else {"input": args.input}
-        return [Row({"instruction": text} | added, f"{text[:40]!r}") for text in args.prompt], "--prompt"
+        return [Row({"instruction": text} | added, f"{text[:40]!r}") for text in args.prompt[: args.limit]], "--prompt"
     if args.input is not None:
         raise UserError("--input: it belongs to --prompt; rows of --prompts have their own")
     if args.prompts == "-":
-        return load_rows(None, PROMPT_SCHEMAS, mixed=True), STDIN
-    return load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True), args.prompts
+        return load_rows(None, PROMPT_SCHEMAS, mixed=True)[: args.limit], STDIN
+    return load_rows(args.prompts, PROMPT_SCHEMAS, mixed=True)[: args.limit], args.prompts
 
 
 def _print_texts(rows: Sequence[Row], texts: Sequence[Sequence[str]]) -> None:
@@ -152,6 +152,7 @@ def _parser() -> CommandParser:
         '{"messages": […]} for the template; - is standard input, in JSON')  # fmt: skip
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="an instruction; may be given several times")
     add("--input", metavar="TEXT", help="the input of each --prompt")
+    add("--limit", type=whole_number(1), metavar="N", help="complete the first N prompts only (default: all)")
     add("--out", metavar="FILE", help="JSONL: the same lines with `completion` and `token_ids` (default: standard "
         "output, where a terminal shows only the text)")  # fmt: skip
     add("--template", help=f"{', '.join(TEMPLATES)}, or a file (default: that of the training run, or course)")
