@@ -291,3 +291,5 @@ def test_a_page_has_the_same_stops(stops, tmp_path, capsys):
     assert not {"script", "link", "img"} & {*parser.seen} and "http" not in page
     assert "<h2>2. Turn text into tokens, ids and labels</h2>" in page and "minift/encode.py: encode_completion" in page
     assert page.count("<b>") == 12 + 1 and "<b>credits = [4, 13, 2]⟨&lt;/s&gt;⟩</b>" in page
+    # The page's own backticks are code; those of the row stay.
+    assert "The mask as <code>minift preview</code> shows it" in page and "called `credits`.↵" in page

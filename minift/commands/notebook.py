@@ -120,6 +120,13 @@ def show(tour: object, only: int | None, *, pause: bool) -> None:
         say("\n".join([*lines, ""]), is_escaped=True)
 
 
+def _as_html(paragraph: str) -> str:
+    """Return a paragraph as HTML, in which names between backticks are code. Backticks of rows stay."""
+    text = escape(paragraph)
+    is_row = text.startswith("  ") and not re.match("  checked: |.*: by hand ", text)
+    return text if is_row else re.sub("`(.*?)`", r"<code>\1</code>", text)
+
+
 def write_page(tour: object, only: int | None, path: str) -> None:
     """Write the stops, or one of them, to an HTML page."""
     parts = [PAGE]
@@ -127,7 +134,7 @@ def write_page(tour: object, only: int | None, path: str) -> None:
         places = "<br>".join(map(escape, stop.places))
         parts.append(f"<h2>{number}. {escape(stop.title)}</h2>\n<p><code>{places}</code></p>")
         for is_printed, group in groupby(paragraphs, key=lambda paragraph: paragraph.startswith("  ")):
-            tag, text = "pre" if is_printed else "p", escape("\n".join(group))
+            tag, text = "pre" if is_printed else "p", "\n".join(map(_as_html, group))
             for colour, name in ((GREEN, "b"), (GREY, "i")):
                 text = re.sub(
                     f"{re.escape(colour)}(.*?){re.escape(PLAIN)}", rf"<{name}>\1</{name}>", text, flags=re.DOTALL

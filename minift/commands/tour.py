@@ -292,8 +292,12 @@ class Tour:
         after = evaluate(task)["loss"]
         yield f"  loss after one step of training on this pair: {after:.5f}"
         best = self.judge.best_of(self.row["prompt"], [self.row["chosen"], self.row["rejected"]])
-        yield "Below log 2 = 0.69315, the chosen answer has the higher reward. A choice among answers goes by rewards."
-        yield agree("`Judge.best_of` chooses that answer", int(after > math.log(2)), best)
+        yield (
+            "Equal rewards have the loss log 2 = 0.69315. With a lower loss, the chosen answer has the higher reward; "
+            "with a higher loss, the rejected one. `Judge.best_of` returns the number of the answer with the highest "
+            "reward."
+        )
+        yield agree("its number, 0 for the chosen answer and 1 for the rejected one", int(after > math.log(2)), best)
         scored = score_rankings(model, self.others, batch_size=32)
         rate = win_rate([chosen - rejected for chosen, rejected in scored])
         yield f"The win rate of the chosen answers in the file's first {rate.pairs} pairs, with Wilson's 95% interval:"
