@@ -403,7 +403,10 @@ cases(
     ("prompts longer than --max-length", f"{SFT} --max-length 4 --eval-fraction 0", "rows.jsonl: none of its 8 rows"),
     ("a row longer than the model's positions", f"{PREVIEW} --data bad.jsonl", "bad.jsonl: line 1",
         {"bad.jsonl": lines({"instruction": "word " * 500, "output": "a"})}),
-    ("a pair in preview", f"{PREVIEW} --data bad.jsonl", "bad.jsonl:1: field 'completion'", {"bad.jsonl": lines(PAIR)}),
+    ("a flag of rows for pairs in preview", f"{PREVIEW} --data pairs.jsonl --supervise all",
+        "--supervise: it is for rows"),
+    ("rows and pairs in preview", f"{PREVIEW} --data bad.jsonl", "bad.jsonl:2: this row has 'chosen' and 'rejected'",
+        {"bad.jsonl": lines(ROW, PAIR)}),
 )  # fmt: skip
 
 USER, ASSISTANT = ({"role": role, "content": "Hi"} for role in ("user", "assistant"))

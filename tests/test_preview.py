@@ -14,6 +14,7 @@ from minift.encode import IGNORE_INDEX, Example, encode_rows
 from minift.errors import UserError
 from minift.files.templates import save_template
 from minift.files.tokenizer import save_tokenizer
+from minift.pairs import encode_rankings
 from minift.prompts import TEMPLATES
 from tests.runs import read_lines, write_lines
 
@@ -100,6 +101,28 @@ def test_the_template_is_that_of_the_model_unless_named(tokenizer, data, tmp_pat
     for flags, prompt in (([], "Human: Nothing.↵\n"), (["--template", "course"], "### Instruction:↵\nNothing.↵\n")):
         main(["--model", str(tmp_path), "--data", str(data), *flags])
         assert prompt in capsys.readouterr().out
+
+
+def test_pairs_and_rankings_are_what_a_reward_model_reads(tokenizer_directory, tokenizer, tmp_path, capsys):
+    pairs = [
+        {"prompt": "Add.", "chosen": "a + b", "rejected": "a - b"},
+        {"instruction": "Long.", "input": "x " * 300, "chosen": "a", "rejected": "b"},
+        {"messages": [], "prompt": "Go.", "chosen": "run", "rejected": "walk"},
+    ]
+    rankings = [{"prompt": "Go.", "responses": ["run", "walk", "stop"]}]
+    for rows, noun, kept in ((pairs, "pair", 2), (rankings, "ranking", 1)):
+        data, out = write_lines(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"
+        flags = ["--model", str(tokenizer_directory), "--data", str(data), "--out", str(out)]
+        main([*flags, "--max-length", "100", "--rows", "1"])
+        expected = encode_rankings(rows, tokenizer, TEMPLATES["dialogue"], max_length=100)
+        lines = zip(expected.indices, expected.examples, strict=True)
+        assert read_lines(out) == [{"row": row, "responses": ranking.responses} for row, ranking in lines]
+        shown = capsys.readouterr().out
+        assert f"{noun} 1 of {kept}: " in shown and f"{noun} 2" not in shown
+        assert f"{kept} of {len(rows)} {noun}s kept" in shown
+    assert "Human: Go.\n\nAssistant:\n" in shown
+    main([*flags, "--template", "course"])
+    assert "### Instruction:\nGo." in capsys.readouterr().out
 
 
 def test_bad_input_ends_in_one_line(tokenizer, data, tmp_path):

@@ -95,10 +95,15 @@ def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer
     say_wrapped(
         f"training: {saved:.0%} of the tokens saved: a prefix that responses share is computed once for all{note}"
     )
+    show_rankings(rankings, tokenizer)
+
+
+def show_rankings(rankings: Sequence[Ranking], tokenizer: Tokenizer, count: int = SHOWN) -> None:
+    """Print the first rankings as text: the tokens that the responses of each share, then the rest of each response."""
     say_wrapped(
         "\nWhat the loss compares: rewards, read at each response's last token; the chosen one's should be higher."
     )
-    for number, ranking in enumerate(rankings[:SHOWN], start=1):
+    for number, ranking in enumerate(rankings[:count], start=1):
         shared = len(commonprefix(ranking.responses))
         prefix = tokenizer.decode(ranking.responses[0][:shared], skip_special_tokens=False)
         noun = "prompt" if ranking.best_only else "pair" if len(ranking.responses) == 2 else "ranking"
