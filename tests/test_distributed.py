@@ -177,7 +177,7 @@ def join(rank: int) -> None:
 
 @torchrun
 def test_restarted_ranks_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun's store keeps the addresses of killed ranks. Taking them is a race, lost in about every other restart."""
+    """torchrun's store keeps the addresses of killed ranks. Taking them is a race, lost about every other time."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun does
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2"}
     for name, value in (told | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
