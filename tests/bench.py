@@ -43,7 +43,8 @@ from minift.run.setup import set_dropout
 from minift.trainer import LossFunction, Task, train
 from tests.compare import reward, sft
 from tests.compare.training import Plan, make_trainer, quiet, reference_model, reference_tokenizer
-from tests.reference import MemoryRecorder, padded, rm_loss, sft_loss, write_nothing
+from tests.loop import MemoryRecorder, rm_loss, sft_loss, write_nothing
+from tests.reference import padded
 
 DATA = Path(__file__).parents[1] / "data"
 SHAPES = {  # of facebook's models: layers, width, heads, feed-forward width, embedding width, pre-LN

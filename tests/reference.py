@@ -3,9 +3,7 @@
 A twin has the weights of the model it is a twin of. transformers' models are called the reference here.
 """
 
-import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,10 +14,9 @@ from torch import Tensor, nn
 from minift.batching import Batch, collate
 from minift.encode import IGNORE_INDEX, Example
 from minift.files.weights import parse_config
-from minift.losses import bradley_terry, completion_cross_entropy, next_token_targets, preference_metrics
 from minift.model import OPT, RewardModel
 from minift.pairs import PairBatch
-from minift.trainer import LossFunction, Progress, Task
+from minift.trainer import LossFunction
 
 SMALL = {
     "vocab_size": 60,
@@ -222,56 +219,10 @@ def rewards_of(model: RewardModel, rows: Sequence[Sequence[int]]) -> Tensor:
     return model(batch.input_ids, batch.positions, batch.rows)
 
 
-def sft_loss(model: OPT) -> LossFunction:
-    """Return the loss of train_sft.py."""
-
-    def loss(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        wanted, targets = next_token_targets(batch.labels, batch.positions)
-        hidden = model(batch.input_ids, batch.positions, batch.rows, wanted=wanted)
-        return *completion_cross_entropy(hidden, model.head, targets), {}
-
-    return loss
-
-
-def rm_loss(model: RewardModel, center: float = 0.0) -> LossFunction:
-    """Return the loss of train_rm.py with --lm-weight 0."""
-
-    def loss(batch: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        rewards = model(batch.input_ids, batch.positions, batch.rows)  # (R,)
-        chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]  # (P,), (P,)
-        metrics = preference_metrics(chosen, rejected, batch.weights)
-        return *bradley_terry(chosen, rejected, batch.margins, batch.weights, center), metrics
-
-    return loss
-
-
 def mean_loss(loss: LossFunction, batch: Batch | PairBatch) -> Tensor:
     """Return sum / count of a batch."""
     total, count, _ = loss(batch)
     return total / count
-
-
-class MemoryRecorder:
-    """A `trainer.Recorder` that keeps the lines in memory and no checkpoints."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
-
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        return Progress()
-
-    def log(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-
-    def save(self, task: Task, optimizer: torch.optim.Optimizer, progress: Progress, *, is_best: bool) -> None:
-        pass
-
-    def guard(self) -> contextlib.AbstractContextManager[list[int]]:
-        return contextlib.nullcontext([])
-
-
-def write_nothing(folder: Path) -> None:
-    """Write no model: the `write_model` of a task whose model is not kept."""
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing

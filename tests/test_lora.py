@@ -19,6 +19,7 @@ from minift.lora import LoRALinear, add_lora, merge, unmerge
 from minift.model import OPT, OPTConfig, RewardModel
 from minift.optim import adamw
 from minift.pairs import Ranking, collate_rankings
+from tests.loop import rm_loss, sft_loss
 from tests.reference import (
     POST_LN,
     PRE_LN,
@@ -34,8 +35,6 @@ from tests.reference import (
     reference_preference_loss,
     reference_rewards,
     rewards_of,
-    rm_loss,
-    sft_loss,
     trained,
     twins,
 )

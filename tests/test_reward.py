@@ -18,6 +18,7 @@ from minift.losses import bradley_terry, preference_metrics
 from minift.model import OPT, RewardModel
 from minift.pairs import PairBatch, Ranking, collate_rankings, share_prefixes
 from minift.trainer import Task, accumulate_gradient
+from tests.loop import rm_loss, write_nothing
 from tests.reference import (
     POST_LN,
     PRE_LN,
@@ -31,10 +32,8 @@ from tests.reference import (
     reference_preference_loss,
     reference_rewards,
     rewards_of,
-    rm_loss,
     twin_of,
     twins,
-    write_nothing,
 )
 from tests.runs import user_error
 

@@ -24,7 +24,8 @@ from minift.remarks import Encoded
 from minift.run.exam import ranking_sample
 from minift.run.setup import swap_half
 from minift.trainer import train
-from tests.reference import MemoryRecorder, reference_rewards
+from tests.loop import MemoryRecorder
+from tests.reference import reference_rewards
 from tests.runs import (
     ROOT,
     SHIPPED,

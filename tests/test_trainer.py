@@ -27,7 +27,8 @@ from minift.run.device import machine, pick_device, pick_dtype, placement, weigh
 from minift.run.folder import Run
 from minift.run.setup import set_dropout
 from minift.trainer import Task, train
-from tests.reference import POST_LN, MemoryRecorder, mean_loss, random_examples, reference_loss, sft_loss, twins
+from tests.loop import MemoryRecorder, sft_loss
+from tests.reference import POST_LN, mean_loss, random_examples, reference_loss, twins
 
 # Rows of 2 to 60 tokens: the mean of micro-batch means would be far off. No batch size below divides 19.
 LENGTHS = [2, 60, 5, 33, 3, 48, 9, 17]

@@ -28,7 +28,8 @@ from minift.trainer import Task, evaluate
 from tests.compare import Difference, Setting
 from tests.compare.sft import TEMPLATE, texts_of, trl_rows
 from tests.compare.training import make_trainer, quiet, reference_model, reference_tokenizer
-from tests.reference import hidden_states, logits_of, sft_loss, write_nothing
+from tests.loop import sft_loss, write_nothing
+from tests.reference import hidden_states, logits_of
 
 ROWS = 24
 EVAL_BATCH = 5

@@ -29,7 +29,7 @@ from tests.compare.training import (
     reference_model,
     train_minift,
 )
-from tests.reference import sft_loss
+from tests.loop import sft_loss
 
 LR = 2e-4  # ten times that of full training, as trl's guide recommends
 RANK, ALPHA, TARGETS = 4, 16.0, ("q_proj", "v_proj", "fc1")

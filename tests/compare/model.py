@@ -23,6 +23,7 @@ from minift.prompts import TEMPLATES
 from minift.run.setup import set_dropout
 from tests.compare import Check, Setting
 from tests.compare.training import NO_DROPOUT, WITHOUT_EFFECT, quiet
+from tests.loop import sft_loss
 from tests.reference import (
     ARCHITECTURES,
     ON_THE_HUB,
@@ -35,7 +36,6 @@ from tests.reference import (
     random_examples,
     reference_loss,
     reference_model,
-    sft_loss,
 )
 
 SECTION = "model"

@@ -39,7 +39,8 @@ from tests.compare.training import (
     train_reference,
     with_rounding,
 )
-from tests.reference import reference_rewards, rm_loss
+from tests.loop import rm_loss
+from tests.reference import reference_rewards
 
 ROWS, QUICK_ROWS = 81, 5  # an epoch ends in a step of one pair
 # A fifth of trl's. At trl's own rate training amplifies rounding: on two threads trl's float32 scores ended up to 0.013

@@ -33,7 +33,7 @@ from tests.compare.training import (
     train_minift,
     train_reference,
 )
-from tests.reference import sft_loss
+from tests.loop import sft_loss
 
 # Not a multiple of 4 rows, so that every epoch ends in a smaller step: two micro-batches, of 2 rows and of 1.
 ROWS, QUICK_ROWS = 83, 7

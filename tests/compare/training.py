@@ -28,7 +28,8 @@ from minift.files.weights import read_config
 from minift.run.setup import set_dropout
 from minift.trainer import LossFunction, Task, train
 from tests.compare import Check, Setting
-from tests.reference import MemoryRecorder, trained, write_nothing
+from tests.loop import MemoryRecorder, write_nothing
+from tests.reference import trained
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
