@@ -3,6 +3,8 @@
 RECIPE =
 MODEL =
 DATA =
+PAIRS =
+TOKENIZER =
 ONLY =
 ARGS =
 PYTHON ?= python3
@@ -13,7 +15,7 @@ READ_rm = $(READ_sft)
 READ_compare = $(READ_sft) ONLY
 READ_improve = ARGS
 READ_tour = ARGS
-READ_bench = ARGS
+READ_bench = DATA PAIRS TOKENIZER ARGS
 READ_experiments = ONLY ARGS
 READ = PYTHON SHELL MAKEFLAGS $(foreach goal,$(MAKECMDGOALS),$(READ_$(goal)))
 GIVEN = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
@@ -50,7 +52,8 @@ help:
 	@echo "make compare             compare minift with trl, transformers, peft and sacreBLEU; writes runs/compare/;"
 	@echo "                         ONLY=bleu,sft runs some sections; MODEL=… DATA=… take your own;"
 	@echo "                         ARGS=--faults plants ten faults and checks that each is noticed"
-	@echo "make bench               time minift and the packages it replaces; ARGS=\"--shape 125m\" takes a larger model"
+	@echo "make bench               time minift and the packages it replaces, and measure their memory; ARGS=\"--shape 125m\""
+	@echo "                         takes a larger model; DATA=… PAIRS=… TOKENIZER=… take your own; ARGS=--help lists flags"
 	@echo "make test                check style and types, run the tests"
 	@echo "make test-pages          look at the HTML pages in Chromium, if there is one; leaves pictures in runs/pages/"
 	@echo "make lines               count the lines of code"
@@ -88,7 +91,9 @@ compare: .venv/installed-for-tests
 		printf '%s\n' ".venv/bin/python -m tests.compare $$*"; exec .venv/bin/python -m tests.compare "$$@"
 
 bench: .venv/installed-for-tests
-	@printf '%s\n' ".venv/bin/python -m tests.bench $(ARGS)"; exec .venv/bin/python -m tests.bench $(ARGS)
+	@$(FLAGS); if [ -n '$(PAIRS)' ]; then set -- "$$@" --pairs '$(PAIRS)'; fi; \
+		if [ -n '$(TOKENIZER)' ]; then set -- "$$@" --tokenizer '$(TOKENIZER)'; fi; \
+		printf '%s\n' ".venv/bin/python -m tests.bench $$*"; exec .venv/bin/python -m tests.bench "$$@"
 
 test: .venv/installed-for-tests
 	.venv/bin/python -m ruff check .

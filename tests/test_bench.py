@@ -1,24 +1,135 @@
-"""The benchmark runs and prints a line for each part. Tests do not assert times."""
+"""The benchmark runs every line, reads the data it is given, and writes table and JSON. Tests do not assert times."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-def test_every_line_is_printed() -> None:
-    flags = ["--rounds", "2", "--steps", "2", "--batch-size", "2", "--prompts", "4", "--new-tokens", "2"]
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-m", "tests.bench", *flags], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    head, _, *lines = done.stdout.splitlines()
-    assert head.startswith("tiny shape, batches of 2, float32")
+from minift.batching import collate
+from minift.files.datasets import load_rows
+from minift.model import OPT, RewardModel, last_tokens
+from minift.pairs import Ranking, collate_rankings
+from tests.bench import Work, peak_memory
+from tests.bench import __main__ as bench
+from tests.loop import rm_loss, sft_loss
+from tests.reference import random_examples
+from tests.runs import SMALL_OPT, user_error, write_lines
+
+ROWS = [dict(row) for row in load_rows(bench.DATA / "heldout.jsonl")[:8]]
+PAIRS = [{"prompt": f"Add {number}.", "chosen": f"x + {number}", "rejected": "x"} for number in range(4)]
+SIZES = ["--rounds", "2", "--steps", "2", "--batch-size", "4", "--prompts", "8", "--new-tokens", "3"]
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not measure the machine, which takes seconds."""
+    monkeypatch.setattr(bench, "matrix_rate", lambda width: 1e11)
+    monkeypatch.setattr(bench, "memory_rate", lambda: 1e10)
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    data, pairs = write_lines(tmp_path / "rows.jsonl", ROWS), write_lines(tmp_path / "pairs.jsonl", PAIRS)
+    return [*SIZES, "--data", str(data), "--pairs", str(pairs), "--out", str(tmp_path / "new" / "bench.json")]
+
+
+def test_every_line_is_printed_and_written(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "REFERENCE_ROWS", 0)  # trl's process would take seconds
+    monkeypatch.setattr(bench, "has_ctranslate2", lambda: False)
+    bench.main([*flags, "--no-memory", "--rows", "6"])
+    printed = capsys.readouterr().out.splitlines()
+    head, packages, columns, *lines, first, startup, path = printed
+    assert head.startswith("tiny shape, float32, ") and "trl 1.16.0" in packages
+    assert max(map(len, printed[:-1])) <= 120 and columns.startswith("a second ") and first.startswith("seconds to ")
     number = r"[\d.]+"
     for line in lines:
-        found = re.fullmatch(rf"(.{{34}}) *({number}) +({number}) +({number})x   ({number}) to ({number})(; .*)?", line)
+        found = re.fullmatch(rf"(.{{30}}) *({number}) +({number}) +({number})x +({number}) to ({number})(  .*)?", line)
         assert found, line
-        ours, theirs, ratio, smallest, largest = map(float, found.groups()[1:6])
-        assert abs(ratio - ours / theirs) < 0.01 + 0.06 / theirs * (1 + ratio)  # each is printed rounded
-        assert smallest <= ratio + 0.01 and ratio <= largest + 0.01
-    parts = ["rows, SFT", "pairs, reward model", "tokens, greedy", "tokens, 4 beams", "segments, BLEU"]
-    assert [line[:34].strip() for line in lines] == parts
+        assert float(found[5]) <= float(found[4]) + 0.01 <= float(found[6]) + 0.02
+    whats = [what for name, what in bench.LINES.items() if name != "startup"]
+    assert [line[:30].strip() for line in lines] == whats
+    assert re.fullmatch(rf"6 rows +{number} +{number}", startup)
+
+    written = json.loads(Path(path).read_text())
+    assert path == str(tmp_path / "new" / "bench.json")
+    assert {"date", "command", "machine", "versions", "matrix_rate", "memory_rate"} < written.keys()
+    assert written["data"] == {"data": flags[-5], "pairs": flags[-3], "tokenizer": "shipped"}
+    results = {result["line"]: result for result in written["lines"]}
+    assert [*results] == [*bench.LINES]
+    for name, items in (("sft", 4), ("reward", 2), ("bleu", bench.SEGMENTS)):
+        rounds = results[name]["rounds"]
+        assert len(rounds) == 2 and all([found[1] for found in side] == [items] * 2 for side in rounds.values())
+    for name, prompts in (("greedy", 8), ("beam", 2), ("single", 1)):
+        assert results[name]["prompts"] == results[name]["equal_completions"] == prompts
+        assert results[name]["against"] == "transformers" and results[name]["batch_size"] == min(prompts, 8)
+    for side in results["greedy"]["rounds"].values():
+        assert all(tokens < 8 * 3 for _, tokens in side)  # the EOS occurs, and what pads a row after it does not count
+    assert results["sft"]["share_of"] == "matrix rate" and results["single"]["share_of"] == "memory rate"
+    assert results["startup"]["memory"]["minift"] > 2**26  # of a process that has imported torch
+
+
+def test_each_side_works_once_more_for_its_memory(flags, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "has_ctranslate2", lambda: False)
+    asked: list[tuple[str, Work]] = []
+    peaks = {"ours": 3 * 2**30, "transformers_side": 4 * 2**30}
+    monkeypatch.setattr(bench.Bench, "alone", lambda _, *what: asked.append(what) or {"peak": peaks[what[0]]})
+    bench.main([*flags, "--only", "single,bleu"])
+    assert [(side, work.line) for side, work in asked] == [("ours", "single"), ("transformers_side", "single")]
+    single, bleu, _ = capsys.readouterr().out.splitlines()[3:]
+    assert re.search(r" to [\d.]+ +3.00 +4.00 +0.75x  \d+% of the memory rate$", single)
+    assert bleu.startswith("segments, BLEU ") and "GiB" not in bleu and len(bleu) < 90
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--steps", "3"], "rows.jsonl: 8 rows are short enough, expected 12: choose smaller numbers"),
+        (["--only", "greedy", "--prompts", "9"], "rows.jsonl: 8 rows are short enough, expected 9"),
+        (["--only", "reward", "--steps", "3"], "pairs.jsonl: 4 rows are short enough, expected 6"),
+        (["--only", "sft,speed"], "--only: 'speed': expected some of sft,reward,"),
+        (["--data", "none.jsonl"], "none.jsonl: no such file"),
+    ],
+)
+def test_what_does_not_suffice_is_named(flags, wrong, message):
+    assert message in user_error(bench.main, [*flags, *wrong])
+
+
+def products_of(work) -> int:
+    """Return the operations of the matrix products in some work, without those of attention."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for name, count in counts.items() if str(name).split(".")[-1] in ("mm", "addmm"))
+
+
+def test_products_are_those_that_torch_counts():
+    lengths = (9, 5, 12)
+    model, batch = OPT(SMALL_OPT), collate(random_examples(lengths))
+    for_all, late, head = bench.products(model)
+    supervised = int((batch.labels != -100).sum()) - len(lengths)  # the first token of a row is not predicted
+    expected = for_all * sum(lengths) + (late + head) * supervised
+    assert products_of(lambda: sft_loss(model)(batch)[0].backward()) == expected
+
+    judge, pairs = RewardModel(SMALL_OPT), collate_rankings([Ranking([[2, 5, 6, 7, 2], [2, 5, 8, 2]])])
+    assert len(last_tokens(pairs.rows)) == 2 and len(pairs.input_ids) == 7
+    score = 6 * 2 * judge.score.weight.numel()
+    counted = products_of(lambda: rm_loss(judge)(pairs)[0].backward())
+    assert counted == 7 * for_all + 2 * late + score
+
+
+def test_the_end_token_ends_completions_at_even_lengths():
+    completions = [[7, 9, 9, 9], [9, 7, 5, 5], [5, 5, 7, 9], [5, 9, 9, 9]]
+    assert bench.end_token(completions, 4) == 7  # after 1, 2, 3 and 4 tokens; 9 would after 2, 1, 4 and 2
+
+
+def test_peak_memory_is_that_of_one_process():
+    """`ru_maxrss` of a child that has just started is that of its parent."""
+    numbers = torch.ones(2**26)  # 256 MiB
+    command = [sys.executable, "-c", "from tests.bench import peak_memory; print(peak_memory())"]
+    child = int(subprocess.run(command, cwd=bench.ROOT, capture_output=True, check=True).stdout)
+    assert 2**22 < child < 2**27 < numbers.nbytes < peak_memory()

@@ -112,6 +112,8 @@ def test_arguments_may_look_like_a_module(flag: list[str]) -> None:
         (["LR=1e-4"], "LR"),
         (["sft", "RECIPE=course", "MODEL=x", "DATA=y", "ARGS=--lr 1e-4 --a=b", "PYTHON=python3"], None),
         (["compare", "ONLY=bleu", "ARGS=--faults"], None),
+        (["bench", "DATA=x", "PAIRS=y", "TOKENIZER=z", "ARGS=--shape 125m"], None),
+        (["compare", "PAIRS=y"], "PAIRS"),
         (["tour", "ARGS=--stop 5"], None),
         (["tour", "STOP=5"], "STOP"),
         (["test"], None),

@@ -190,7 +190,7 @@ def make_trainer(
     trainer_class: type[Trainer],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]] | datasets.Dataset,
     scratch: str | Path,
     plan: Plan = ONE_EPOCH,
     **values: Any,
@@ -222,7 +222,7 @@ def make_trainer(
     trainer = silent_class(
         model=model,
         processing_class=tokenizer,
-        train_dataset=datasets.Dataset.from_list(rows),
+        train_dataset=rows if isinstance(rows, datasets.Dataset) else datasets.Dataset.from_list(rows),
         args=config_class(**arguments | values),
     )
     trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,472 @@
+"""`python -m tests.bench`, or `make bench`: minift and what it replaces, timed in turn on the same work, as ratios.
+
+In each round all sides do the same work in float32, one after the other, so that other load on the machine affects all
+of them. A line shows the medians, their ratio, and the smallest and largest ratio of a round, which say how far to
+trust it. Then each side does the work once more in a process of its own, whose peak memory is shown. The times are
+never asserted. All of it is also written as JSON.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.make.pretrain import initialise
+from minift.commands.cli import CommandParser, run_command, whole_number
+from minift.encode import IGNORE_INDEX, encode_prompt, encode_rows, split_row
+from minift.errors import UserError
+from minift.files.datasets import PAIR_SCHEMAS, PROMPT_SCHEMAS, load_rows
+from minift.files.text import write_json, write_json_lines, write_text
+from minift.files.tokenizer import check_fits, load_tokenizer, save_tokenizer
+from minift.files.weights import load_model, read_config, save_model
+from minift.generate import Options, generate
+from minift.model import OPT, OPTConfig
+from minift.pairs import collate_rankings, encode_rankings
+from minift.prompts import TEMPLATES
+from minift.run.device import machine
+from minift.tokenizer import Tokenizer
+from tests.bench import Timing, Work
+from tests.compare.training import quiet
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "data"
+SHAPES = {  # of facebook's models: layers, width, heads, feed-forward width, embedding width, pre-LN
+    "125m": (12, 768, 12, 3072, 768, True),
+    "350m": (24, 1024, 16, 4096, 512, False),
+}
+NAMES = {  # of the sides
+    "ours": "minift",
+    "trl_side": "trl",
+    "transformers_side": "transformers",
+    "ctranslate2_side": "CTranslate2",
+    "sacrebleu_side": "sacreBLEU",
+}
+LINES = {  # what the table calls them
+    "sft": "rows, SFT",
+    "reward": "pairs, reward model",
+    "greedy": "tokens, greedy",
+    "beam": "tokens, 4 beams",
+    "single": "tokens, one prompt at a time",
+    "bleu": "segments, BLEU",
+    "startup": "",
+}
+MAX_LENGTH = 512  # of a row that is trained on; longer ones are left out
+MAX_PROMPT = 256
+BEAMS = 4
+SHARPNESS = 8  # of the logits: a random model's likeliest token gets a probability of about one half, not 1/1000
+SEGMENTS = 2000
+BATCH_SIZES = (8, 16, 32, 64)  # rows, of which the fastest is taken for the other sides of generation
+SHORTEST = 1000  # rows of the data, repeated with a number, are the rows of `startup`
+REFERENCE_ROWS = 20_000  # trl reads no more than that many
+
+
+class Line(NamedTuple):
+    """The work of all sides, and what bounds its speed."""
+
+    name: str
+    work: Work
+    others: tuple[str, ...]  # sides beside minift's
+    bound: str = ""  # "matrix" or "memory": the rate that the share is of
+    per_item: float = 0.0  # floating-point operations in matrix products, or bytes of weights
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Time all sides of each line in turn; print rates, their ratio and its range; write JSON."""
+    args = _parser().parse_args(arguments)
+    now = datetime.now()
+    with tempfile.TemporaryDirectory(prefix="minift-bench-") as scratch:
+        bench = Bench(args, Path(scratch))
+        about = bench.about()
+        print(f"{args.shape} shape, float32, {about['machine']}, {about['matrix_rate'] / 1e9:.0f} GFLOP/s of matrix")
+        print(f"products, {about['memory_rate'] / 1e9:.0f} GB/s; {', '.join(map(' '.join, about['versions'].items()))}")
+        results: list[dict[str, Any]] = []
+        head = ["a second", "minift", "other", "ratio", f"{args.rounds} rounds", "GiB", "other", "ratio", "share"]
+        print(_columns(head))
+        for line in bench.lines():
+            for result in bench.measure(line):
+                results.append(result)
+                print(_row(result), flush=True)
+        if "startup" in args.only:
+            print(_columns(["seconds to the first step", *head[1:4], "", *head[5:8], ""]))
+        for result in bench.startups():
+            results.append(result)
+            print(_row(result), flush=True)
+    out = Path(args.out or ROOT / "runs" / "bench" / f"{now:%Y-%m-%d-%H%M%S}-{args.shape}.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m tests.bench", *(sys.argv[1:] if arguments is None else arguments)])
+    write_json(out, {"date": f"{now:%Y-%m-%d %H:%M}", "command": command, **about, "lines": results})
+    print(out)
+
+
+class Bench:
+    """The models, the data and the rates of the machine, and what is measured with them."""
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.args, self.scratch = args, scratch
+        self.config = shape_of(args.shape)
+        self.tokenizer = load_tokenizer(Path(args.tokenizer or DATA / "model"))
+        check_fits(self.tokenizer, self.config.vocab_size, f"--tokenizer {args.tokenizer}, --shape {args.shape}")
+        self.rates = {"matrix": matrix_rate(self.config.hidden_size), "memory": memory_rate()}
+        self.folder = save(OPT(self.config), self.tokenizer, scratch / "model")
+        self.work = Work(
+            line="", folder=str(self.folder), data="", batch_size=args.batch_size, scratch=str(scratch),
+            max_length=min(MAX_LENGTH, self.config.max_position_embeddings), threads=torch.get_num_threads(),
+        )  # fmt: skip
+
+    def about(self) -> dict[str, Any]:
+        """Return what a reader needs beside the results."""
+        packages = ["torch", "transformers", "trl", *(["ctranslate2"] if has_ctranslate2() else [])]
+        return {
+            "machine": machine(torch.device("cpu")),
+            "versions": {name: version(name) for name in packages},
+            "shape": self.args.shape,
+            "data": {name: getattr(self.args, name) or "shipped" for name in ("data", "pairs", "tokenizer")},
+            "rounds": self.args.rounds,
+            **{f"{name}_rate": rate for name, rate in self.rates.items()},
+        }
+
+    def lines(self) -> Iterator[Line]:
+        """Yield the lines in the order of the table, but not that of the first step."""
+        only = self.args.only
+        if "sft" in only:
+            yield self.sft_line()
+        if "reward" in only:
+            yield self.reward_line()
+        if {"greedy", "beam", "single"} & {*only}:
+            yield from self.generation_lines()
+        if "bleu" in only:
+            data = self.write("bleu.jsonl", load_rows(DATA / "instructions.jsonl")[:SEGMENTS])
+            yield Line("bleu", self.work._replace(line="bleu", data=data), ("sacrebleu_side",))
+
+    def write(self, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
+        path = self.scratch / name
+        write_json_lines(path, rows)
+        return str(path)
+
+    # ---- training ----
+
+    def sft_line(self) -> Line:
+        """Train on the first rows of the data that are short enough."""
+        source = self.args.data or str(DATA / "instructions.jsonl")
+        count = self.args.steps * self.args.batch_size
+        rows = load_rows(source)[: 2 * count]
+        encoded = encode_rows(rows, self.tokenizer, TEMPLATES["course"], max_length=None, source=source)
+        kept = [
+            (row, example)
+            for row, example in zip(encoded.rows, encoded.examples, strict=True)
+            if len(example.input_ids) <= self.work.max_length
+        ][:count]
+        check_enough(len(kept), count, f"--data {source}")
+        for_all, late, head = products(load_model(self.folder))
+        tokens = sum(len(example.input_ids) for _, example in kept)
+        supervised = sum(label != IGNORE_INDEX for _, example in kept for label in example.labels)
+        work = self.work._replace(line="sft", data=self.write("rows.jsonl", [row for row, _ in kept]))
+        operations = for_all * tokens + (late + head) * supervised
+        return Line("sft", work, ("trl_side",), "matrix", operations / count)
+
+    def reward_line(self) -> Line:
+        """Train on the first pairs that are short enough, half as many in a step as rows: a pair has two."""
+        source = self.args.pairs or str(DATA / "pairs.jsonl")
+        batch_size = max(1, self.args.batch_size // 2)
+        count = self.args.steps * batch_size
+        rows = load_rows(source, PAIR_SCHEMAS)[: 2 * count]
+        encoded = encode_rankings(
+            rows, self.tokenizer, TEMPLATES["dialogue"], max_length=self.work.max_length, source=source
+        )
+        check_enough(len(encoded.rows), count, f"--pairs {source}")
+        for_all, late, _ = products(load_model(self.folder))
+        tokens = sum(len(collate_rankings([ranking]).input_ids) for ranking in encoded.examples[:count])
+        data = self.write("pairs.jsonl", [dict(row) for row in encoded.rows[:count]])
+        work = self.work._replace(line="reward", data=data, batch_size=batch_size)
+        return Line("reward", work, ("trl_side",), "matrix", for_all * tokens / count + 2 * late)
+
+    # ---- generation ----
+
+    def generation_lines(self) -> Iterator[Line]:
+        """Complete prompts greedily, all at once or one at a time, and with beams; an EOS ends them at many lengths."""
+        prompts = self.prompts()
+        folder = save(OPT(self.config), self.tokenizer, self.scratch / "varied", varied=True)
+        model = load_model(folder)
+        options = Options(max_new_tokens=self.args.new_tokens)
+        eos = end_token([ids for [ids] in generate(model, prompts, options)], self.args.new_tokens)
+        others = ("transformers_side",)
+        if has_ctranslate2():
+            importlib.import_module("tests.bench.ctranslate2_side").convert(str(folder))
+            others += ("ctranslate2_side",)
+        for name, share, beams in (("greedy", 1, 1), ("beam", BEAMS, BEAMS), ("single", 8, 1)):
+            if name in self.args.only:
+                path = self.scratch / f"{name}.json"
+                write_text(path, json.dumps(prompts[: max(1, len(prompts) // share)]))
+                work = self.work._replace(
+                    line=name, folder=str(folder), data=str(path), new_tokens=self.args.new_tokens, num_beams=beams,
+                    eos=eos, batch_size=1,
+                )  # fmt: skip
+                yield Line(name, work, others, *(("memory", weight_bytes(model)) if name == "single" else ()))
+
+    def prompts(self) -> list[list[int]]:
+        source = self.args.data or str(DATA / "heldout.jsonl")
+        rows = load_rows(source, PROMPT_SCHEMAS, mixed=True)[: 2 * self.args.prompts]
+        encoded = [encode_prompt(row, self.tokenizer, TEMPLATES["course"]) for row in rows]
+        kept = [ids for ids in encoded if len(ids) <= MAX_PROMPT][: self.args.prompts]
+        check_enough(len(kept), self.args.prompts, f"--data {source}")
+        return kept
+
+    # ---- measuring ----
+
+    def measure(self, line: Line) -> Iterator[dict[str, Any]]:
+        """Yield a result for each other side of a line, all measured in the same rounds."""
+        works = {"ours": line.work}
+        for side in line.others:
+            works[side] = self.fastest(side, line.work) if line.name in ("greedy", "beam") else line.work
+        rounds: list[dict[str, Timing]] = []
+        for _ in range(self.args.rounds):
+            with quiet():
+                rounds.append({side: run(side, work) for side, work in works.items()})
+        has_memory = self.args.memory and line.name != "bleu"
+        memory = {side: self.alone(side, work)["peak"] for side, work in works.items() if has_memory}
+        rates = {side: [done[side].items / done[side].seconds for done in rounds] for side in works}
+        share = statistics.median(rates["ours"]) * line.per_item / self.rates[line.bound] if line.bound else None
+        for side in line.others:
+            ratios = [mine / its for mine, its in zip(rates["ours"], rates[side], strict=True)]
+            result = self.result(line.name, LINES[line.name], side, {s: statistics.median(rates[s]) for s in rates})
+            result |= {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)}
+            if side == line.others[0] and share is not None:
+                result |= {"share": share, "share_of": f"{line.bound} rate"}
+            if memory:
+                result |= {"memory": {NAMES[s]: memory[s] for s in ("ours", side)}}
+            if rounds[0]["ours"].completions:
+                result |= {"batch_size": works[side].batch_size, "prompts": len(rounds[0]["ours"].completions)}
+                pairs = zip(rounds[0]["ours"].completions, rounds[0][side].completions, strict=True)
+                result |= {"equal_completions": sum([*mine] == [*its] for mine, its in pairs)}
+            result["rounds"] = {NAMES[s]: [[done[s].seconds, done[s].items] for done in rounds] for s in ("ours", side)}
+            yield result
+
+    def result(self, name: str, what: str, side: str, medians: dict[str, float]) -> dict[str, Any]:
+        found: dict[str, Any] = {"line": name, "what": what, "against": NAMES[side]}
+        found["median"] = {NAMES[s]: medians[s] for s in ("ours", side)}
+        return found | {"ratio": medians["ours"] / medians[side]}
+
+    def fastest(self, side: str, work: Work) -> Work:
+        """Return the work with the batch size at which a side is fastest, tried once each."""
+        prompts = len(json.loads(Path(work.data).read_text()))
+        sizes = [self.args.reference_batch] if self.args.reference_batch else BATCH_SIZES
+        tried = [work._replace(batch_size=size) for size in {min(prompts, max(1, s // work.num_beams)) for s in sizes}]
+        if len(tried) == 1:
+            return tried[0]
+        with quiet():
+            return max(tried, key=lambda work: (done := run(side, work)).items / done.seconds)
+
+    def alone(self, side: str, work: Work) -> dict[str, float]:
+        """Let a side work in a process of its own; return its seconds, items and peak memory."""
+        path = self.scratch / "work.json"
+        write_text(path, json.dumps(work._replace(started=time.time())._asdict()))
+        command = [sys.executable, "-m", "tests.bench.child", side, str(path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{side}, {work.line}: {done.stderr[-1000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    def startups(self) -> Iterator[dict[str, Any]]:
+        """Yield results of the time from a process's start to the end of the first step; each is measured once."""
+        for count in self.args.rows if "startup" in self.args.only else ():
+            data = self.write(f"first-{count}.jsonl", numbered_rows(self.short_rows(), count))
+            sides = ["ours", *(["trl_side"] if count <= REFERENCE_ROWS else [])]
+            work = self.work._replace(line="startup", data=data)
+            done = {side: self.alone(side, work) for side in sides}
+            what = f"{count:,} rows"
+            seconds = {side: its["seconds"] for side, its in done.items()}
+            result: dict[str, Any] = {"line": "startup", "what": what, "median": {NAMES[s]: seconds[s] for s in sides}}
+            if "trl_side" in sides:
+                result |= {"against": "trl", "ratio": seconds["trl_side"] / seconds["ours"]}
+            yield result | {"memory": {NAMES[s]: done[s]["peak"] for s in sides}}
+
+    def short_rows(self) -> list[dict[str, str]]:
+        """Return the shortest rows of the data as prompts and completions, which both sides read."""
+        rows = load_rows(self.args.data or DATA / "instructions.jsonl")
+        rendered = []
+        for row in rows:
+            prompt, completion = split_row(row, self.tokenizer, TEMPLATES["course"], TEMPLATES["course"].marker)
+            rendered.append({"prompt": "".join(prompt), "completion": "".join(completion[:-1])})
+        return sorted(rendered, key=lambda row: len(row["prompt"]) + len(row["completion"]))[:SHORTEST]
+
+
+def run(side: str, work: Work) -> Timing:
+    return importlib.import_module(f"tests.bench.{side}").run(work)
+
+
+def has_ctranslate2() -> bool:
+    return importlib.util.find_spec("ctranslate2") is not None
+
+
+def check_enough(found: int, wanted: int, source: str) -> None:
+    if found < wanted:
+        raise UserError(f"{source}: {found:,} rows are short enough, expected {wanted:,}: choose smaller numbers")
+
+
+def numbered_rows(rows: Sequence[dict[str, str]], count: int) -> Iterator[dict[str, str]]:
+    """Yield `count` rows: those given again and again, each with its own number before its prompt."""
+    for number in range(count):
+        row = rows[number % len(rows)]
+        yield {"prompt": f"{number}\n{row['prompt']}", "completion": row["completion"]}
+
+
+# ---- models and machines ----
+
+
+def shape_of(name: str) -> OPTConfig:
+    """Return the shape of the shipped model, or of one of facebook's."""
+    if name == "tiny":
+        return read_config(DATA / "model")[0]
+    layers, width, heads, feed_forward, embedding, pre_ln = SHAPES[name]
+    return OPTConfig(
+        num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, ffn_dim=feed_forward,
+        word_embed_proj_dim=embedding, do_layer_norm_before=pre_ln,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def save(model: OPT, tokenizer: Tokenizer, folder: Path, *, varied: bool = False) -> Path:
+    """Save a model of random weights with the tokenizer.
+
+    With pre-LN and weights this small, greedy decoding repeats one token for ever, and every token is improbable. With
+    `varied`, the layers' weights are larger, so that completions vary, and the logits too, so that beams differ.
+    """
+    initialise(model, 0)
+    if varied:
+        if model.config.do_layer_norm_before:
+            for module in model.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight *= 4
+        norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+        norms[-1].weight *= SHARPNESS
+    save_model(model, folder)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+def end_token(completions: Sequence[Sequence[int]], longest: int) -> int:
+    """Return the token that, as the EOS, would end these completions at the most even lengths from 1 to `longest`."""
+    even = [longest * number / len(completions) for number in range(1, len(completions) + 1)]
+
+    def unevenness(token: int) -> float:
+        lengths = sorted(ids.index(token) + 1 if token in ids else longest for ids in completions)
+        return sum(abs(length - wanted) for length, wanted in zip(lengths, even, strict=True))
+
+    return min(sorted({token for ids in completions for token in ids}), key=unevenness)
+
+
+def products(model: OPT) -> tuple[int, int, int]:
+    """Return the operations of training for each token, for each wanted token in the last layer, and in the head.
+
+    A weight W of n numbers takes 2n in W x, 2n for the gradient of x, and 2n for its own. The last layer's output and
+    its feed-forward are computed for wanted tokens only.
+    """
+    last = model.decoder.layers[-1]
+    late = [last.self_attn.out_proj, last.fc1, last.fc2, model.decoder.project_out]
+    linears = [module for module in model.decoder.modules() if isinstance(module, nn.Linear)]
+    for_all = sum(6 * linear.weight.numel() for linear in linears if linear not in late)
+    return for_all, sum(6 * linear.weight.numel() for linear in linears if linear in late), 6 * model.head.numel()
+
+
+def weight_bytes(model: OPT) -> int:
+    """Return the bytes of weights that a decode step reads: every matrix and the head, once."""
+    linears = [module for module in model.decoder.modules() if isinstance(module, nn.Linear)]
+    return 4 * (sum(linear.weight.numel() for linear in linears) + model.head.numel())
+
+
+def matrix_rate(width: int) -> float:
+    """Measure the floating-point operations a second of `(1024, width)` times `(width, width)` products."""
+    hidden, weight = torch.ones(1024, width), torch.ones(width, width)
+    return 2 * hidden.numel() * width * times_a_second(lambda: F.linear(hidden, weight))
+
+
+def memory_rate() -> float:
+    """Measure the bytes a second in which a large tensor is read."""
+    numbers = torch.ones(2**27)
+    return 4 * numbers.numel() * times_a_second(numbers.sum)
+
+
+def times_a_second(work: Callable[[], Any]) -> float:
+    """Return how often something can be done in a second."""
+    work()  # the first time starts the threads
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 1:
+        work()
+        done += 1
+    return done / (time.perf_counter() - started)
+
+
+# ---- output and flags ----
+
+
+def _columns(cells: Sequence[str]) -> str:
+    """Return a line of the table, at most 120 columns wide."""
+    widths = (30, 9, 9, 8, 15, 7, 7, 8)
+    aligned = [f"{cells[0]:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:]))]  # noqa: B905
+    return "".join([*aligned, f"  {cells[-1]}"]).rstrip()
+
+
+def _row(result: dict[str, Any]) -> str:
+    """Return the table's line for a result."""
+    against = result.get("against")
+    cells = [result["what"] if against != "CTranslate2" else "  against CTranslate2"]
+    cells += [f"{result['median'][name]:.1f}" if name in result["median"] else "" for name in ("minift", against)]
+    cells.append(f"{result['ratio']:.2f}x" if "ratio" in result else "")
+    cells.append(f"{result['lowest_ratio']:.2f} to {result['highest_ratio']:.2f}" if "rounds" in result else "")
+    memory = result.get("memory", {})
+    cells += [f"{memory[name] / 2**30:.2f}" if name in memory else "" for name in ("minift", against)]
+    cells.append(f"{memory['minift'] / memory[against]:.2f}x" if len(memory) == 2 else "")
+    cells.append(f"{result['share']:.0%} of the {result['share_of']}" if "share" in result else "")
+    return _columns(cells)
+
+
+def _lines(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in LINES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected some of {','.join(LINES)}")
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser("python -m tests.bench", description="time minift and what it replaces, in turn")
+    add = parser.add_argument
+    add("--shape", choices=("tiny", *SHAPES), default="tiny", help="the shipped model's, or one of facebook's, with "
+        "random weights (%(default)s)")  # fmt: skip
+    add("--only", type=_lines, default=[*LINES], metavar="LINES", help=f"some of {','.join(LINES)} (all)")
+    add("--data", metavar="FILE", help="rows to train on, and prompts (the shipped ones)")
+    add("--pairs", metavar="FILE", help="pairs to train a reward model on (the shipped ones)")
+    add("--tokenizer", metavar="FOLDER", help="a tokenizer for them, as OPT's (the shipped one)")
+    add("--rounds", type=whole_number(1), default=5, help="how often all sides do their work (%(default)s)")
+    add("--steps", type=whole_number(2), default=20, help="steps in a round, the first not timed (%(default)s)")
+    add("--batch-size", type=whole_number(1), default=8, help="rows in a step; half as many pairs (%(default)s)")
+    add("--prompts", type=whole_number(1), default=64, help="prompts; a quarter with beams, an eighth one at a time "
+        "(%(default)s)")  # fmt: skip
+    add("--new-tokens", type=whole_number(1), default=64, help="at most, of each completion (%(default)s)")
+    add("--reference-batch", type=whole_number(1), metavar="ROWS", help="rows in a batch of the other sides of "
+        f"generation (the fastest of {', '.join(map(str, BATCH_SIZES))})")  # fmt: skip
+    add("--rows", type=whole_number(1), nargs="+", default=[REFERENCE_ROWS], help="sizes of the data up to the first "
+        f"step; trl reads {REFERENCE_ROWS:,} at most (%(default)s)")  # fmt: skip
+    add("--no-memory", dest="memory", action="store_false", help="do not measure memory: a third less time")
+    add("--out", metavar="FILE", help="JSON (runs/bench/, named by date and shape)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_command(main)

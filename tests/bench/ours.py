@@ -1,0 +1,97 @@
+"""minift's side: its loop, its generation, its BLEU, and train_sft.py itself up to the first step."""
+
+import contextlib
+import io
+import runpy
+import sys
+import time
+from pathlib import Path
+
+from minift.batching import Loader, collate
+from minift.beam import beam_search
+from minift.bleu import corpus_bleu
+from minift.config import Config
+from minift.encode import encode_rows
+from minift.files.datasets import PAIR_SCHEMAS, load_rows
+from minift.files.tokenizer import load_tokenizer
+from minift.files.weights import load_model, load_reward_model
+from minift.generate import Options, generate
+from minift.model import OPT, RewardModel
+from minift.pairs import collate_rankings, encode_rankings
+from minift.prompts import TEMPLATES
+from minift.run.setup import set_dropout
+from minift.trainer import LossFunction, Task, train
+from tests.bench import Timing, Work, read_ids
+from tests.loop import MemoryRecorder, rm_loss, sft_loss, write_nothing
+
+LR = 1e-5  # of both sides
+ROOT = Path(__file__).parents[2]
+
+
+def run(work: Work) -> Timing:
+    return SIDES[work.line](work)
+
+
+def sft(work: Work) -> Timing:
+    rows, tokenizer = load_rows(work.data), load_tokenizer(Path(work.folder))
+    encoded = encode_rows(rows, tokenizer, TEMPLATES["course"], max_length=work.max_length)
+    model = load_model(Path(work.folder))
+    return time_training(model, sft_loss(model), Loader(encoded.examples, collate, work.batch_size))
+
+
+def reward(work: Work) -> Timing:
+    rows, tokenizer = load_rows(work.data, PAIR_SCHEMAS), load_tokenizer(Path(work.folder))
+    encoded = encode_rankings(rows, tokenizer, TEMPLATES["dialogue"], max_length=work.max_length)
+    model = load_reward_model(Path(work.folder), seed=0)
+    return time_training(model, rm_loss(model), Loader(encoded.examples, collate_rankings, work.batch_size))
+
+
+def time_training(model: OPT | RewardModel, loss: LossFunction, batches: Loader) -> Timing:
+    """Time the loop over the rows in order, without the first step, in which memory is first allocated."""
+    set_dropout(model, 0.0)
+    recorder = MemoryRecorder()
+    task = Task(model, loss, batches, Loader([], batches.collate, 1), write_nothing, "items")
+    train(task, Config(lr=LR, epochs=1), recorder)
+    first, *_, last = recorder.lines
+    return Timing(last["seconds"] - first["seconds"], (last["step"] - first["step"]) * batches.batch_size)
+
+
+def generation(work: Work) -> Timing:
+    model, prompts = load_model(Path(work.folder)), read_ids(work)
+    options = Options(max_new_tokens=work.new_tokens, num_beams=work.num_beams, eos_token_id=work.eos)
+    search = beam_search if work.num_beams > 1 else generate
+    at_once = [[prompt] for prompt in prompts] if work.line == "single" else [prompts]
+    started = time.perf_counter()
+    completions = [samples[0] for some in at_once for samples in search(model, some, options)]
+    return Timing(time.perf_counter() - started, sum(map(len, completions)), completions)
+
+
+def bleu(work: Work) -> Timing:
+    """Score each row's output against the next row's."""
+    references = [row["output"] for row in load_rows(work.data)]
+    hypotheses = references[1:] + references[:1]
+    started = time.perf_counter()
+    corpus_bleu(hypotheses, [references])
+    return Timing(time.perf_counter() - started, len(references))
+
+
+def startup(work: Work) -> Timing:
+    """Time train_sft.py from the start of its process to the end of its first step, whose loss it then writes."""
+    out = Path(work.data).with_suffix("")
+    flags = {"model": work.folder, "data": work.data, "out": out, "batch-size": work.batch_size, "max-steps": 1}
+    flags |= {"eval-fraction": 0, "device": "cpu"}
+    sys.argv = ["train_sft.py", *(f"--{name}={value}" for name, value in flags.items()), *work.flags]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        runpy.run_path(str(ROOT / "train_sft.py"), run_name="__main__")
+    return Timing((out / "metrics.jsonl").stat().st_mtime - work.started, 1)
+
+
+SIDES = {
+    "sft": sft,
+    "reward": reward,
+    "greedy": generation,
+    "beam": generation,
+    "single": generation,
+    "bleu": bleu,
+    "startup": startup,
+}
