@@ -123,6 +123,8 @@ class Config:
                                     "attention dropout is at most this")
     gradient_checkpointing: bool = _option(False, SWITCH, OPTIMISER, "keep only each layer's input for the backward "
                                            "pass, and compute the rest again: slower, but in less memory")
+    fsdp: bool = _option(False, SWITCH, OPTIMISER, "with torchrun: each process keeps only a part of the weights, "
+                         "gradients and moments, for models that do not fit; slower")
 
     lora_rank: int = _option(0, _whole(0), LORA, "rank of the adapters; 0: no adapters, all weights are trained")
     lora_alpha: float = _option(8.0, ALPHA, LORA, "an adapter's output is scaled by alpha / rank")

@@ -40,6 +40,7 @@ class Ranks(NamedTuple):
     sum_values: Callable[[dict[str, float]], dict[str, float]] = dict  # over the ranks
     # A context for a number of backward passes: at its end, `.grad` has the sums over the ranks.
     summed_gradients: Callable[[nn.Module, int], AbstractContextManager[None]] = lambda model, passes: nullcontext()
+    own_part: Callable[[Tensor], Tensor] = lambda tensor: tensor  # of a parameter or moment: of a sharded one, not all
 
 
 class Task(NamedTuple):
@@ -208,10 +209,12 @@ def _loss_after(task: Task, optimizer: torch.optim.Optimizer, step: int) -> floa
     A checkpoint for which this is not finite must not be saved: at no learning rate could a run continue from it.
     """
     tensors = [*task.model.parameters(), *(moment for state in optimizer.state.values() for moment in state.values())]
-    are_finite = all(bool(limit.isfinite()) for tensor in tensors for limit in tensor.aminmax())
+    parts = [part for part in map(task.ranks.own_part, tensors) if part.numel()]
+    are_finite = all(bool(limit.isfinite()) for part in parts for limit in part.aminmax())
     with eval_mode(task.model):
         loss, _ = _losses_of(task, next(task.train_batches.micro_batches(step)))
-    return float(loss) if are_finite else math.nan
+    # Summed over the ranks it is NaN if a part of one is: then all of them raise the error.
+    return task.ranks.sum_values({"loss": float(loss) if are_finite else math.nan})["loss"]
 
 
 def _losses_of(task: Task, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -19,7 +19,7 @@ from tests.runs import ROOT
 
 BOTH = """recipe model revision data eval-data out template epochs max-steps batch-size grad-accum lr schedule
     warmup-steps weight-decay max-grad-norm max-length dropout eval-fraction eval-every save-every log-every seed device
-    dtype base-dtype lora-rank lora-alpha lora-dropout lora-targets resume order gradient-checkpointing""".split()
+    dtype base-dtype lora-rank lora-alpha lora-dropout lora-targets resume order gradient-checkpointing fsdp""".split()
 ONLY = {
     "sft": ["response-template", "no-input-only", "bleu-samples", "run-checks", "supervise"],
     "rm": ["margin-field", "center-rewards", "group-prompts", "lm-weight", "shuffle-labels"],
@@ -325,5 +325,6 @@ def test_the_control_experiment_changes_only_the_labels():
 
 def test_only_frozen_weights_may_be_in_half_precision():
     assert "--lora-rank" in refusal(["--base-dtype", "float16"])
+    assert "torchrun --nproc-per-node=2 train_rm.py" in refusal(["--fsdp"], "rm")
     assert "so omit --dtype" in refusal(["--base-dtype", "float16", "--lora-rank", "4", "--dtype", "float64"])
     assert parse("rm", ["--base-dtype", "bfloat16", "--recipe", "course"]).base_dtype == "bfloat16"

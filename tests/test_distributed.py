@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,8 +106,10 @@ def flags_for(script: str, folder: Path) -> list:
         ("sft", 3, 1, ["--run-checks", "--dropout", 0.1, "--bleu-samples", 2]),
         ("sft", 2, 1, ["--lora-rank", 2, "--lora-dropout", 0.2, "--dropout", 0.1]),
         ("rm", 2, 2, ["--lm-weight", 0.03]),
+        ("sft", 2, 2, ["--fsdp", "--dropout", 0.1, "--bleu-samples", 3]),
+        ("rm", 3, 1, ["--fsdp", "--gradient-checkpointing"]),
     ],
-    ids=["two, buckets", "three, dropout", "LoRA", "rewards"],
+    ids=["two, buckets", "three, dropout", "LoRA", "rewards", "two, sharded", "three, rewards, sharded"],
 )
 def test_ranks_are_accumulation(script: str, ranks: int, accumulation: int, flags: list, tmp_path: Path) -> None:
     """In float64: AdamW divides a float32 gradient near 0 by itself, rounding included."""
@@ -118,10 +121,12 @@ def test_ranks_are_accumulation(script: str, ranks: int, accumulation: int, flag
     process = start(ranks, name, *flags, "--grad-accum", accumulation, "--out", tmp_path / "ranks")
     printed, errors = finish(process)
     assert process.returncode == 0, errors[-3000:]
+    flags = [flag for flag in flags if flag != "--fsdp"]
     expected = run(script, *flags, "--grad-accum", accumulation * ranks, "--out", tmp_path / "one")
     # Once, not once a rank; the values of --out and --grad-accum, and commands, differ.
     ours, theirs = (
-        [line[:9] for line in text.splitlines() if " -m minift " not in line] for text in (printed, expected)
+        [line[:9] for line in text.splitlines() if " -m minift " not in line and "--fsdp" not in line]
+        for text in (printed, expected)
     )
     assert ours == theirs
 
@@ -164,6 +169,33 @@ def test_a_rank_that_is_killed_ends_the_run_and_restarts_go_on_from_the_last_che
         assert [line["step"] for line in ours] == [line["step"] for line in theirs]
         for one, other in zip(ours, theirs, strict=True):
             assert abs(one["loss"] - other["loss"]) < 1e-6
+
+
+@torchrun
+def test_a_sharded_run_is_resumed_by_another_number_of_ranks(tmp_path: Path) -> None:
+    """Of two ranks one is killed, three go on; so does one process, which has all weights."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    flags = [*flags_for("sft", tmp_path), "--batch-size", 1, "--save-every", 1, "--bleu-samples", 2]
+    flags += ["--dtype", "float64", "--out"]
+    process = start(2, tmp_path / "killed.py", *flags, tmp_path / "three", "--fsdp", "--grad-accum", 3)
+    _, errors = finish(process)
+    assert process.returncode == 1
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: the machine failed: another rank has ended"), errors[-3000:]
+    assert json.loads((tmp_path / "three" / "checkpoints" / "steps.json").read_text())["last"] == 3
+    shutil.copytree(tmp_path / "three", tmp_path / "one")
+    process = start(3, "train_sft.py", *flags, tmp_path / "three", "--fsdp", "--grad-accum", 2, "--resume")
+    _, errors = finish(process)
+    assert process.returncode == 0, errors[-3000:]
+    run("sft", *flags, tmp_path / "one", "--grad-accum", 6, "--resume")
+    run("sft", *flags, tmp_path / "undisturbed", "--grad-accum", 6)
+    losses, weights = [], []
+    for name in ("three", "one", "undisturbed"):
+        losses.append([line["loss"] for line in read_lines(tmp_path / name / "metrics.jsonl")])
+        weights.append(load_file(tmp_path / name / "model.safetensors"))
+    for name in range(2):
+        assert losses[name] == pytest.approx(losses[2], abs=1e-10) and len(losses[2]) > 6
+        assert max(difference(tensor, weights[2][key]) for key, tensor in weights[name].items()) < 1e-9
 
 
 def join(rank: int) -> None:

@@ -1,6 +1,6 @@
 """Imports run one way, scripts → commands → run → files → heart, without circles, and reach few packages.
 
-ruff forbids imports inside functions (PLC0415), except those of optional extras (TID253).
+ruff forbids imports inside functions (PLC0415), except those of optional extras and of slow modules (TID253).
 """
 
 import ast

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from minift.errors import UserError
 from minift.files.text import say, target_of
 from minift.run.interrupts import interrupt_with, leave, on_signals
-from minift.run.ranks import RANK
+from minift.run.ranks import LOST_RANK, RANK
 
 # For Apple's GPU: an operation that it lacks runs on the CPU. torch reads this when it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
@@ -143,14 +143,25 @@ def run_command(main: Callable[[], None]) -> None:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
             _exit(2, f"error: {error.filename}: {error.strerror}")
-        # torch raises RuntimeErrors for memory: OutOfMemoryError on a GPU, "DefaultCPUAllocator: …" on a CPU.
-        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
-            _exit(1, f"error: out of memory, try a smaller --batch-size: {error}")
-        # safetensors raises SafetensorError when the disk is full.
-        if isinstance(error, OSError | MemoryError) or type(error).__name__ == "SafetensorError":
-            _exit(1, f"error: the machine failed: {str(error) or type(error).__name__}")
+        if fault := _fault(error):
+            _exit(1, f"error: {fault}")
         sys.stderr = sys.__stderr__  # for the traceback, on every rank
         raise
+
+
+def _fault(error: Exception) -> str:
+    """Return what has failed in the machine; "" for a bug."""
+    name = type(error).__name__
+    # torch raises RuntimeErrors for memory: OutOfMemoryError on a GPU, "DefaultCPUAllocator: …" on a CPU.
+    if name == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):
+        return f"out of memory, try a smaller --batch-size: {error}"
+    # safetensors raises SafetensorError when the disk is full.
+    if isinstance(error, OSError | MemoryError) or name == "SafetensorError":
+        return f"the machine failed: {str(error) or name}"
+    # The passes of a sharded model communicate. torch raises RuntimeErrors for gloo, and this for NCCL.
+    if name == "DistBackendError" or "gloo" in str(error):
+        return f"the machine failed: {LOST_RANK} ({str(error):.100})"
+    return ""
 
 
 def _exit(status: int, line: str) -> NoReturn:

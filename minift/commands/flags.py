@@ -12,7 +12,7 @@ from minift.commands.recipes import DROPPED_BY, RECIPES
 from minift.config import GROUPS, MOST, SWITCH, TEXT, Config, defaults_of, flag_of, options_of
 from minift.errors import UserError
 from minift.run import sandbox
-from minift.run.ranks import NUM_RESTARTS
+from minift.run.ranks import NUM_RESTARTS, WORLD_SIZE
 from minift.run.resume import is_unfinished
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -64,6 +64,10 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
          f"{half}: it also sets the dtype of the forward pass, so omit --dtype"),
         (config.shuffle_labels and config.group_prompts,
          "--group-prompts: with --shuffle-labels there is no chosen response to group by"),
+        (config.fsdp and WORLD_SIZE == 1,
+         "--fsdp: there is only one process: start two or more, torchrun --nproc-per-node=2 " + SCRIPTS[script]),
+        (config.fsdp and config.lora_rank,
+         "--lora-rank: with --fsdp all weights are trained: omit --fsdp, --base-dtype bfloat16 saves memory too"),
     ):  # fmt: skip
         if is_wrong:
             raise UserError(problem)

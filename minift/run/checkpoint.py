@@ -21,9 +21,13 @@ from torch import nn
 
 from minift.errors import UserError
 from minift.files.text import MACHINE_ERRORS, check_not_pointer, fsync, read_json, write_json
+from minift.run.distributed import is_sharded
+from minift.run.ranks import RANK
+from minift.run.sharding import read_parts, write_parts
 from minift.trainer import Progress
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+WHOLE, PARTS = "training.safetensors", "training"  # a file, or a folder with a file for each rank of a sharded model
 STEPS = "steps.json"
 NAMES = ("last", "best")
 
@@ -34,20 +38,29 @@ def save(
 ) -> None:  # fmt: skip
     """Write a checkpoint, name it in steps.json, and delete those that are no longer named there.
 
-    The folder is renamed only after everything is on disk: a crash at any moment leaves the previous checkpoint.
+    The folder is renamed only after everything is on disk: a crash at any moment leaves the previous checkpoint. All
+    ranks call this: rank 0 writes, and the others their parts of a sharded model.
     """
+    if RANK > 0 and not is_sharded(model):
+        return
     checkpoints.mkdir(parents=True, exist_ok=True)
     folder = _step_folder(checkpoints, progress.step)
     unfinished = checkpoints / f".{folder.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir()
+        if RANK == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
         write_model(unfinished)
         tensors = {}
         for name, parameter in _trained(model).items():
             tensors[f"parameter.{name}"] = parameter.data
             tensors |= {f"{moment}.{name}": tensor for moment, tensor in optimizer.state[parameter].items()}
-        save_file(tensors, unfinished / "training.safetensors")
+        if is_sharded(model):
+            write_parts(tensors, unfinished / PARTS)
+        else:
+            save_file(tensors, unfinished / WHOLE)
+        if RANK > 0:
+            return
         write_json(unfinished / "progress.json", asdict(progress))
         for path in unfinished.rglob("*"):
             fsync(path)
@@ -56,7 +69,8 @@ def save(
         unfinished.rename(folder)
         fsync(checkpoints)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if RANK == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
     best = folder if is_best else best
     _write_steps(checkpoints, {"last": folder} | ({"best": best} if best else {}))
 
@@ -77,9 +91,9 @@ def load(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
         raise UserError(f"--resume: {checkpoints} has no checkpoint; leave --resume out to start afresh")
     with _damage_named(checkpoints, folder / "progress.json") as file:
         progress = _read_progress(file)
-    with _damage_named(checkpoints, folder / "training.safetensors") as file:
-        check_not_pointer(file)
-        tensors, trained = load_file(file), _trained(model)
+    with _damage_named(checkpoints, folder / (PARTS if (folder / PARTS).is_dir() else WHOLE)) as file:
+        trained = _trained(model)
+        tensors = _read_tensors(file, model)
         expected = {f"parameter.{name}": parameter.shape for name, parameter in trained.items()}
         found = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("parameter.")}
         if odd := sorted(name for name, _ in expected.items() ^ found.items()):
@@ -105,6 +119,16 @@ def _damage_named(checkpoints: Path, file: Path) -> Iterator[Path]:
         way = f"delete {file.parent} to continue from {earlier[-1]}" if earlier else "start afresh without --resume"
         problem = getattr(error, "strerror", None) or error
         raise UserError(f"--resume: {file} is damaged ({problem}); {way}") from None
+
+
+def _read_tensors(file: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and moments of `WHOLE` or `PARTS`; of a sharded model, this rank's part of each."""
+    if file.name == PARTS:
+        return read_parts(file, _trained(model))
+    check_not_pointer(file)
+    if is_sharded(model):
+        return read_parts(file.parent, _trained(model))
+    return load_file(file)
 
 
 def _read_progress(path: Path) -> Progress:

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minift.run.ranks import IS_ONE_MACHINE, NUM_RESTARTS, RANK, WORLD_SIZE
+from minift.run.ranks import IS_ONE_MACHINE, LOST_RANK, NUM_RESTARTS, RANK, WORLD_SIZE
 from minift.trainer import Ranks
 
 BUCKET = 25 * 2**20  # bytes of gradients that are summed at a time; as in torch's DistributedDataParallel
+before_gather: list[Callable[[], None]] = []  # what a rank does before it waits for the others; see `sharding.InStep`
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -28,7 +29,7 @@ def join(device: torch.device) -> None:
         is_gpu = device.type == "cuda"
         if is_gpu:
             torch.cuda.set_device(device)  # where NCCL puts what it sends
-        with _named_errors():
+        with named_errors():
             store, rank, size = next(dist.rendezvous("env://"))
             if IS_ONE_MACHINE:  # torchrun keeps its store: after a restart the addresses of ended processes are in it
                 store = dist.PrefixStore(f"restart {NUM_RESTARTS}", store)
@@ -39,13 +40,14 @@ def join(device: torch.device) -> None:
 def rank_0_first() -> Iterator[None]:
     """Let rank 0 run the block before the others do."""
     if RANK > 0:
-        _barrier()
+        barrier()
     yield
     if RANK == 0:
-        _barrier()
+        barrier()
 
 
-def _barrier() -> None:
+def barrier() -> None:
+    """Wait until all ranks are here."""
     gather([None])
 
 
@@ -53,8 +55,10 @@ def gather(part: Sequence[Any]) -> list[Any]:
     """Return the items of all ranks, each of which gives its part: one of each in turn, as they were dealt."""
     if WORLD_SIZE == 1:
         return list(part)
+    for act in before_gather:
+        act()
     parts: list[Any] = [None] * WORLD_SIZE
-    with _named_errors():
+    with named_errors():
         dist.all_gather_object(parts, list(part))
     return [part[number] for number in range(len(parts[0])) for part in parts if number < len(part)]
 
@@ -78,9 +82,10 @@ def summed_gradients(model: nn.Module, num_backward: int) -> Iterator[None]:
     """Leave in `.grad` the sums over the ranks of what the block's `num_backward` backward passes add up.
 
     Gradients are complete in about the reverse order of the parameters. As soon as a bucket of them is, its sum begins,
-    while the backward pass goes on (Li et al. 2020, arXiv 2006.15704, section 3.2.3).
+    while the backward pass goes on (Li et al. 2020, arXiv 2006.15704, section 3.2.3). Those of a sharded model are
+    summed in every backward pass: until then each rank would hold them whole.
     """
-    if WORLD_SIZE == 1:
+    if WORLD_SIZE == 1 or is_sharded(model):
         yield
         return
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad][::-1]
@@ -94,7 +99,7 @@ def summed_gradients(model: nn.Module, num_backward: int) -> Iterator[None]:
         """Begin the sum of the next bucket; a parameter without gradient on this rank adds zeros."""
         bucket = buckets[len(begun)]
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in bucket])
-        with _named_errors():
+        with named_errors():
             begun.append((flat, dist.all_reduce(flat, async_op=True)))
 
     def note(parameter: nn.Parameter) -> None:
@@ -112,27 +117,37 @@ def summed_gradients(model: nn.Module, num_backward: int) -> Iterator[None]:
         for handle in handles:
             handle.remove()
     for bucket, (flat, work) in zip(buckets, begun, strict=True):
-        with _named_errors():
+        with named_errors():
             work.wait()
         for parameter, grad in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             parameter.grad = grad.view_as(parameter)
 
 
-RANKS = Ranks(RANK, WORLD_SIZE, sum_values, summed_gradients)
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether each rank has only a part of the model's weights: whether `sharding.shard` was called."""
+    return any(hasattr(module, "unshard") for module in model.modules())
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this rank has of a tensor: all of it, if it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+RANKS = Ranks(RANK, WORLD_SIZE, sum_values, summed_gradients, own_part)
 
 
 def leave() -> None:
     """Wait for the other ranks and end the connection: a process that just exits can take the others with it."""
     if dist.is_initialized():
-        _barrier()
+        barrier()
         dist.destroy_process_group()
 
 
 @contextmanager
-def _named_errors() -> Iterator[None]:
+def named_errors() -> Iterator[None]:
     """Raise ConnectionError where the other ranks cannot be reached."""
     try:
         yield
     except (RuntimeError, ConnectionError) as error:  # gloo raises RuntimeErrors
         cause = str(error).splitlines()[0]
-        raise ConnectionError(f"another rank has ended, see its own message or torchrun's ({cause:.100})") from None
+        raise ConnectionError(f"{LOST_RANK} ({cause:.100})") from None

@@ -170,8 +170,6 @@ class Run:
 
     def save(self, task: Task, optimizer: torch.optim.Optimizer, progress: Progress, *, is_best: bool) -> None:
         """Write a checkpoint."""
-        if RANK > 0:
-            return
         folder = self.folder / "checkpoints"
         checkpoint.save(folder, task.model, optimizer, progress, task.write_model, is_best=is_best)
 

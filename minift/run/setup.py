@@ -22,8 +22,10 @@ from minift.lora import adapters_of, add_lora, merge, unmerge
 from minift.model import OPT, Layer, Model, RewardModel
 from minift.pairs import Ranking
 from minift.prompts import Template
+from minift.run.distributed import is_sharded, join
 from minift.run.folder import Run
 from minift.run.ranks import RANK
+from minift.run.sharding import shard, whole
 from minift.tokenizer import Tokenizer
 
 
@@ -77,7 +79,7 @@ def swap_half(rankings: Sequence[Ranking], categories: Sequence[str | None], see
 
 
 def prepare(model: Model, run: Run) -> Model:
-    """Move a loaded model to the run's device, set its dropout, add adapters; UserError if these do not suit it."""
+    """Move a model to the run's device, set its dropout, add adapters, shard it; UserError if these do not suit it."""
     config = run.config
     model = model.to(run.device)
     if config.dropout is not None:
@@ -93,6 +95,9 @@ def prepare(model: Model, run: Run) -> Model:
         note = " (--model is adapters: the run will have no adapter/)" if run.model_files.are_adapters else ""
         count = sum(weight.numel() for weight in model.decoder.parameters() if weight.requires_grad)
         say(f"LoRA: {count:,} parameters to train{head}{note}")
+    if config.fsdp:
+        join(run.device)
+        shard(model)
     return model
 
 
@@ -113,6 +118,8 @@ def export(model: OPT | RewardModel, tokenizer: Tokenizer, template: Template, b
     Adapters are merged into the model. They are also written to `adapter/`, as peft reads them, with the name of
     `base`. This is not possible if `base` is itself a folder of adapters: no single folder holds their sum.
     """
+    if is_sharded(model):
+        model = whole(model)
     if RANK > 0:
         return
     if adapters_of(model) and not base.are_adapters:

@@ -1,0 +1,141 @@
+"""--fsdp: each rank keeps a part of every weight, of its gradient and of AdamW's moments, for models that do not fit.
+
+A layer's weights are gathered when a pass needs them and freed after it; its gradients are summed over the ranks, and
+each rank gets its part of the sums (ZeRO stage 3: Rajbhandari et al. 2020, arXiv 1910.02054; torch's `fully_shard`:
+Zhao et al. 2023, arXiv 2304.11277). So all ranks must run the same number of passes: see `InStep`.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from minift.model import OPT, Decoder, RewardModel
+from minift.run.distributed import before_gather, named_errors
+from minift.run.ranks import RANK, WORLD_SIZE
+
+WAITS, FORWARD, BACKWARD = range(3)  # what a rank does next: nothing, a forward pass, or a backward pass too
+
+
+def shard(model: OPT | RewardModel) -> None:
+    """Leave in a model this rank's part of every weight: the rows that `torch.chunk` gives it."""
+    from torch.distributed.fsdp import fully_shard  # 0.6 s, which other runs need not wait for
+
+    decoder = model.decoder
+    mesh = dist.init_device_mesh(model.head.device.type, (WORLD_SIZE,))
+    if isinstance(model, RewardModel):
+        decoder.add_module("score", model.score)  # the decoder's passes gather the reward head too
+    for module in [*decoder.layers, decoder]:  # the decoder itself: embeddings, which are the head as well, and norms
+        group = fully_shard(module, mesh=mesh)
+        group.set_gradient_divide_factor(1.0)  # sums, not means: the trainer divides by the count of all ranks
+        group.set_force_sum_reduction_for_comms(True)
+        group.set_reduce_scatter_unused_params(True)  # in the passes of `InStep` the reward head has no gradient
+    if isinstance(model, RewardModel):
+        del decoder.score
+    before_gather.append(InStep(decoder).wait)
+
+
+class InStep:
+    """Let a rank that waits for the others take part in their passes, which need its part of the weights.
+
+    Ranks have different numbers of micro-batches, prompts and tokens to generate. Before each forward pass a rank tells
+    the others; whoever waits for them instead runs one on a single token, and backward a gradient of zeros.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.is_waiting = False
+        self.group = dist.new_group(backend="gloo")  # on the CPU, so that no pass waits for a GPU
+        decoder.register_forward_pre_hook(self.announce, prepend=True)  # before the hook that gathers the weights
+
+    def announce(self, module: nn.Module, inputs: Any) -> None:
+        """Tell the others that this rank runs a forward pass, and a backward pass if gradients are on."""
+        if not self.is_waiting:
+            self._exchange(BACKWARD if torch.is_grad_enabled() else FORWARD)
+
+    def wait(self) -> None:
+        """Run the passes of the others until all ranks wait. Free what the last pass gathered."""
+        self.is_waiting = True
+        while (act := self._exchange(WAITS)) != WAITS:
+            zero = torch.zeros(1, dtype=torch.long, device=self.decoder.embed_tokens.weight.device)
+            with torch.set_grad_enabled(act == BACKWARD):
+                hidden = self.decoder(zero, zero, zero[:, None])  # (1, E)
+            if act == BACKWARD:
+                hidden.backward(torch.zeros_like(hidden))
+        self.is_waiting = False
+        self.decoder.reshard()  # type: ignore[operator]
+
+    def _exchange(self, act: int) -> int:
+        """Return the largest of the ranks' numbers."""
+        number = torch.tensor(act)
+        with named_errors():
+            dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
+        return int(number)
+
+
+def whole(model: OPT | RewardModel) -> OPT | RewardModel:
+    """Return a plain model on the CPU with all weights on rank 0, without values on the others.
+
+    The weights are gathered one at a time. All ranks must call it.
+    """
+    state = {}
+    for name, part in model.state_dict().items():
+        with named_errors():
+            tensor = part.full_tensor()
+        if RANK == 0:
+            state[name] = tensor.cpu()
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.load_state_dict(state, assign=True, strict=RANK == 0)
+    return plain
+
+
+def write_parts(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write tensors into a folder, one safetensors file for each rank's parts. All ranks must call it."""
+    import torch.distributed.checkpoint as dcp
+
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except dcp.CheckpointException as error:
+        raise _cause(error) from None
+
+
+def read_parts(folder: Path, like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the tensors in a folder's safetensors files, named `<measure>.<name of a parameter>`.
+
+    They may be parts written by another number of ranks, or whole. For a sharded parameter in `like` only this rank's
+    part is read. Raises ValueError if a part is missing, and like safetensors for damaged files.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.tensor import DTensor, empty
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    for name, stored in metadata.items():
+        parameter = like.get(name.partition(".")[2])
+        if sum(part.sizes.numel() for part in stored.chunks) != stored.size.numel():
+            raise ValueError(f"a part of {name} is missing")
+        if parameter is None:
+            tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
+        elif isinstance(parameter, DTensor) and len(stored.size) > 0:
+            mesh, placements = parameter.device_mesh, parameter.placements
+            tensors[name] = empty(stored.size, dtype=stored.properties.dtype, device_mesh=mesh, placements=placements)
+        else:
+            tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype, device=parameter.device)
+    read = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "assuming the intent is to load in a single process": it is
+            dcp.load(read, storage_reader=reader, no_dist=True)
+    except dcp.CheckpointException as error:
+        raise _cause(error) from None
+    return tensors
+
+
+def _cause(error: Any) -> BaseException:
+    """Return the first rank's exception of those in a CheckpointException."""
+    return min(error.failures.items())[1][0]
