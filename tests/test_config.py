@@ -323,8 +323,11 @@ def test_the_control_experiment_changes_only_the_labels():
     assert parse("rm", []).lm_weight > 0 and parse("rm", []).group_prompts
 
 
+def test_one_process_cannot_share_its_weights():
+    assert "--fsdp: there is only one process: start two or more, torchrun" in refusal(["--fsdp"])
+
+
 def test_only_frozen_weights_may_be_in_half_precision():
     assert "--lora-rank" in refusal(["--base-dtype", "float16"])
-    assert "torchrun --nproc-per-node=2 train_rm.py" in refusal(["--fsdp"], "rm")
     assert "so omit --dtype" in refusal(["--base-dtype", "float16", "--lora-rank", "4", "--dtype", "float64"])
     assert parse("rm", ["--base-dtype", "bfloat16", "--recipe", "course"]).base_dtype == "bfloat16"
