@@ -103,7 +103,8 @@ def load(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     for name, parameter in trained.items():
         parameter.data.copy_(tensors[f"parameter.{name}"])
         optimizer.state[parameter] = states[name]
-    _write_steps(checkpoints, steps)
+    if RANK == 0:  # two ranks that write one file disturb each other
+        _write_steps(checkpoints, steps)
     return progress
 
 
