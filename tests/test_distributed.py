@@ -175,7 +175,7 @@ def test_a_rank_that_is_killed_ends_the_run_and_restarts_go_on_from_the_last_che
 def test_a_sharded_run_is_resumed_by_another_number_of_ranks(tmp_path: Path) -> None:
     """Of two ranks one is killed, three go on; so does one process, which has all weights."""
     (tmp_path / "killed.py").write_text(KILLED)
-    flags = [*flags_for("sft", tmp_path), "--batch-size", 1, "--save-every", 1, "--bleu-samples", 2]
+    flags = [*flags_for("sft", tmp_path), "--max-steps", 4, "--batch-size", 1, "--save-every", 1, "--bleu-samples", 2]
     flags += ["--dtype", "float64", "--out"]
     process = start(2, tmp_path / "killed.py", *flags, tmp_path / "three", "--fsdp", "--grad-accum", 3)
     _, errors = finish(process)
