@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{args.shape} shape, float32, {about['machine']}, {about['matrix_rate'] / 1e9:.0f} GFLOP/s of matrix")
         print(f"products, {about['memory_rate'] / 1e9:.0f} GB/s; {', '.join(map(' '.join, about['versions'].items()))}")
         results: list[dict[str, Any]] = []
-        head = ["a second", "minift", "other", "ratio", f"{args.rounds} rounds", "GiB", "other", "ratio", "share"]
+        head = ["a second", "minift", "other", "ratio", "of a round", "GiB", "other", "ratio", "share"]
         print(_columns(head))
         for line in bench.lines():
             for result in bench.measure(line):
@@ -123,7 +123,6 @@ class Bench:
         self.config = shape_of(args.shape)
         self.tokenizer = load_tokenizer(Path(args.tokenizer or DATA / "model"))
         check_fits(self.tokenizer, self.config.vocab_size, f"--tokenizer {args.tokenizer}, --shape {args.shape}")
-        self.rates = {"matrix": matrix_rate(self.config.hidden_size), "memory": memory_rate()}
         self.folder = save(OPT(self.config), self.tokenizer, scratch / "model")
         self.work = Work(
             line="", folder=str(self.folder), data="", batch_size=args.batch_size, scratch=str(scratch),
@@ -139,7 +138,7 @@ class Bench:
             "shape": self.args.shape,
             "data": {name: getattr(self.args, name) or "shipped" for name in ("data", "pairs", "tokenizer")},
             "rounds": self.args.rounds,
-            **{f"{name}_rate": rate for name, rate in self.rates.items()},
+            **{f"{bound}_rate": self.rate(bound) for bound in ("matrix", "memory")},
         }
 
     def lines(self) -> Iterator[Line]:
@@ -206,9 +205,12 @@ class Bench:
         model = load_model(folder)
         options = Options(max_new_tokens=self.args.new_tokens)
         eos = end_token([ids for [ids] in generate(model, prompts, options)], self.args.new_tokens)
+        read = weight_bytes(model)
+        del model
         others = ("transformers_side",)
         if has_ctranslate2():
-            importlib.import_module("tests.bench.ctranslate2_side").convert(str(folder))
+            with quiet():
+                importlib.import_module("tests.bench.ctranslate2_side").convert(str(folder))
             others += ("ctranslate2_side",)
         for name, share, beams in (("greedy", 1, 1), ("beam", BEAMS, BEAMS), ("single", 8, 1)):
             if name in self.args.only:
@@ -218,7 +220,7 @@ class Bench:
                     line=name, folder=str(folder), data=str(path), new_tokens=self.args.new_tokens, num_beams=beams,
                     eos=eos, batch_size=1,
                 )  # fmt: skip
-                yield Line(name, work, others, *(("memory", weight_bytes(model)) if name == "single" else ()))
+                yield Line(name, work, others, *(("memory", read) if name == "single" else ()))
 
     def prompts(self) -> list[list[int]]:
         source = self.args.data or str(DATA / "heldout.jsonl")
@@ -236,32 +238,36 @@ class Bench:
         for side in line.others:
             works[side] = self.fastest(side, line.work) if line.name in ("greedy", "beam") else line.work
         rounds: list[dict[str, Timing]] = []
+        bounds: list[float] = []  # the machine's rate in each round: it changes with the load
         for _ in range(self.args.rounds):
             with quiet():
                 rounds.append({side: run(side, work) for side, work in works.items()})
+            if line.bound:
+                bounds.append(self.rate(line.bound))
         has_memory = self.args.memory and line.name != "bleu"
         memory = {side: self.alone(side, work)["peak"] for side, work in works.items() if has_memory}
         rates = {side: [done[side].items / done[side].seconds for done in rounds] for side in works}
-        share = statistics.median(rates["ours"]) * line.per_item / self.rates[line.bound] if line.bound else None
+        median = {side: statistics.median(rates[side]) for side in works}
         for side in line.others:
+            both = ("ours", side)
             ratios = [mine / its for mine, its in zip(rates["ours"], rates[side], strict=True)]
-            result = self.result(line.name, LINES[line.name], side, {s: statistics.median(rates[s]) for s in rates})
+            result: dict[str, Any] = {"line": line.name, "what": LINES[line.name], "against": NAMES[side]}
+            result |= {"median": {NAMES[s]: median[s] for s in both}, "ratio": median["ours"] / median[side]}
             result |= {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)}
-            if side == line.others[0] and share is not None:
-                result |= {"share": share, "share_of": f"{line.bound} rate"}
+            if line.bound and side == line.others[0]:
+                shares = [rate * line.per_item / bound for rate, bound in zip(rates["ours"], bounds, strict=True)]
+                result |= {"share": statistics.median(shares), "share_of": f"{line.bound} rate", "bounds": bounds}
             if memory:
-                result |= {"memory": {NAMES[s]: memory[s] for s in ("ours", side)}}
+                result |= {"memory": {NAMES[s]: memory[s] for s in both}}
             if rounds[0]["ours"].completions:
-                result |= {"batch_size": works[side].batch_size, "prompts": len(rounds[0]["ours"].completions)}
-                pairs = zip(rounds[0]["ours"].completions, rounds[0][side].completions, strict=True)
-                result |= {"equal_completions": sum([*mine] == [*its] for mine, its in pairs)}
-            result["rounds"] = {NAMES[s]: [[done[s].seconds, done[s].items] for done in rounds] for s in ("ours", side)}
-            yield result
+                mine, its = ([*map(list, rounds[0][s].completions)] for s in both)
+                result |= {"batch_size": works[side].batch_size, "prompts": len(mine)}
+                result |= {"equal_completions": sum(a == b for a, b in zip(mine, its, strict=True))}
+            yield result | {"rounds": {NAMES[s]: [[done[s].seconds, done[s].items] for done in rounds] for s in both}}
 
-    def result(self, name: str, what: str, side: str, medians: dict[str, float]) -> dict[str, Any]:
-        found: dict[str, Any] = {"line": name, "what": what, "against": NAMES[side]}
-        found["median"] = {NAMES[s]: medians[s] for s in ("ours", side)}
-        return found | {"ratio": medians["ours"] / medians[side]}
+    def rate(self, bound: str) -> float:
+        """Measure the rate of matrix products, in operations a second, or of reading memory, in bytes a second."""
+        return matrix_rate(self.config.hidden_size) if bound == "matrix" else memory_rate()
 
     def fastest(self, side: str, work: Work) -> Work:
         """Return the work with the batch size at which a side is fastest, tried once each."""
@@ -418,9 +424,10 @@ def times_a_second(work: Callable[[], Any]) -> float:
 
 def _columns(cells: Sequence[str]) -> str:
     """Return a line of the table, at most 120 columns wide."""
-    widths = (30, 9, 9, 8, 15, 7, 7, 8)
-    aligned = [f"{cells[0]:{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:]))]  # noqa: B905
-    return "".join([*aligned, f"  {cells[-1]}"]).rstrip()
+    what, *numbers, share = cells
+    widths = (9, 9, 8, 15, 7, 7, 8)
+    aligned = [f"{number:>{width}}" for number, width in zip(numbers, widths, strict=True)]
+    return f"{what:30}{''.join(aligned)}  {share}".rstrip()
 
 
 def _row(result: dict[str, Any]) -> str:
