@@ -5,6 +5,7 @@ A batch holds no padding: it is the flat list of its real tokens. `rows` says wh
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -60,6 +61,12 @@ def pad_rows(rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([[*row, *[-1] * (length - len(row))] for row in rows])
 
 
+@lru_cache(maxsize=1)  # a step takes a few of its indices, and drawing a million takes longer than a small step
+def epoch_order(count: int, seed: int) -> Tensor:
+    """Return the numbers below `count` in the order of an epoch; `seed` is the run's plus the epoch's number."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
 AnyBatch = TypeVar("AnyBatch", covariant=True)
 
 
@@ -92,11 +99,11 @@ class Loader(Generic[AnyBatch]):
         if not self.examples:
             raise ValueError("no examples, so there is no optimiser step")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        count = len(self.examples)
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order = torch.randperm(count, generator=generator) if self.order == "shuffled" else torch.arange(count)
         per_step = self.batch_size * self.grad_accum
-        indices = order[step_in_epoch * per_step : (step_in_epoch + 1) * per_step].tolist()
+        begin, end = step_in_epoch * per_step, min((step_in_epoch + 1) * per_step, len(self.examples))
+        indices: Sequence[int] = range(begin, end)
+        if self.order == "shuffled":
+            indices = epoch_order(len(self.examples), self.seed + epoch)[begin:end].tolist()
         for start in range(first * self.batch_size, len(indices), every * self.batch_size):
             yield self.collate([self.examples[index] for index in indices[start : start + self.batch_size]])
 

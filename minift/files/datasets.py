@@ -4,9 +4,9 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,8 +22,8 @@ from minift.files.text import (
     check_unicode,
     parse_json,
     parse_json_lines,
+    read_lines,
     read_stdin,
-    read_text,
     say,
 )
 from minift.prompts import question_fields
@@ -70,12 +70,35 @@ def load_rows(data: str | Path | None, schemas: Schemas = TRAINING_SCHEMAS, *, m
     others are kept unchanged. Raises UserError naming the file, the line or row, and the field if the data cannot be
     read or is wrong, and like `hub.look_up`.
     """
-    files = [Path(STDIN)] if data is None else data_files(data)
     rows: list[Row] = []
     noted: Encoded[Row] = Encoded(str(data or STDIN), "row", 0)
+    for row, remarks in stream_rows(data, schemas, mixed=mixed):
+        rows.append(row)
+        for remark in remarks:
+            noted.remark(remark, row.location)
+    print_remarks(noted, sys.stderr)
+    return rows
+
+
+def stream_rows(
+    data: str | Path | None,
+    schemas: Schemas,
+    *,
+    mixed: bool = False,
+    on_read: Callable[[int], object] = lambda count: None,
+) -> Iterator[tuple[Row, list[str]]]:
+    """Yield what `load_rows` returns, row by row, each with the remarks about it; `on_read` is given numbers of bytes.
+
+    Only one row is in memory, or of a JSON array all of its file. Raises like `load_rows`, where the reading comes to
+    the problem.
+    """
+    files = [Path(STDIN)] if data is None else data_files(data)
     first = None  # the fields of the first row's schema
     for path in files:
-        unit, values = _parse_values(read_stdin(LINES_OR_ARRAY), path) if data is None else _read_values(path)
+        if data is None:
+            unit, values = _parse_values(StringIO(read_stdin(LINES_OR_ARRAY), newline="\n"), path)
+        else:
+            unit, values = _read_values(path, on_read)
         for number, value in values:
             where = f"{path}:{number}" if unit == "line" else f"{path}: row {number}"
             fields, required, remarks = read_row(value, schemas, where)
@@ -84,14 +107,10 @@ def load_rows(data: str | Path | None, schemas: Schemas = TRAINING_SCHEMAS, *, m
                 has, had = _quoted(required), _quoted(first)
                 raise UserError(f"{where}: this row has {has}, earlier ones {had}: split the file")
             location = f"{unit} {number}" if len(files) == 1 else f"{path.name}: {unit} {number}"
-            rows.append(Row(fields, location, value))
-            for remark in remarks:
-                noted.remark(remark, location)
-    if not rows:
+            yield Row(fields, location, value), remarks
+    if first is None:
         expected = "a line of names, then one row a line" if str(data).endswith(CSV) else LINES_OR_ARRAY
         raise UserError(f"{data or STDIN}: no rows in it, expected {expected}")
-    print_remarks(noted, sys.stderr)
-    return rows
 
 
 def print_remarks(encoded: Encoded, stream: TextIO) -> None:
@@ -138,27 +157,26 @@ def split(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     return order[held_out:], order[:held_out]
 
 
-def _read_values(path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
+def _read_values(path: Path, on_read: Callable[[int], object]) -> tuple[str, Iterable[tuple[int, Any]]]:
     """Return the unit in which a file is counted, "line" or "row", and its numbered values."""
     expected = "a .json, .jsonl, .csv or .parquet file, gzipped (.gz) or not, or a hub data set (owner/name)"
     if not path.name.endswith(DATA_SUFFIXES) and not path.is_dir():
         raise UserError(f"{path}: expected {expected}")
     if path.suffix == ".parquet" and path.is_file():
         check_not_pointer(path)
-        return "row", enumerate(_read_parquet(path), start=1)
-    text = read_text(path, expected)
+        return "row", enumerate(_read_parquet(path, on_read), start=1)
     if path.name.endswith(CSV):
-        return "line", _parse_csv(text, path)
-    return _parse_values(text, path)
+        return "line", _parse_csv(read_lines(path, expected, newline="", on_read=on_read), path)
+    return _parse_values(read_lines(path, expected, newline="\n", on_read=on_read), path)
 
 
-def _parse_csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _parse_csv(lines: Iterable[str], path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the first line's number and the fields of each record; the first record has their names.
 
     Raises UserError for a record that has more or fewer fields, and for quotes that do not match.
     """
-    csv.field_size_limit(len(text) + 1)
-    records = csv.reader(StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(2**31 - 1)  # the largest that every system has
+    records = csv.reader(lines, strict=True)
     names: list[str] | None = None
     end = 0  # the last line of the record before
     while True:
@@ -184,18 +202,23 @@ def _parse_csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             yield number, dict(zip(names, record, strict=True))
 
 
-def _parse_values(text: str, path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
-    """Return the unit and the numbered values of a text, as `_read_values` does."""
-    parse = partial(parse_json, text, path, LINES_OR_ARRAY, object_hook=_without_nulls)
-    if text.lstrip()[:1] == "[":
-        return "row", enumerate(parse(), start=1)
-    first = text.lstrip().split("\n")[0].rstrip()
-    if first[:1] == "{" and first[-1] in "{[,":
-        return "row", enumerate(parse(several=True), start=1)  # objects over several lines, as jq prints them
-    return "line", parse_json_lines(text, path, LINES_OR_ARRAY, object_hook=_without_nulls)
+def _parse_values(lines: Iterable[str], path: Path) -> tuple[str, Iterable[tuple[int, Any]]]:
+    """Return the unit and the numbered values of JSON or JSONL, as `_read_values` does."""
+    lines = iter(lines)
+    begun = []  # the lines up to the first that is not blank
+    for line in lines:
+        begun.append(line)
+        if line.strip():
+            break
+    first, lines = begun[-1].strip() if begun else "", chain(begun, lines)
+    if first.startswith("[") or (first.startswith("{") and first[-1] in "{[,"):
+        several = not first.startswith("[")  # objects over several lines, as jq prints them
+        values = parse_json("".join(lines), path, LINES_OR_ARRAY, several=several, object_hook=_without_nulls)
+        return "row", enumerate(values, start=1)
+    return "line", parse_json_lines(lines, path, LINES_OR_ARRAY, object_hook=_without_nulls)
 
 
-def _read_parquet(path: Path) -> Iterator[Any]:
+def _read_parquet(path: Path, on_read: Callable[[int], object]) -> Iterator[Any]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
@@ -204,6 +227,7 @@ def _read_parquet(path: Path) -> Iterator[Any]:
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches():
+                on_read(path.stat().st_size * batch.num_rows // file.metadata.num_rows)
                 for value in batch.to_pylist():
                     # Bytes that are not UTF-8 become lone surrogates, which are refused. NaN and Infinity become null.
                     text = json.dumps(

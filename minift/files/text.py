@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,12 +80,47 @@ def check_not_pointer(path: str | Path) -> None:
 
 def read_text(path: str | Path, expected: str, encoding: str = "utf-8-sig") -> str:
     """Return a file's text, decompressed if it is gzip; UserError with `expected` if it can't be read."""
-    try:
+    with _readable(path, expected):
         data = read_bytes(path)
+    return _decode(data, path, expected, encoding)
+
+
+def read_lines(path: Path, expected: str, newline: str, on_read: Callable[[int], object]) -> Iterator[str]:
+    """Yield a file's lines with their ends, decompressed if it is gzip: `read_text` for a file of any size.
+
+    `newline` is that of `open`; `on_read` is called with the numbers of bytes read. Raises UserError like `read_text`,
+    where the reading comes to the problem.
+    """
+    with _readable(path, expected):
+        check_not_pointer(path)
+        file = path.open("rb")
+    with file:
+        data: Any = gzip.GzipFile(fileobj=file) if file.peek(len(GZIP)).startswith(GZIP) else file
+        text, done = TextIOWrapper(data, "utf-8-sig", newline=newline), 0
+        try:
+            for line in text:
+                on_read(file.tell() - done)
+                done = file.tell()
+                yield line
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise _damaged_gzip(path, error, expected) from None
+        except UnicodeDecodeError:  # without the line's number
+            data.seek(0)
+            for number, raw in enumerate(data, start=1):
+                try:
+                    raw.decode()
+                except UnicodeDecodeError as error:
+                    raise _not_utf_8(path, number, raw[error.start]) from None
+
+
+@contextmanager
+def _readable(path: str | Path, expected: str) -> Iterator[None]:
+    """Translate the errors of opening a file into UserError."""
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         problems = {IsADirectoryError: "a directory", PermissionError: "no permission to read it"}
         raise UserError(f"{path}: {problems.get(type(error), 'no such file')}, expected {expected}") from None
-    return _decode(data, path, expected, encoding)
 
 
 def read_stdin(expected: str) -> str:
@@ -96,12 +132,19 @@ def _decode(data: bytes, path: str | Path, expected: str, encoding: str = "utf-8
     try:
         data = gzip.decompress(data) if data.startswith(GZIP) else data
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: truncated or damaged gzip ({error}), expected {expected}") from None
+        raise _damaged_gzip(path, error, expected) from None
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); convert it") from None
+        raise _not_utf_8(path, data.count(b"\n", 0, error.start) + 1, data[error.start]) from None
+
+
+def _damaged_gzip(path: str | Path, error: Exception, expected: str) -> UserError:
+    return UserError(f"{path}: truncated or damaged gzip ({error}), expected {expected}")
+
+
+def _not_utf_8(path: str | Path, line: int, byte: int) -> UserError:
+    return UserError(f"{path}:{line}: not UTF-8 text (byte 0x{byte:02x}); convert it")
 
 
 def read_json(path: str | Path, expected: str) -> dict[str, Any]:
@@ -156,13 +199,16 @@ def parse_json(
 
 
 def parse_json_lines(
-    text: str, path: str | Path, expected: str = "one JSON object a line", **settings: Any
+    text: str | Iterable[str], path: str | Path, expected: str = "one JSON object a line", **settings: Any
 ) -> Iterator[tuple[int, Any]]:
-    """Yield each line's number and JSON value, skipping blank lines; raise UserError like `parse_json`."""
+    """Yield the number and JSON value of each line of a text, or of lines; skip blank ones.
+
+    Raises UserError like `parse_json`.
+    """
     # Not splitlines(): a JSON string may contain a raw U+2028 or U+0085.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n") if isinstance(text, str) else text, start=1):
         if line.strip():
-            yield number, parse_json(line, path, expected, line=number, **settings)
+            yield number, parse_json(line.removesuffix("\n"), path, expected, line=number, **settings)
 
 
 def read_json_lines(path: str | Path, expected: str = "one JSON object a line") -> Iterator[tuple[int, Any]]:
