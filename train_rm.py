@@ -37,23 +37,23 @@ def main() -> None:
     model, tokenizer = load_for_rm(run.find_model(), seed=config.seed, dtype=run.weights_dtype)
     model = prepare(model, run)  # device, dropout, LoRA
 
-    # 2. Pairs to train on, and pairs held out.
-    train_split, eval_split = load_splits(run, PAIR_SCHEMAS)
-
-    # 3. Text becomes ids: the prompt with each of its responses, best first, and the end token.
+    # 2. How text becomes ids: the prompt with each of its responses, best first, and the end token.
     template = load_template(config.template)
     length = max_length_for(config, model)
     encode = partial(
         encode_rankings, tokenizer=tokenizer, template=template, max_length=length, margin_field=config.margin_field
     )
-    train_set, eval_set = (encode(split.rows, source=split.source) for split in (train_split, eval_split))
+
+    # 3. Pairs to train on, and pairs held out.
+    train_set, eval_set = load_splits(run, PAIR_SCHEMAS, encode)
     terminal.print_summaries(train_set, eval_set)
     rankings = train_set.examples
     if config.shuffle_labels:  # the control experiment: half of the pairs change sides
         rankings = swap_half(rankings, train_set.categories, config.seed)
     elif config.group_prompts:
         rankings = group_by_chosen(rankings)
-    terminal.show_pairs(rankings, len(train_set.examples), tokenizer)
+    are_grouped = config.group_prompts and any(ranking.best_only for ranking in rankings)
+    terminal.show_pairs(rankings, len(train_set.examples), tokenizer, are_grouped=are_grouped)
 
     # 4. A batch is the flat list of its tokens; a prompt that responses share is in it once.
     train_batches = Loader(rankings, collate_rankings, config.batch_size, run.grad_accum, config.seed, config.order)
@@ -84,7 +84,7 @@ def main() -> None:
 
     # 6. Train.
     write_model = partial(export, model, tokenizer, template, run.model_files)
-    unit = "prompts" if any(ranking.best_only for ranking in rankings) else f"{train_set.noun}s"
+    unit = "prompts" if are_grouped else f"{train_set.noun}s"
     task = Task(model, loss, train_batches, eval_batches, write_model, unit, run.dtype, RANKS)
     train(task, config, run)
     write_model(run.folder)

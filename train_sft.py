@@ -34,16 +34,15 @@ def main() -> None:
     model, tokenizer = load_for_sft(run.find_model(), dtype=run.weights_dtype)
     model = prepare(model, run)  # device, dropout, LoRA
 
-    # 2. Rows to train on, and rows held out.
-    train_split, eval_split = load_splits(run, TRAINING_SCHEMAS)
-
-    # 3. Text becomes ids and labels: the completion and its end token are supervised, the prompt is not.
+    # 2. How text becomes ids and labels: the completion and its end token are supervised, the prompt is not.
     template = load_template(config.template)
     encode = partial(
         encode_rows, tokenizer=tokenizer, template=template, max_length=max_length_for(config, model),
         response_template=config.response_template, supervise=config.supervise,
     )  # fmt: skip
-    train_set, eval_set = (encode(split.rows, source=split.source) for split in (train_split, eval_split))
+
+    # 3. Rows to train on, and rows held out.
+    train_set, eval_set = load_splits(run, TRAINING_SCHEMAS, encode)
     terminal.print_summaries(train_set, eval_set)
     terminal.show_labels(train_set.examples, tokenizer)
 

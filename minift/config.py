@@ -79,6 +79,8 @@ class Config:
                                     "--eval-fraction of --data is held out")
     eval_fraction: float = _option(0.1, FRACTION, DATA, "fraction of --data to hold out; 0 trains on every row")
     no_input_only: bool = _option(False, SWITCH, DATA, "keep only the rows whose input is empty", SFT)
+    encoded_cache: str | None = _option(None, TEXT, DATA, "folder in which to keep the encoded rows, for data larger "
+                                        "than memory and for a quick start; without one they are in memory")
     out: str = _option("runs/sft", TEXT, DATA, "the run's folder")
     resume: bool = _option(False, SWITCH, DATA, "continue from the last checkpoint in --out")
 

@@ -92,13 +92,15 @@ def encode_all(prompt: Sequence[str], completion: Sequence[str], tokenizer: Toke
 def encode_rows(
     rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: Template, *, max_length: int | None,
     response_template: str | None = None, supervise: Literal["completion", "all"] = "completion", source: str = "rows",
+    may_be_empty: bool = False,
 ) -> Encoded[Example]:  # fmt: skip
     """Encode rows of an instruction, a prompt or a text; drop those without a supervised token and say so.
 
     Longer rows keep their first `max_length` tokens. `response_template` is for `text` rows and defaults to the
     template's own. `supervise="all"` is plain language modelling, for comparison.
 
-    Raises UserError if every row is dropped, if one cannot be encoded, and for `text` rows without a response template.
+    Raises UserError if every row is dropped (unless `may_be_empty`), if one cannot be encoded, and for `text` rows
+    without a response template.
     """
     encoded: Encoded[Example] = Encoded(source, "row", len(rows))
     within = "after the first one" if max_length is None else f"within the first {max_length} tokens"
@@ -122,7 +124,8 @@ def encode_rows(
         encoded.keep(example, row, index, remarks)
     encoded.tokens = sum(len(example.input_ids) for example in encoded.examples)
     encoded.supervised_tokens = sum(count_supervised(example.labels) for example in encoded.examples)
-    encoded.check_any_kept("has a supervised token")
+    if not may_be_empty:
+        encoded.check_any_kept()
     return encoded
 
 

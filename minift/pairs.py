@@ -31,12 +31,12 @@ class Ranking(NamedTuple):
 
 def encode_rankings(
     rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, template: Template, *, max_length: int,
-    margin_field: str | None = None, source: str = "rows",
+    margin_field: str | None = None, source: str = "rows", may_be_empty: bool = False,
 ) -> Encoded[Ranking]:  # fmt: skip
     """Encode pairs and rankings; drop those with equal sides, or a side over `max_length`, and say so.
 
     `margin_field` names the field with a row's margin; without it, margins are 0. Raises UserError if every row is
-    dropped, a row cannot be encoded, or a margin is not a number.
+    dropped (unless `may_be_empty`), a row cannot be encoded, or a margin is not a number.
     """
     are_pairs = all(len(responses_of(row)) == 2 for row in rows)
     encoded: Encoded[Ranking] = Encoded(source, "pair" if are_pairs else "ranking", len(rows))
@@ -58,7 +58,8 @@ def encode_rankings(
             remarks = about_preferences(row, sequences, tokenizer, template)
             encoded.keep(Ranking(sequences, margin), row, index, remarks)
     encoded.tokens = sum(len(ids) for ranking in encoded.examples for ids in ranking.responses)
-    encoded.check_any_kept("can be learned from")
+    if not may_be_empty:
+        encoded.check_any_kept()
     return encoded
 
 

@@ -21,9 +21,13 @@ class PlainLines:
             print(text.strip(), file=self.stream, flush=True)
 
 
-def progress_bar(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
-    """Return a progress bar on stderr; where that is a file or a pipe, a line every ten seconds and at the end."""
+def progress_bar(total: int, description: str, unit: str, initial: int = 0, unit_scale: bool = False) -> tqdm:
+    """Return a progress bar on stderr; where that is a file or a pipe, a line every ten seconds and at the end.
+
+    With `unit_scale`, 12,000,000 is printed as 12.0M.
+    """
     options: dict[str, Any] = {"total": total, "desc": description, "unit": unit, "initial": initial}
+    options["unit_scale"] = unit_scale
     if sys.stderr.isatty():
         return tqdm(**options, mininterval=0.5)
     form = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"

@@ -12,6 +12,7 @@ from minift.prompts import Template, is_text_row, question_fields, question_of, 
 from minift.tokenizer import Special, Tokenizer
 
 NAMED_LOCATIONS = 5  # how many rows a message names
+UNMARKED = "dropped: the response template is not in the text"
 # Fields that often hold a part of the question and are not read. An "input" belongs to an instruction, not to a prompt.
 UNREAD = ("system", "system_prompt", "context", "question", "query", "history", "input", "messages", "conversations")
 MAX_CATEGORIES = 20  # with more distinct values, the field is not a category
@@ -24,7 +25,7 @@ class Encoded(Generic[Item]):
     """One encoded data set: examples or rankings, the rows they come from, and remarks about rows.
 
     `source` is what messages call the data set, usually its file. `remarks` maps a remark to the locations ("line 17")
-    of the rows it applies to.
+    of the rows it applies to. The lists are read-only sequences in a data set that `files.encoded` maps.
     """
 
     source: str
@@ -36,7 +37,7 @@ class Encoded(Generic[Item]):
     tokens: int = 0
     supervised_tokens: int | None = None
     remarks: dict[str, list[str]] = field(default_factory=dict)
-    causes: list[str] = field(default_factory=list)  # why `text` rows lack their marker, for the first of them
+    unmarked: list[tuple[str, str, str]] = field(default_factory=list)  # location, text, marker of the first without it
 
     @property
     def categories(self) -> list[str | None]:
@@ -51,6 +52,14 @@ class Encoded(Generic[Item]):
             percent = f" ({self.supervised_tokens / self.tokens:.0%})" if self.tokens else ""
             totals += f", {self.supervised_tokens:,} of them supervised{percent}"
         return "\n".join([totals, *self.remark_lines])
+
+    @property
+    def causes(self) -> list[str]:
+        """Return a line for each of `unmarked`: likely reasons why the marker is not in the text."""
+        causes = [
+            f"{location}: {text[:60]!r}: {likely_cause(text, marker)}" for location, text, marker in self.unmarked
+        ]
+        return [causes[0] + "; name another one with --response-template", *causes[1:]] if causes else []
 
     @property
     def remark_lines(self) -> list[str]:
@@ -74,15 +83,15 @@ class Encoded(Generic[Item]):
         self.remarks.setdefault(remark, []).append(location)
 
     def drop_unmarked(self, text: str, marker: str, location: str) -> None:
-        """Note that a `text` row lacks its marker, and for the first ones why."""
-        self.remark("dropped: the response template is not in the text", location)
-        if len(self.causes) < NAMED_LOCATIONS:
-            hint = "" if self.causes else "; name another one with --response-template"
-            self.causes.append(f"{location}: {text[:60]!r}: {likely_cause(text, marker)}{hint}")
+        """Note that a `text` row lacks its marker."""
+        self.remark(UNMARKED, location)
+        if len(self.unmarked) < NAMED_LOCATIONS:
+            self.unmarked.append((location, text, marker))
 
-    def check_any_kept(self, wanted: str) -> None:
-        """Raise UserError if every row was dropped; `wanted` completes the message."""
+    def check_any_kept(self) -> None:
+        """Raise UserError if every row was dropped."""
         if self.num_rows and not self.examples:
+            wanted = "has a supervised token" if self.noun == "row" else "can be learned from"
             reasons = self.remark_lines[: len(self.remarks)] + self.causes[:1]
             listed = "; ".join(reason.strip() for reason in reasons)
             raise UserError(f"{self.source}: none of its {self.num_rows:,} {self.noun}s {wanted}: {listed}")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -95,6 +96,14 @@ def test_the_order_is_that_of_trl(count, batch_size, grad_accum):
         assert sorted(epoch_of(loader, epoch)) == list(range(count))
     assert epoch_of(loader, 0) != epoch_of(loader, 1)
     assert epoch_of(dataclasses.replace(loader, seed=43), 0) == epoch_of(loader, 1)
+
+
+def test_the_order_is_drawn_once_an_epoch():
+    loader = numbers(1000, 2, seed=7)
+    with mock.patch("torch.randperm", wraps=torch.randperm) as drawn:
+        first = [seen(loader, step) for step in (*range(5), 500, 501)]
+    assert drawn.call_count == 2
+    assert first[:5] == [epoch_of(loader, 0)[2 * step :][:2] for step in range(5)]
 
 
 def test_the_order_of_the_file():

@@ -82,9 +82,9 @@ def show_labels(
     say_wrapped("\n".join(lines), stream, is_escaped=True)  # by `mark`: `say` would escape the colours too
 
 
-def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer) -> None:
+def show_pairs(rankings: Sequence[Ranking], num_pairs: int, tokenizer: Tokenizer, *, are_grouped: bool) -> None:
     """Print how many of `num_pairs` pairs grouping dropped, the first rankings, and how many tokens are saved."""
-    if any(ranking.best_only for ranking in rankings):
+    if are_grouped:
         repeated = num_pairs - sum(len(ranking.responses) - 1 if ranking.best_only else 1 for ranking in rankings)
         kept = f"{len(rankings):,} prompts with all their pairs"
         say_wrapped(f"training: {kept}, {repeated} pairs dropped: they repeat another one")

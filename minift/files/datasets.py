@@ -132,13 +132,23 @@ def check_added(rows: Sequence[Row], names: Sequence[str], source: str) -> None:
 
 def drop_rows_with_input(rows: Sequence[Row]) -> list[Row]:
     """Keep the rows whose input is empty, as the course does; raise UserError if there are none."""
-    kept = [row for row in rows if row.get("input", "") == ""]
-    if not kept:
-        raise UserError(f"--no-input-only: all of the {len(rows)} rows have an input, so none is left; leave it out")
+    kept = [row for row in rows if not has_input(row)]
+    check_any_without_input(len(kept), len(rows))
     return kept
 
 
-def split(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def has_input(row: Mapping[str, Any]) -> bool:
+    """Return whether a row's input is not empty."""
+    return row.get("input", "") != ""
+
+
+def check_any_without_input(num_kept: int, num_rows: int) -> None:
+    """Raise UserError if --no-input-only keeps none of the rows."""
+    if not num_kept:
+        raise UserError(f"--no-input-only: all of the {num_rows} rows have an input, so none is left; leave it out")
+
+
+def split(n: int, fraction: float, seed: int) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Return the indices, of n rows, to train on and to hold out, in order, as the course's lab splits them.
 
     Equal to `shuffle(seed)` and then `train_test_split(fraction, seed)` of Hugging Face's `datasets`: each of them is
@@ -148,12 +158,12 @@ def split(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
     if not 0 <= fraction < 1:
         raise UserError(f"--eval-fraction {fraction}: expected 0 (hold nothing out) or a number between 0 and 1")
     if fraction == 0:
-        return list(range(n)), []
+        return numpy.arange(n), numpy.arange(0)
     held_out = math.ceil(fraction * n)
     if held_out >= n:
         raise UserError(f"--eval-fraction {fraction}: holds out {held_out} of {n} rows, so none is left to train on")
     shuffled = numpy.random.default_rng(seed).permutation(n)
-    order = shuffled[numpy.random.default_rng(seed).permutation(n)].tolist()
+    order = shuffled[numpy.random.default_rng(seed).permutation(n)]
     return order[held_out:], order[:held_out]
 
 

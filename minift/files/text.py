@@ -289,6 +289,12 @@ def write_json_lines(path: str | Path | None, rows: Iterable[Mapping[str, Any]])
             say(to_json(row))
 
 
+def append_bytes(path: Path, data: bytes) -> None:
+    """Append bytes to a file, which is made if it does not exist."""
+    with path.open("ab") as file:
+        file.write(data)
+
+
 def append_json_line(path: str | Path, value: Mapping[str, Any]) -> None:
     """Append a JSON object to a file as a line."""
     with Path(path).open("a", encoding="utf-8") as file:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import date
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,11 @@ class Run:
         files = {"data": config.data, "eval_data": config.eval_data}
         self.data = {name: at_commit(file, self._commits.get(name)) for name, file in files.items() if file}
 
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Return the SHA-256 of the files of --data and --eval-data."""
+        return {name: sha256(data_files(file)) for name, file in self.data.items()}
+
     def find_model(self) -> ModelFiles:
         """Resolve the run's model, fetching it from the hub if necessary. Raises like `pretrained.find_model`."""
         self.model_files = find_model(self.config.model, self._commits.get("weights") or self.config.revision)
@@ -99,8 +105,7 @@ class Run:
         if RANK > 0:
             self.record = {}
             return
-        fingerprints = {name: sha256(data_files(file)) for name, file in self.data.items()}
-        fingerprints |= self.model_files.fingerprints()
+        fingerprints = self.fingerprints | self.model_files.fingerprints()
         commits = {name: commit_of(data_files(file)[0]) for name, file in self.data.items()}
         # None: minift runs from its folder and has no metadata.
         versions = {name: next((it.version for it in metadata.distributions(name=name)), None) for name in PACKAGES}

@@ -1,17 +1,19 @@
 """Steps of both scripts around the training loop: load and split rows, prepare the model, export it."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
 from minift.config import Config
 from minift.errors import UserError
 from minift.files.adapters import save_adapters
-from minift.files.datasets import Row, drop_rows_with_input, load_rows, split
+from minift.files.datasets import drop_rows_with_input, load_rows, split
+from minift.files.encoded import Encode, encoded_file
 from minift.files.hub import commit_of
 from minift.files.pretrained import ModelFiles
 from minift.files.templates import save_template
@@ -22,34 +24,39 @@ from minift.lora import adapters_of, add_lora, merge, unmerge
 from minift.model import OPT, Layer, Model, RewardModel
 from minift.pairs import Ranking
 from minift.prompts import Template
+from minift.remarks import Encoded
 from minift.run.distributed import is_sharded, join
 from minift.run.folder import Run
-from minift.run.ranks import RANK
+from minift.run.ranks import LOCAL_RANK, RANK
 from minift.run.sharding import shard, whole
 from minift.tokenizer import Tokenizer
 
 
-class Split(NamedTuple):
-    """Rows to train on, or held-out rows, and what messages call them."""
+def load_splits(run: Run, schemas: dict[str, tuple[str, ...]], encode: Encode) -> tuple[Encoded[Any], Encoded[Any]]:
+    """Return the rows to train on and the held-out rows, encoded: those of --eval-data, or --eval-fraction of --data.
 
-    rows: list[Row]
-    source: str
-
-
-def load_splits(run: Run, schemas: dict[str, tuple[str, ...]]) -> tuple[Split, Split]:
-    """Return the rows to train on and the held-out rows: those of --eval-data, or --eval-fraction of --data."""
+    With --encoded-cache the rows stay on disk.
+    """
     config = run.config
 
-    def read(name: str) -> list[Row]:
+    def read(name: str) -> tuple[int, Callable[[numpy.ndarray, str], Encoded[Any]]]:
+        """Return how many rows a file has, and a function that encodes those with some indices."""
+        if config.encoded_cache is not None:
+            file = encoded_file(
+                Path(config.encoded_cache), run.data[name], schemas, encode, fingerprint=run.fingerprints[name],
+                without_input=config.no_input_only, waits=LOCAL_RANK > 0,
+            )  # fmt: skip
+            return len(file), file.part
         rows = load_rows(run.data[name], schemas)
-        return drop_rows_with_input(rows) if config.no_input_only else rows
+        rows = drop_rows_with_input(rows) if config.no_input_only else rows
+        return len(rows), lambda indices, source: encode([rows[index] for index in indices], source=source)
 
-    rows = read("data")
-    train, held_out = split(len(rows), config.eval_fraction, config.seed)
-    train_split = Split([rows[index] for index in train], config.data)
+    count, part = read("data")
+    train, held_out = split(count, config.eval_fraction, config.seed)
     if config.eval_data:
-        return train_split, Split(read("eval_data"), config.eval_data)
-    return train_split, Split([rows[index] for index in held_out], f"held out of {config.data}")
+        count, eval_part = read("eval_data")
+        return part(train, config.data), eval_part(numpy.arange(count), config.eval_data)
+    return part(train, config.data), part(held_out, f"held out of {config.data}")
 
 
 def max_length_for(config: Config, model: OPT | RewardModel) -> int:
