@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minift.batching import collate
+from minift.commands.flags import parse
 from minift.files.datasets import load_rows
 from minift.model import OPT, RewardModel, last_tokens
 from minift.pairs import Ranking, collate_rankings
@@ -38,12 +40,21 @@ def flags(tmp_path: Path) -> list[str]:
     return [*SIZES, "--data", str(data), "--pairs", str(pairs), "--out", str(tmp_path / "new" / "bench.json")]
 
 
+def start_without_cache(self: bench.Bench, side: str, work: Work, alone: Callable = bench.Bench.alone) -> dict:
+    """Start train_sft.py, but with a cache only see that it has the flag: each start takes seconds."""
+    if not work.flags:
+        return alone(self, side, work)
+    assert (side, parse("sft", work.flags).encoded_cache) == ("ours", str(self.scratch / "encoded-6"))
+    return {"seconds": 1.0, "peak": 2**27}
+
+
 def test_every_line_is_printed_and_written(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "REFERENCE_ROWS", 0)  # trl's process would take seconds
+    monkeypatch.setattr(bench.Bench, "alone", start_without_cache)
     monkeypatch.setattr(bench, "has_ctranslate2", lambda: False)
     bench.main([*flags, "--no-memory", "--rows", "6"])
     printed = capsys.readouterr().out.splitlines()
-    head, packages, columns, *lines, first, startup, path = printed
+    head, packages, columns, *lines, first, startup, new, kept, path = printed
     assert head.startswith("tiny shape, float32, ") and "trl 1.16.0" in packages
     assert max(map(len, printed[:-1])) <= 120 and columns.startswith("a second ") and first.startswith("seconds to ")
     number = r"[\d.]+"
@@ -53,7 +64,9 @@ def test_every_line_is_printed_and_written(flags, tmp_path, monkeypatch, capsys)
         assert float(found[5]) <= float(found[4]) + 0.01 <= float(found[6]) + 0.02
     whats = [what for name, what in bench.LINES.items() if name != "startup"]
     assert [line[:30].strip() for line in lines] == whats
-    assert re.fullmatch(rf"6 rows +{number} +{number}", startup)
+    whats = ("6 rows", "6 rows, a new cache", "6 rows, from the cache")
+    for what, line in zip(whats, (startup, new, kept), strict=True):
+        assert re.fullmatch(rf"{what} +{number} +{number}", line)
 
     written = json.loads(Path(path).read_text())
     assert path == str(tmp_path / "new" / "bench.json")
@@ -70,7 +83,8 @@ def test_every_line_is_printed_and_written(flags, tmp_path, monkeypatch, capsys)
     for side in results["greedy"]["rounds"].values():
         assert all(tokens < 8 * 3 for _, tokens in side)  # the EOS occurs, and what pads a row after it does not count
     assert results["sft"]["share_of"] == "matrix rate" and results["single"]["share_of"] == "memory rate"
-    assert results["startup"]["memory"]["minift"] > 2**26  # of a process that has imported torch
+    first = next(result for result in written["lines"] if result["line"] == "startup")
+    assert first["memory"]["minift"] > 2**26  # of a process that has imported torch
 
 
 def test_each_side_works_once_more_for_its_memory(flags, monkeypatch, capsys):

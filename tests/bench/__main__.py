@@ -98,7 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"products, {about['memory_rate'] / 1e9:.0f} GB/s; {', '.join(map(' '.join, about['versions'].items()))}")
         results: list[dict[str, Any]] = []
         head = ["a second", "minift", "other", "ratio", "of a round", "GiB", "other", "ratio", "share"]
-        print(_columns(head))
+        if {*args.only} != {"startup"}:
+            print(_columns(head))
         for line in bench.lines():
             for result in bench.measure(line):
                 results.append(result)
@@ -293,15 +294,17 @@ class Bench:
         """Yield results of the time from a process's start to the end of the first step; each is measured once."""
         for count in self.args.rows if "startup" in self.args.only else ():
             data = self.write(f"first-{count}.jsonl", numbered_rows(self.short_rows(), count))
-            sides = ["ours", *(["trl_side"] if count <= REFERENCE_ROWS else [])]
-            work = self.work._replace(line="startup", data=data)
-            done = {side: self.alone(side, work) for side in sides}
-            what = f"{count:,} rows"
-            seconds = {side: its["seconds"] for side, its in done.items()}
-            result: dict[str, Any] = {"line": "startup", "what": what, "median": {NAMES[s]: seconds[s] for s in sides}}
-            if "trl_side" in sides:
-                result |= {"against": "trl", "ratio": seconds["trl_side"] / seconds["ours"]}
-            yield result | {"memory": {NAMES[s]: done[s]["peak"] for s in sides}}
+            cache = [f"--encoded-cache={self.scratch / f'encoded-{count}'}"]
+            for what, flags in (("", []), (", a new cache", cache), (", from the cache", cache)):
+                has_reference = not flags and count <= REFERENCE_ROWS
+                work = self.work._replace(line="startup", data=data, flags=flags)
+                done = {side: self.alone(side, work) for side in ("ours", *(["trl_side"] if has_reference else []))}
+                seconds = {side: its["seconds"] for side, its in done.items()}
+                result: dict[str, Any] = {"line": "startup", "what": f"{count:,} rows{what}"}
+                result |= {"median": {NAMES[side]: seconds[side] for side in done}}
+                if has_reference:
+                    result |= {"against": "trl", "ratio": seconds["trl_side"] / seconds["ours"]}
+                yield result | {"memory": {NAMES[side]: done[side]["peak"] for side in done}}
 
     def short_rows(self) -> list[dict[str, str]]:
         """Return the shortest rows of the data as prompts and completions, which both sides read."""

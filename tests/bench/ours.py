@@ -4,6 +4,7 @@ import contextlib
 import io
 import runpy
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def bleu(work: Work) -> Timing:
 
 def startup(work: Work) -> Timing:
     """Time train_sft.py from the start of its process to the end of its first step, whose loss it then writes."""
-    out = Path(work.data).with_suffix("")
+    out = Path(tempfile.mkdtemp(dir=work.scratch)) / "run"
     flags = {"model": work.folder, "data": work.data, "out": out, "batch-size": work.batch_size, "max-steps": 1}
     flags |= {"eval-fraction": 0, "device": "cpu"}
     sys.argv = ["train_sft.py", *(f"--{name}={value}" for name, value in flags.items()), *work.flags]
