@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minift.generate import Completions, KVCache, Options, admit, check_prompt, compact, next_logits, process_logits
+from minift.cache import KVCache
+from minift.generate import Completions, Options, admit, check_prompt, compact, next_logits, process_logits
 from minift.model import OPT, eval_mode
+from minift.packed import packed
 from minift.processors import check_scores
 
 Candidate = tuple[float, int, int]  # Σ log p, the beam, and the token that continues it
@@ -31,7 +33,7 @@ DISABLED = -1e9  # score of beams 2, 3, … before the first token: they are cop
 class Search:
     """The beam search of one prompt."""
 
-    beams: list[list[int]]  # ids of the prompt and the new tokens, best first
+    beams: list[list[int]]  # ids of the prompt and the new tokens
     scores: list[float]  # Σ log p of each beam's new tokens
     num_new: int = 0
     finished: list[tuple[float, list[int]]] = field(default_factory=list)  # (Σ log p / length^penalty, new ids), ranked
@@ -54,7 +56,8 @@ class Search:
         del self.finished[options.num_beams :]
         if not running:
             return []
-        self.scores, parents, self.beams = map(list, zip(*running[: options.num_beams], strict=True))
+        kept = in_place(running[: options.num_beams])
+        self.scores, parents, self.beams = map(list, zip(*kept, strict=True))
         return parents if self._may_improve(options) else []
 
     def _may_improve(self, options: Options) -> bool:
@@ -65,7 +68,7 @@ class Search:
             return False
         use_max_length = options.early_stopping == "never" and options.length_penalty > 0
         length = options.max_new_tokens if use_max_length else self.num_new
-        return self.scores[0] / length**options.length_penalty > self.finished[-1][0]
+        return max(self.scores) / length**options.length_penalty > self.finished[-1][0]
 
 
 @torch.no_grad()
@@ -86,12 +89,12 @@ def beam_search(
     searches = [Search([list(ids)] * num_beams, [0.0] + [DISABLED] * (num_beams - 1)) for ids in prompts]
     waiting, active = deque(searches), list[Search]()
     capacity = min(max(options.batch_size // num_beams, 1), len(searches))
-    cache = KVCache(capacity * num_beams)  # the beams of a search are neighbours
-    with eval_mode(model):
+    cache = KVCache(capacity, num_beams)
+    with eval_mode(model), packed(model, capacity * num_beams):
         while active or waiting:
             entering = admit(waiting, capacity, len(active))
             newest = [beam[-1] for search in active for beam in search.beams]
-            logits = next_logits(model, cache, newest, [search.beams[0] for search in entering], copies=num_beams)
+            logits = next_logits(model, cache, newest, [search.beams[0] for search in entering])
             active += entering
             beams = [beam for search in active for beam in search.beams]
             num_new = [search.num_new for search in active for _ in search.beams]
@@ -104,6 +107,17 @@ def beam_search(
             cache.copy_slots([slot * num_beams + beam for slot in kept for beam in parents[slot]])
             active = [active[slot] for slot in kept]
     return [[ids for _, ids in search.finished[: options.num_samples]] for search in searches]
+
+
+def in_place(beams: list[tuple[float, int, list[int]]]) -> list[tuple[float, int, list[int]]]:
+    """Order new beams (score, parent, ids), so that each parent's best one takes its place: others are copied.
+
+    >>> in_place([(-1.0, 2, [7]), (-1.5, 2, [8]), (-2.0, 0, [9])])
+    [(-2.0, 0, [9]), (-1.5, 2, [8]), (-1.0, 2, [7])]
+    """
+    first = {parent: beam for beam in reversed(beams) for parent in [beam[1]]}
+    others = iter([beam for beam in beams if beam is not first[beam[1]]])
+    return [first[place] if place in first else next(others) for place in range(len(beams))]
 
 
 def check_beams(num_beams: int, vocab_size: int) -> None:

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minift import processors
 from minift.batching import pack
+from minift.cache import DecodeStep, KVCache, Prefill
 from minift.model import OPT, eval_mode, last_tokens
+from minift.packed import packed
 
 Completions = list[list[list[int]]]  # for each prompt, the new ids of each of its samples
 MIN_FREE = 1 / 8  # of the batch, before prompts enter: a prefill reads all weights, too slow for a single prompt
@@ -99,18 +100,17 @@ def generate(
         for sample in range(options.num_samples)
     ]
     waiting, active = deque(decodings), list[Decoding]()
-    cache = KVCache(num_slots=min(options.batch_size, len(decodings)))
-    with eval_mode(model):
+    cache = KVCache(min(options.batch_size, len(decodings)))
+    with eval_mode(model), packed(model, cache.num_prompts):
         while active or waiting:
-            entering = admit(waiting, cache.num_slots, len(active))
+            entering = admit(waiting, cache.num_prompts, len(active))
             logits = next_logits(model, cache, [row.ids[-1] for row in active], [row.ids for row in entering])  # (R, V)
             active += entering
             scores = process_logits(logits, [row.ids for row in active], [row.num_new for row in active], options)
-            processors.check_scores(scores.amax(1))
+            best, tokens = scores.max(1)  # (R,)
+            processors.check_scores(best)
             if options.temperature > 0:
-                tokens = processors.sample(scores.softmax(1), [row.random.random() for row in active])  # (R,)
-            else:
-                tokens = scores.argmax(1)
+                tokens = processors.sample(scores.softmax(1), [row.random.random() for row in active])
             for row, token in zip(active, tokens.tolist(), strict=True):
                 row.ids.append(token)
                 row.num_new += 1
@@ -150,86 +150,24 @@ def compact(stays: Sequence[bool]) -> list[int]:
     return [slot if stays[slot] else movable.pop() for slot in range(sum(stays))]
 
 
-def next_logits(model: OPT, cache: "KVCache", newest: list[int], entering: list[list[int]], copies: int = 1) -> Tensor:
-    """Return float32 logits `(R, V)` of the next token: of the rows in the cache, then of the entering prompts.
+def next_logits(model: OPT, cache: KVCache, newest: list[int], entering: list[list[int]]) -> Tensor:
+    """Return float32 logits `(R, V)` of the next token: of the rows in the cache, then of those of entering prompts.
 
-    `newest` holds each cached row's last token, which the cache lacks. An entering prompt fills `copies` slots.
+    `newest` holds each cached row's last token, which the cache lacks. An entering prompt has `rows_per_prompt` rows.
     """
     logits = []
     if newest:
         step = DecodeStep(cache, model.head.device)
-        hidden = model(torch.tensor(newest, device=step.slots.device), step.positions, step.slots[:, None], step)
-        logits.append(model.logits(hidden).float())  # N = R: row r is token r, in slot r
-        cache.lengths = [length + 1 for length in cache.lengths]
+        hidden = model(torch.tensor(newest, device=step.rows.device), step.positions, step.rows[:, None], step)
+        logits.append(model.logits(hidden).float())  # N = R: row r is token r
+        cache.new_lengths = [length + 1 for length in cache.new_lengths]
     if entering:
         input_ids, positions, rows = (tensor.to(model.head.device) for tensor in pack(entering))
-        hidden = model(input_ids, positions, rows, Prefill(cache, copies), wanted=last_tokens(rows))  # (R, E)
-        logits.append(model.logits(hidden).float().repeat_interleave(copies, dim=0))
-        cache.lengths += [len(ids) for ids in entering for _ in range(copies)]
+        hidden = model(input_ids, positions, rows, Prefill(cache), wanted=last_tokens(rows))  # (prompts, E)
+        logits.append(model.logits(hidden).float().repeat_interleave(cache.rows_per_prompt, dim=0))
+        cache.prompt_lengths += [len(ids) for ids in entering]
+        cache.new_lengths += [0] * (len(entering) * cache.rows_per_prompt)
     return torch.cat(logits)
-
-
-class KVCache:
-    """Keys and values of each row's tokens but the newest. A row's slot may hold old values on the right."""
-
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self.lengths: list[int] = []  # tokens in each slot that is in use; these are the first ones
-        self.layers: list[Tensor] = []  # keys and values of each layer: (2, slots, H, capacity, D)
-
-    def room_for(self, layer: int, new: Tensor, length: int) -> Tensor:
-        """Return a layer's keys and values, with room for `length` tokens like `new (R, H, T, D)`."""
-        if layer == len(self.layers):
-            self.layers.append(new.new_zeros(2, self.num_slots, new.shape[1], 0, new.shape[3]))
-        capacity = self.layers[layer].shape[3]
-        if capacity < length:
-            # Doubling keeps growth cheap. Zeros, because a NaN would spread even where it is masked.
-            self.layers[layer] = F.pad(self.layers[layer], (0, 0, 0, max(length, 2 * capacity) - capacity))
-        return self.layers[layer]
-
-    def copy_slots(self, parents: list[int]) -> None:
-        """Copy slot `parents[r]` to slot r, for all r at once; other slots become free."""
-        self.lengths = [self.lengths[parent] for parent in parents]
-        moves = [(slot, parent) for slot, parent in enumerate(parents) if slot != parent]
-        if moves:
-            targets, origins = torch.tensor(moves, device=self.layers[0].device).T
-            for layer in self.layers:  # the right side is a copy, made before a slot is written
-                layer[:, targets, :, : max(self.lengths)] = layer[:, origins, :, : max(self.lengths)]
-
-
-@dataclass
-class Prefill:
-    """A `model.Cache` for a forward pass of whole prompts: it stores each one in `copies` free slots."""
-
-    cache: KVCache
-    copies: int
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Store `(R, H, T, D)`; attention is causal among these tokens."""
-        first, length = len(self.cache.lengths), key.shape[2]
-        slots = slice(first, first + self.copies * len(key))
-        stored = self.cache.room_for(layer, key, length)  # (2, slots, H, capacity, D)
-        stored[:, slots, :, :length] = torch.stack((key, value)).repeat_interleave(self.copies, dim=1)
-        return key, value, None
-
-
-class DecodeStep:
-    """A `model.Cache` for a forward pass of one token per row: it appends them to the rows' slots."""
-
-    def __init__(self, cache: KVCache, device: torch.device) -> None:
-        self.cache = cache
-        self.longest = max(cache.lengths) + 1  # S
-        self.positions = torch.tensor(cache.lengths, device=device)  # (R,)
-        self.slots = torch.arange(len(cache.lengths), device=device)  # (R,)
-        self.mask = (torch.arange(self.longest, device=device) <= self.positions[:, None])[:, None, None]  # (R,1,1,S)
-
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Store `(R, H, 1, D)`; return all keys and values `(R, H, S, D)`, and a mask of each row's own positions."""
-        keys, values = self.cache.room_for(layer, key, self.longest)
-        keys[self.slots, :, self.positions] = key[:, :, 0]
-        values[self.slots, :, self.positions] = value[:, :, 0]
-        rows = len(self.slots)
-        return keys[:rows, :, : self.longest], values[:rows, :, : self.longest], self.mask
 
 
 def process_logits(scores: Tensor, rows: Sequence[Sequence[int]], num_new: Sequence[int], options: Options) -> Tensor:

@@ -7,7 +7,8 @@ Two rows, "A B C" and "D E":
     rows (R = 2, T = 3)    [[0, 1,  2],       where the tokens of each row are in the list, -1 past a row's end
                             [3, 4, -1]]
     attention sees         [[A, B, C],        q, k and v, gathered. Pads are on the right, so causal attention never
-                            [D, E, ·]]        looks at one, and a row never sees another row
+                            [D, E, ·]]        looks at one, and a row never sees another row; many rows are grouped by
+                                              length, each group with pads of its own
     back in the list       A  B  C  D  E      scattered; what was computed for the pads is dropped
     wanted (M = 2)         C  E               the loss may need few tokens: the last layer computes only these
 
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Model = TypeVar("Model", "OPT", "RewardModel")  # a function returns the class that it is given
+MAX_GROUPS = 8  # of rows of like length inside attention; two rows or more in each
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are not used
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}  # in place
 
 
 @dataclass(frozen=True)
@@ -57,33 +59,37 @@ class OPTConfig:
 class RowLayout(NamedTuple):
     """Index lists that gather the flat list into padded rows and scatter it back, computed once per forward pass."""
 
-    gather: Tensor  # (R * T,) the token in each cell of the padded rows; cells past a row's end repeat token 0
+    gather: Tensor  # (cells,) the token in each cell of the padded rows; cells past a row's end repeat token 0
     scatter: Tensor  # (N,) one cell of each token; in the last layer (M,), of each wanted one
-    num_rows: int
+    groups: list[tuple[int, int]]  # (R, T) of each group of rows, whose cells follow each other
     wanted: Tensor | None = None  # (M,) the tokens that a layer returns; None: all
 
 
 class Cache(Protocol):
-    """The part of a key/value cache that attention uses; `Prefill` and `DecodeStep` in generate.py implement it."""
+    """The part of a key/value cache that attention uses; `Prefill` and `DecodeStep` in cache.py implement it."""
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store a layer's new `(R, H, T, D)`; return the keys and values to attend to, `(R, H, S, D)`, and a mask.
-
-        The mask `(R, 1, T, S)` is True where a query may look. None means causal attention over the T new positions.
-        """
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Store a layer's new keys and values; return what each query mixes of all that it may see: `(R, H, T, D)`."""
 
 
-def row_layout(rows: Tensor, num_tokens: int) -> RowLayout:
+def row_layout(rows: Tensor, num_tokens: int, keeps_order: bool = False) -> RowLayout:
     """Turn `rows (R, T)`, -1 past each row's end, into the two index lists that attention needs.
 
-    A token that several rows share, as in a pair's prompt, is read back from one of them: its value is the same in all.
+    On a CPU, rows of like length are grouped, and padded to the longest of their group only, unless their order is to
+    be kept. A token that several rows share, as in a pair's prompt, is read back from one of them: its value is the
+    same in all.
     """
-    flat = rows.flatten()  # (R * T,)
+    groups = [rows]
+    if not keeps_order and rows.device.type == "cpu":  # a GPU would have to be waited for, to learn the lengths
+        lengths = (rows >= 0).sum(1)
+        num_groups = min(MAX_GROUPS, -(-len(rows) // 2))
+        groups = [rows[part, : int(lengths[part[-1]])] for part in lengths.argsort(stable=True).chunk(num_groups)]
+    flat = torch.cat([group.flatten() for group in groups])  # (cells,)
     cells = (flat >= 0).nonzero().squeeze(1)
     scatter = torch.zeros(num_tokens, dtype=torch.long, device=rows.device)
     # Take the smallest cell: with plain assignment the winner, and so the rounding, would depend on threads.
     scatter.scatter_reduce_(0, flat[cells], cells, "amin", include_self=False)
-    return RowLayout(flat.clamp(min=0), scatter, rows.shape[0])
+    return RowLayout(flat.clamp(min=0), scatter, [(group.shape[0], group.shape[1]) for group in groups])
 
 
 def last_tokens(rows: Tensor) -> Tensor:
@@ -107,22 +113,36 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, layout: RowLayout, layer: int, cache: Cache | None) -> Tensor:
         """Mix each token `(N, C)` with those before it in its row. `layer` is the layer's number in the cache."""
-        query = self._to_rows(self.q_proj(hidden), layout)  # (N, C) -> (R, H, T, D)
-        key = self._to_rows(self.k_proj(hidden), layout)
-        value = self._to_rows(self.v_proj(hidden), layout)
-        mask = None
+        groups = [
+            self._to_rows(flat, layout) for flat in self.project(hidden)
+        ]  # 3 · (N, C) -> 3 · groups · (R, H, T, D)
+        cells = [
+            self._mix(query, key, value, layer, cache).transpose(1, 2).flatten(0, 1).flatten(1)  # (R * T, C)
+            for query, key, value in zip(*groups, strict=True)
+        ]
+        return self.out_proj(torch.cat(cells).index_select(0, layout.scatter))  # (N, C), in the last layer (M, C)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return the queries, keys and values `(N, C)` of tokens `(N, C)`."""
+        return self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+
+    def _to_rows(self, flat: Tensor, layout: RowLayout) -> list[Tensor]:
+        """Gather vectors `(N, C)` into the padded rows of each group, divided into heads: `(R, H, T, D)`."""
+        cells = flat.index_select(0, layout.gather)  # (cells, C)
+        parts = cells.split([num_rows * length for num_rows, length in layout.groups])
+        return [
+            part.view(num_rows, length, self.num_heads, -1).transpose(1, 2)
+            for part, (num_rows, length) in zip(parts, layout.groups, strict=True)
+        ]
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, layer: int, cache: Cache | None) -> Tensor:
+        """Return what each query mixes of the values of one group of rows: `(R, H, T, D)`, as all three are."""
         if cache is not None:
-            key, value, mask = cache.extend(layer, key, value)  # (R, H, S, D)
-        dropout = self.dropout if self.training else 0.0
+            return cache.attend(layer, query, key, value)
         # Rows are padded on the right, so the causal mask alone hides the padding from every real query. Without a mask
         # tensor the fast kernels can be used.
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, is_causal=mask is None)
-        flat = mixed.transpose(1, 2).flatten(0, 1).flatten(1)  # (R, H, T, D) -> (R * T, C)
-        return self.out_proj(flat.index_select(0, layout.scatter))  # (N, C), in the last layer (M, C)
-
-    def _to_rows(self, flat: Tensor, layout: RowLayout) -> Tensor:  # (N, C) -> (R, H, T, D)
-        rows = flat.index_select(0, layout.gather)  # (N, C) -> (R * T, C)
-        return rows.view(layout.num_rows, -1, self.num_heads, flat.shape[1] // self.num_heads).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
 
 
 class Layer(nn.Module):
@@ -181,7 +201,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None, wanted: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Return the last hidden states of packed tokens, `(N, E)`, or of the wanted ones; arguments as for `OPT`."""
-        layout = row_layout(rows, input_ids.shape[0])
+        layout = row_layout(rows, input_ids.shape[0], keeps_order=cache is not None)
         # Other tokens still give the last layer keys and values, but nobody looks at what it would return for them.
         last = layout if wanted is None else layout._replace(scatter=layout.scatter[wanted], wanted=wanted)
         hidden = self.project_in(self.embed_tokens(input_ids))  # (N,) -> (N, C)

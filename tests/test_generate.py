@@ -17,17 +17,20 @@ from transformers.generation import logits_process
 
 from minift import processors
 from minift.beam import beam_search
+from minift.cache import KVCache
 from minift.commands import generate as command
 from minift.errors import UserError
 from minift.files.templates import save_template
 from minift.files.tokenizer import save_tokenizer
 from minift.files.weights import save_model
-from minift.generate import Completions, KVCache, Options, compact, generate, next_logits, process_logits
+from minift.generate import Completions, Options, compact, generate, next_logits, process_logits
+from minift.lora import adapters_of, add_lora
 from minift.model import OPT, Cache, OPTConfig
+from minift.packed import can_pack, packed
 from minift.prompts import Template
 from minift.tokenizer import Tokenizer
 from tests.compare.generation import PROCESSORS, SEARCHES, complete, reference_completions
-from tests.reference import POST_LN, PRE_LN, hidden_states, pack, varied_twins
+from tests.reference import POST_LN, PRE_LN, difference, hidden_states, pack, varied_twins
 from tests.runs import mistake, read_lines, write_lines
 
 VOCAB = 40  # of `varied_twins`
@@ -199,26 +202,66 @@ def test_each_sample_has_a_generator_of_its_own() -> None:
     assert len({tuple(ids) for samples in same_prompt for ids in samples}) == 6
 
 
+# ---- packed weights ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_adapters", [False, True], ids=["plain", "LoRA"])
+@both_architectures
+def test_packed_weights_compute_the_same(architecture: str, has_adapters: bool, dtype: torch.dtype) -> None:
+    """Within the block the products are oneDNN's; after it, also after an error, the model is as before."""
+    if not can_pack(torch.zeros(1, dtype=dtype)):
+        pytest.skip(f"oneDNN does not multiply {dtype} on this processor")
+    _, model = varied_twins(architecture)
+    model = model.to(dtype)
+    if has_adapters:
+        add_lora(model, 2, 4.0, 0.0, ["q_proj", "fc1"])
+        for adapter in adapters_of(model).values():
+            torch.nn.init.normal_(adapter.lora_B.weight, std=0.1)
+    batch = pack(ragged_prompts(each=2))
+    attributes = [{*vars(module)} for module in model.modules()]
+    with torch.no_grad():
+        expected = model.logits(hidden_states(model, batch))
+        with packed(model, 1 if dtype == torch.float32 else 0):  # too few rows
+            assert [{*vars(module)} for module in model.modules()] == attributes
+        with pytest.raises(KeyError), packed(model, 4):
+            methods = [
+                name for module in model.modules() for name in ("logits", "project", "forward") if name in vars(module)
+            ]
+            found = model.logits(hidden_states(model, batch))
+            raise KeyError
+    # The head; out_proj, fc1 and fc2 of two layers; q, k and v at once, or each of them where q has an adapter.
+    projections = 2 if architecture == POST_LN else 0
+    assert len(methods) == 1 + 2 * 3 + (2 * (3 + 2 * 2) if has_adapters else 2) + projections
+    assert [{*vars(module)} for module in model.modules()] == attributes
+    assert difference(found, expected) < (1e-5 if dtype == torch.float32 else 0.05) * expected.abs().max()
+
+
 # ---- the cache ----
 
 
 @torch.no_grad()
 @both_architectures
-def test_cached_logits_are_those_of_the_whole_row(architecture: str) -> None:
-    """Let prompts enter, some of them twice, copy slots and grow buffers, and compare after each step."""
+@pytest.mark.parametrize(
+    ("rows_per_prompt", "moves"),
+    [
+        (1, {2: [0, 5, 2, 3, 4], 3: [0, 1, 2], 6: [3, 3, 0, 3, 1], 9: [4, 1]}),
+        (2, {2: [1, 0, 3, 3, 8, 8, 10, 11], 3: [6, 7], 6: [3, 3, 0, 1, 4, 5], 9: [4, 4]}),
+    ],
+)
+def test_cached_logits_are_those_of_the_whole_row(
+    architecture: str, rows_per_prompt: int, moves: dict[int, list[int]]
+) -> None:
+    """Let prompts enter, each for one row or for two, copy slots and grow buffers, and compare after each step."""
     _, model = varied_twins(architecture, torch.float64)
     generator = torch.Generator().manual_seed(4)
-    cache = KVCache(num_slots=8)
+    cache = KVCache(8, rows_per_prompt)
     active: list[list[int]] = []
-    moves = {3: [0, 5, 2, 3, 4], 6: [3, 3, 0, 3, 1], 9: [4, 1]}
-    entrances = {0: (ragged_prompts(each=2), 1), 4: ([[2, 5], [2, 6, 7]], 1), 10: (ragged_prompts(each=1), 2)}
+    entrances = {0: ragged_prompts(each=2), 4: [[2, 5], [2, 6, 7]], 10: ragged_prompts(each=1)}
     for step in range(30):
-        entering, copies = entrances.get(step, ([], 1))
-        if step == 4:
-            cache.copy_slots([0, 1, 2])
-            active = active[:3]
-        logits = next_logits(model, cache, [ids[-1] for ids in active], entering, copies)
-        active = active + [list(prompt) for prompt in entering for _ in range(copies)]
+        entering = entrances.get(step, [])
+        logits = next_logits(model, cache, [ids[-1] for ids in active], entering)
+        active = active + [list(prompt) for prompt in entering for _ in range(rows_per_prompt)]
         for row, ids in enumerate(active):
             whole = model.logits(hidden_states(model, pack([ids]))[-1:])
             torch.testing.assert_close(logits[row].double(), whole[0], rtol=1e-6, atol=1e-6)
@@ -226,7 +269,7 @@ def test_cached_logits_are_those_of_the_whole_row(architecture: str) -> None:
         parents = moves.get(step, list(range(len(active))))
         cache.copy_slots(parents)
         active = [list(active[parent]) for parent in parents]
-    assert len(active) == 8
+    assert len(active) == len(moves[9]) + 3 * rows_per_prompt
 
 
 @torch.no_grad()

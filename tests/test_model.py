@@ -229,7 +229,15 @@ def test_a_shared_prompt_computed_once(name):
 
 def test_a_shared_token_is_read_back_from_its_first_row():
     rows = torch.tensor([[0, 1, 2, -1], [0, 1, 3, 4], [5, 6, -1, -1], [0, 7, -1, -1]])
-    assert row_layout(rows, 8).scatter.tolist() == [0, 1, 2, 6, 7, 8, 9, 13]
+    assert row_layout(rows, 8, keeps_order=True).scatter.tolist() == [0, 1, 2, 6, 7, 8, 9, 13]
+
+
+def test_rows_of_like_length_are_padded_together():
+    rows = torch.tensor([[0, 1, 2, 3, 4], [5, 6, -1, -1, -1], [7, 8, 9, -1, -1], [10, 11, -1, -1, -1]])
+    layout = row_layout(rows, 12)
+    assert layout.groups == [(2, 2), (2, 5)]  # lengths 2 and 2, 3 and 5
+    assert layout.gather.tolist() == [5, 6, 10, 11, 7, 8, 9, 0, 0, 0, 1, 2, 3, 4]
+    assert layout.gather[layout.scatter].tolist() == list(range(12))
 
 
 def test_positions_are_looked_up_two_rows_further():
@@ -243,18 +251,18 @@ def test_positions_are_looked_up_two_rows_further():
 
 def test_one_token_at_a_time_through_a_cache():
     class Cache:
-        """Two rows of one length; the mask lets every query look at all keys."""
+        """Two rows of one length: every query looks at all keys."""
 
         def __init__(self):
             self.layers = []
             self.held = {}
 
-        def extend(self, layer, key, value):
+        def attend(self, layer, query, key, value):
             self.layers.append(layer)
             if layer in self.held:
                 key, value = (torch.cat(pair, 2) for pair in zip(self.held[layer], (key, value), strict=True))
             self.held[layer] = key, value  # (R, H, S, D)
-            return key, value, torch.ones(2, 1, 1, key.shape[2], dtype=torch.bool)
+            return F.scaled_dot_product_attention(query, key, value)
 
     model = our_model(POST_LN, torch.float64)
     batch = collate(random_examples((6, 6)))
