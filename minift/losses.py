@@ -79,8 +79,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the saved gradients by the incoming one."""
-        scaled = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *scaled, None, None  # targets and keep_gradient have none
+        grads = ctx.saved_tensors
+        # It is mostly 1, and the head's gradient is the largest of all. A GPU would have to be waited for.
+        if grad_total.device.type != "cpu" or grad_total != 1:
+            grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in grads]
+        return *grads, None, None  # targets and keep_gradient have none
 
 
 def bradley_terry(

@@ -161,9 +161,10 @@ def optimizer_step(
     """
     sums = accumulate_gradient(task, config.seed, step)
     gradients = [parameter.grad for parameter in task.model.parameters() if parameter.grad is not None]
-    torch._foreach_div_(gradients, sums["count"])
-    grad_norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), config.max_grad_norm).item()
+    grad_norm = torch.nn.utils.get_total_norm(gradients).item() / sums["count"]
     _check_finite(config, step, sums["loss"] + grad_norm)
+    clip = min(1.0, config.max_grad_norm / (grad_norm + 1e-6))  # as in torch's clip_grad_norm_
+    torch._foreach_mul_(gradients, clip / sums["count"])  # the mean and the clipping, in one pass
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

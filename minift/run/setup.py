@@ -25,6 +25,7 @@ from minift.model import OPT, Layer, Model, RewardModel
 from minift.pairs import Ranking
 from minift.prompts import Template
 from minift.remarks import Encoded
+from minift.run.device import set_allocator
 from minift.run.distributed import is_sharded, join
 from minift.run.folder import Run
 from minift.run.ranks import LOCAL_RANK, RANK
@@ -88,6 +89,7 @@ def swap_half(rankings: Sequence[Ranking], categories: Sequence[str | None], see
 def prepare(model: Model, run: Run) -> Model:
     """Move a model to the run's device, set its dropout, add adapters, shard it; UserError if these do not suit it."""
     config = run.config
+    set_allocator(save_memory=config.gradient_checkpointing)
     model = model.to(run.device)
     if config.dropout is not None:
         set_dropout(model, config.dropout)
