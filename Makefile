@@ -95,11 +95,12 @@ bench: .venv/installed-for-tests
 		if [ -n '$(TOKENIZER)' ]; then set -- "$$@" --tokenizer '$(TOKENIZER)'; fi; \
 		printf '%s\n' ".venv/bin/python -m tests.bench $$*"; exec .venv/bin/python -m tests.bench "$$@"
 
+# Two processes, with a thread each and whole files of tests, whose fixtures train models.
 test: .venv/installed-for-tests
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
-	.venv/bin/python -m pytest -q
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 # These tests are among those of `make test`, which does not keep the pictures.
 test-pages: .venv/installed-for-tests
