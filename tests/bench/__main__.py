@@ -239,14 +239,21 @@ class Bench:
         for side in line.others:
             works[side] = self.fastest(side, line.work) if line.name in ("greedy", "beam") else line.work
         rounds: list[dict[str, Timing]] = []
+        memory: dict[str, int] = {}
         bounds: list[float] = []  # the machine's rate in each round: it changes with the load
+        trains = line.name in ("sft", "reward")  # each time in a process of its own: train_sft.py sets its allocator
         for _ in range(self.args.rounds):
-            with quiet():
-                rounds.append({side: run(side, work) for side, work in works.items()})
+            if trains:
+                done, peaks = zip(*(self.alone(side, work) for side, work in works.items()), strict=True)
+                rounds.append(dict(zip(works, done, strict=True)))
+                memory = {side: max(peak, memory.get(side, 0)) for side, peak in zip(works, peaks, strict=True)}
+            else:
+                with quiet():
+                    rounds.append({side: run(side, work) for side, work in works.items()})
             if line.bound:
                 bounds.append(self.rate(line.bound))
-        has_memory = self.args.memory and line.name != "bleu"
-        memory = {side: self.alone(side, work)["peak"] for side, work in works.items() if has_memory}
+        if not trains and line.name != "bleu":
+            memory = {side: self.alone(side, work)[1] for side, work in works.items() if self.args.memory}
         rates = {side: [done[side].items / done[side].seconds for done in rounds] for side in works}
         median = {side: statistics.median(rates[side]) for side in works}
         for side in line.others:
@@ -280,15 +287,16 @@ class Bench:
         with quiet():
             return max(tried, key=lambda work: (done := run(side, work)).items / done.seconds)
 
-    def alone(self, side: str, work: Work) -> dict[str, float]:
-        """Let a side work in a process of its own; return its seconds, items and peak memory."""
+    def alone(self, side: str, work: Work) -> tuple[Timing, int]:
+        """Let a side work in a process of its own; return its time and its peak memory in bytes."""
         path = self.scratch / "work.json"
         write_text(path, json.dumps(work._replace(started=time.time())._asdict()))
         command = [sys.executable, "-m", "tests.bench.child", side, str(path)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{side}, {work.line}: {done.stderr[-1000:]}")
-        return json.loads(done.stdout.splitlines()[-1])
+        found = json.loads(done.stdout.splitlines()[-1])
+        return Timing(found["seconds"], found["items"]), found["peak"]
 
     def startups(self) -> Iterator[dict[str, Any]]:
         """Yield results of the time from a process's start to the end of the first step; each is measured once."""
@@ -299,12 +307,12 @@ class Bench:
                 has_reference = not flags and count <= REFERENCE_ROWS
                 work = self.work._replace(line="startup", data=data, flags=flags)
                 done = {side: self.alone(side, work) for side in ("ours", *(["trl_side"] if has_reference else []))}
-                seconds = {side: its["seconds"] for side, its in done.items()}
+                seconds = {side: timing.seconds for side, (timing, _) in done.items()}
                 result: dict[str, Any] = {"line": "startup", "what": f"{count:,} rows{what}"}
                 result |= {"median": {NAMES[side]: seconds[side] for side in done}}
                 if has_reference:
                     result |= {"against": "trl", "ratio": seconds["trl_side"] / seconds["ours"]}
-                yield result | {"memory": {NAMES[side]: done[side]["peak"] for side in done}}
+                yield result | {"memory": {NAMES[side]: peak for side, (_, peak) in done.items()}}
 
     def short_rows(self) -> list[dict[str, str]]:
         """Return the shortest rows of the data as prompts and completions, which both sides read."""

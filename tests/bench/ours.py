@@ -20,6 +20,7 @@ from minift.generate import Options, generate
 from minift.model import OPT, RewardModel
 from minift.pairs import collate_rankings, encode_rankings
 from minift.prompts import TEMPLATES
+from minift.run.device import set_allocator
 from minift.run.setup import set_dropout
 from minift.trainer import LossFunction, Task, train
 from tests.bench import Timing, Work, read_ids
@@ -50,6 +51,7 @@ def reward(work: Work) -> Timing:
 def time_training(model: OPT | RewardModel, loss: LossFunction, batches: Loader) -> Timing:
     """Time the loop over the rows in order, without the first step, in which memory is first allocated."""
     set_dropout(model, 0.0)
+    set_allocator(save_memory=False)
     recorder = MemoryRecorder()
     task = Task(model, loss, batches, Loader([], batches.collate, 1), write_nothing, "items")
     train(task, Config(lr=LR, epochs=1), recorder)
