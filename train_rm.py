@@ -34,7 +34,8 @@ def main() -> None:
     run = Run("rm", config)  # nothing on disk yet
 
     # 1. A language model's body with a fresh head of one output, and its tokenizer.
-    model, tokenizer = load_for_rm(run.find_model(), seed=config.seed, dtype=run.weights_dtype)
+    files = run.find_model()
+    model, tokenizer = load_for_rm(files, seed=config.seed, dtype=run.weights_dtype, mapped=config.fsdp)
     model = prepare(model, run)  # device, dropout, LoRA
 
     # 2. How text becomes ids: the prompt with each of its responses, best first, and the end token.
@@ -90,7 +91,8 @@ def main() -> None:
     write_model(run.folder)
 
     # 7. What it learned.
-    merge(model)  # adapters, if any: a plain model scores faster
+    if not config.fsdp:
+        merge(model)  # adapters, if any: a plain model scores faster
     after = score()
     samples = [ranking_sample(row, b, a) for row, b, a in zip(eval_set.rows, before, after, strict=True)]
     seen = ranking_as_seen(model, tokenizer, (eval_set.examples or rankings)[0])  # for the report

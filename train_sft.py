@@ -31,7 +31,7 @@ def main() -> None:
     run = Run("sft", config)  # nothing on disk yet
 
     # 1. A pre-trained model and its tokenizer.
-    model, tokenizer = load_for_sft(run.find_model(), dtype=run.weights_dtype)
+    model, tokenizer = load_for_sft(run.find_model(), dtype=run.weights_dtype, mapped=config.fsdp)
     model = prepare(model, run)  # device, dropout, LoRA
 
     # 2. How text becomes ids and labels: the completion and its end token are supervised, the prompt is not.
@@ -69,7 +69,8 @@ def main() -> None:
     write_model(run.folder)
 
     # 7. What it learned.
-    merge(model)  # adapters, if any: a plain model answers faster
+    if not config.fsdp:
+        merge(model)  # adapters, if any: a plain model answers faster
     after = sit_exam(model, tokenizer, questions, "after training")
     samples = [question.sample(b, a) for question, b, a in zip(questions, before, after, strict=True)]
     seen = row_as_seen(model, tokenizer, (eval_set.examples or train_set.examples)[0])  # for the report

@@ -20,14 +20,16 @@ class LoRALinear(nn.Module):
     The adapter is float32 even for a linear in half precision, which would lose its small updates.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+    def __init__(
+        self, linear: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.base_layer = linear
         self.alpha = alpha
         self.scale = alpha / rank
         self.dropout = dropout
         # Drawn on the CPU, so that a seed gives the same values on every device, in the range of kaiming_uniform(a=√5).
-        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        dtype = torch.promote_types(dtype or linear.weight.dtype, torch.float32)
         bound = linear.in_features**-0.5
         down = torch.empty(rank, linear.in_features, dtype=dtype).uniform_(-bound, bound)
         self.lora_A = _linear(down.to(linear.weight.device))
@@ -49,11 +51,15 @@ class LoRALinear(nn.Module):
         return linear.requires_grad_(False).train(self.training)
 
 
-def add_lora(model: OPT | RewardModel, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> None:
+def add_lora(
+    model: OPT | RewardModel, rank: int, alpha: float, dropout: float, targets: Sequence[str],
+    dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
     """Freeze the model's `decoder` and add an adapter to each linear that `targets` name.
 
     A target is the last part of a linear's name: `q_proj`, `v_proj`, …. Adapters and a reward model's head are trained,
-    in float32 at least. torch's global generator initialises A. Raises ValueError, its message starting with `rank` or
+    in float32 at least; `dtype` is that of the frozen weights, by default as it is now. torch's global generator
+    initialises A. Raises ValueError, its message starting with `rank` or
     `targets`, for a rank above a linear's width, a target that no linear has, and a model that already has adapters.
     """
     linears = targeted(model, targets, rank)
@@ -62,7 +68,7 @@ def add_lora(model: OPT | RewardModel, rank: int, alpha: float, dropout: float, 
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     for name, linear in linears.items():
-        model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
+        model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout, dtype).train(linear.training))
 
 
 def merge(model: nn.Module) -> dict[str, LoRALinear]:

@@ -7,16 +7,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from minift.run import distributed
+from minift.errors import UserError
+from minift.files.pretrained import find_model, load_for_sft
+from minift.run import distributed, sharding
 from tests.reference import difference
-from tests.runs import ROOT, few_rows, read_lines, run
+from tests.runs import ROOT, SHIPPED, few_rows, read_lines, run
 
 torchrun = pytest.mark.skipif(os.name != "posix", reason="torchrun needs signals")
 SEPARATE_BUCKETS = """
@@ -107,9 +113,9 @@ def flags_for(script: str, folder: Path) -> list:
         ("sft", 2, 1, ["--lora-rank", 2, "--lora-dropout", 0.2, "--dropout", 0.1]),
         ("rm", 2, 2, ["--lm-weight", 0.03]),
         ("sft", 2, 2, ["--fsdp", "--dropout", 0.1, "--bleu-samples", 3]),
-        ("rm", 3, 1, ["--fsdp", "--gradient-checkpointing"]),
+        ("rm", 3, 1, ["--fsdp", "--gradient-checkpointing", "--lora-rank", 3, "--lora-dropout", 0.2]),
     ],
-    ids=["two, buckets", "three, dropout", "LoRA", "rewards", "two, sharded", "three, rewards, sharded"],
+    ids=["two, buckets", "three, dropout", "LoRA", "rewards", "two, sharded", "three, rewards, LoRA, sharded"],
 )
 def test_ranks_are_accumulation(script: str, ranks: int, accumulation: int, flags: list, tmp_path: Path) -> None:
     """In float64: AdamW divides a float32 gradient near 0 by itself, rounding included."""
@@ -169,6 +175,51 @@ def test_a_rank_that_is_killed_ends_the_run_and_restarts_go_on_from_the_last_che
         assert [line["step"] for line in ours] == [line["step"] for line in theirs]
         for one, other in zip(ours, theirs, strict=True):
             assert abs(one["loss"] - other["loss"]) < 1e-6
+
+
+@pytest.fixture
+def four_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make this process rank 0 of 4 for sharding; nothing is sent."""
+    for name, value in {"WORLD_SIZE": 4, "InStep": Mock(), "before_gather": []}.items():
+        monkeypatch.setattr(sharding, name, value)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    """Return the memory of a model's weights without those that are still views of the file, which has float16."""
+    parts = [distributed.own_part(parameter.detach()) for parameter in model.parameters()]
+    return sum(part.untyped_storage().nbytes() for part in parts if part.dtype != torch.float16)
+
+
+def test_no_rank_ever_has_all_weights(four_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its parts, and the layer that it is taking its part of."""
+    held = []
+
+    def counting(module: torch.nn.Module, **given: object) -> torch.nn.Module:
+        held.append(bytes_of(model))
+        return fully_shard(module, **given)
+
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", counting)
+    plain, _ = load_for_sft(find_model(SHIPPED))
+    model, _ = load_for_sft(find_model(SHIPPED), mapped=True)
+    assert bytes_of(model) == 0
+    sharding.shard(model, torch.device("cpu"), torch.float32)
+    layer = bytes_of(plain.decoder.layers[0])
+    rest = bytes_of(plain) - len(plain.decoder.layers) * layer
+    assert len(held) == 5 and max(held) <= bytes_of(plain) / 4 + max(layer, rest)
+    assert bytes_of(model) < bytes_of(plain) / 3.9
+    for name, part in model.named_parameters():
+        assert torch.equal(part.to_local(), plain.get_parameter(name).chunk(4)[0]), name
+
+
+def test_weights_that_are_not_finite_are_found_while_they_are_cast(four_ranks: None) -> None:
+    model, _ = load_for_sft(find_model(SHIPPED), mapped=True)
+    bias = model.decoder.layers[2].fc1.bias
+    bias.data = bias.data.clone().index_fill_(0, torch.tensor([1000]), torch.nan)
+    with pytest.raises(UserError, match="--model: decoder.layers.2.fc1.bias holds NaN"):
+        sharding.shard(model, torch.device("cpu"), torch.float32)
 
 
 @torchrun

@@ -66,8 +66,6 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
          "--group-prompts: with --shuffle-labels there is no chosen response to group by"),
         (config.fsdp and WORLD_SIZE == 1,
          "--fsdp: there is only one process: start two or more, torchrun --nproc-per-node=2 " + SCRIPTS[script]),
-        (config.fsdp and config.lora_rank,
-         "--lora-rank: with --fsdp all weights are trained: omit --fsdp, --base-dtype bfloat16 saves memory too"),
     ):  # fmt: skip
         if is_wrong:
             raise UserError(problem)

@@ -94,9 +94,14 @@ def load_for_prompts(files: ModelFiles, *, template: str | None = None) -> tuple
     return tokenizer, template_of(template, files.own, "course"), config.max_position_embeddings
 
 
-def load_for_sft(files: ModelFiles, *, dtype: torch.dtype = torch.float32) -> tuple[OPT, Tokenizer]:
-    """Load a language model to train, and its tokenizer; adapters are merged. Raises like `load_language_model`."""
-    return _load(files, weights.load_model, dtype)
+def load_for_sft(
+    files: ModelFiles, *, dtype: torch.dtype = torch.float32, mapped: bool = False
+) -> tuple[OPT, Tokenizer]:
+    """Load a language model to train, and its tokenizer; adapters are merged. Raises like `load_language_model`.
+
+    With `mapped` the weights are views of the files, as they are stored, except for adapters and their base model.
+    """
+    return _load(files, weights.load_model, dtype, mapped=mapped)
 
 
 def load_judge(
@@ -115,29 +120,35 @@ def load_judge(
     return Judge(loaded.to(device).eval(), tokenizer, own_template, batch_size, files.name)
 
 
-def load_for_rm(files: ModelFiles, *, seed: int, dtype: torch.dtype = torch.float32) -> tuple[RewardModel, Tokenizer]:
+def load_for_rm(
+    files: ModelFiles, *, seed: int, dtype: torch.dtype = torch.float32, mapped: bool = False
+) -> tuple[RewardModel, Tokenizer]:
     """Load a reward model to train, and its tokenizer: a language model's body with a fresh head drawn with `seed`.
 
-    If the model already has a reward head, that is kept. Raises UserError like `load_language_model`.
+    If the model already has a reward head, that is kept. `mapped` as for `load_for_sft`. Raises UserError like
+    `load_language_model`.
     """
-    return _load(files, partial(weights.load_reward_model, seed=seed), dtype, keep_reward_head=True)
+    return _load(files, partial(weights.load_reward_model, seed=seed), dtype, keep_reward_head=True, mapped=mapped)
 
 
 def _load(
-    files: ModelFiles, load: Callable[..., Model], dtype: torch.dtype, *, keep_reward_head: bool = False
-) -> tuple[Model, Tokenizer]:
+    files: ModelFiles, load: Callable[..., Model], dtype: torch.dtype, *,
+    keep_reward_head: bool = False, mapped: bool = False,
+) -> tuple[Model, Tokenizer]:  # fmt: skip
     """Return the model that `load` makes of a folder, with adapters merged into it, and its tokenizer.
 
     The model's config gets the tokenizer's special ids: programs that read the saved model stop and pad by these.
     """
     tokenizer = load_tokenizer(files.tokenizer_folder)
-    model = load(files.folder, dtype=dtype)
+    mapped = mapped and not files.are_adapters  # merging changes the weights
+    model = load(files.folder, dtype=dtype, mapped=mapped)
     if files.are_adapters:
         load_adapters(model, files.own, keep_reward_head=keep_reward_head)
         merge(model)
     check_fits(tokenizer, model.config.vocab_size, files.name)
     model.config = replace(model.config, **tokenizer.config_ids(model.config.pad_token_id))
-    return model.requires_grad_(True).to(dtype=dtype), tokenizer
+    model.requires_grad_(True)
+    return model if mapped else model.to(dtype=dtype), tokenizer
 
 
 def _find_folder(name: str | Path, revision: str | None, fetch_weights: bool) -> Path:

@@ -113,16 +113,17 @@ def pick_weights(names: Sequence[str], folder: Path, where: object) -> list[str]
     return sorted(set(shard_of.values()))
 
 
-def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> OPT:
+def load_model(folder: str | Path, *, dtype: torch.dtype = torch.float32, mapped: bool = False) -> OPT:
     """Return a folder's language model on the CPU, in `dtype` (the hub's are stored in fp16).
 
-    Raises UserError if a file is absent or damaged, if it is a reward model, and like `read_state`.
+    With `mapped` the weights stay on disk until they are used: see `read_state`. Raises UserError if a file is absent
+    or damaged, if it is a reward model, and like `read_state`.
     """
-    return _load(OPT, read_language_config(folder), folder, dtype, fresh={})
+    return _load(OPT, read_language_config(folder), folder, dtype, fresh={}, mapped=mapped)
 
 
 def load_reward_model(
-    folder: str | Path, *, seed: int | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path, *, seed: int | None = None, dtype: torch.dtype = torch.float32, mapped: bool = False
 ) -> RewardModel:
     """Return a folder's reward model on the CPU, written by `save_model` or transformers (one label).
 
@@ -135,7 +136,7 @@ def load_reward_model(
     if seed is not None:
         head = torch.randn(1, config.word_embed_proj_dim, generator=torch.Generator().manual_seed(seed))
         fresh[SCORE] = (head * config.init_std).to(dtype)
-    return _load(RewardModel, config, folder, dtype, fresh)
+    return _load(RewardModel, config, folder, dtype, fresh, mapped=mapped)
 
 
 def save_model(model: OPT | RewardModel, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -161,13 +162,16 @@ def save_model(model: OPT | RewardModel, folder: str | Path, dtype: torch.dtype 
 
 
 def read_state(
-    files: Sequence[Path], shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, fresh: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+    files: Sequence[Path], shapes: Mapping[str, Sequence[int]], dtype: torch.dtype, fresh: Mapping[str, Tensor],
+    *, mapped: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return copies in `dtype` of the tensors that `shapes` names, or `fresh` ones for those that the files lack.
 
     The files hold them with or without a leading `model.`. They are copied one at a time out of one mapped file after
     the other, so they are never in memory twice. No code in a file runs. Raises UserError if a file is damaged, or if
     a tensor is missing, unexpected, of another shape, not of floating point numbers, or NaN or infinite in `dtype`.
+
+    With `mapped`, return views of the mapped files instead, as they are stored: `to_dtype` casts and checks them later.
     """
     state: dict[str, Tensor] = {}
     unexpected: set[str] = set()
@@ -187,11 +191,7 @@ def read_state(
                 room -= tensor.nbytes if name != HEAD else 0
                 if room < 0:
                     raise UserError(f"{path}: damaged: {full_name} is said to be larger than the file has room for")
-                # A copy even if nothing is cast: the tensor is a view of the mapped file.
-                state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-                # One NaN makes the extremes NaN; isfinite() of the whole tensor would allocate as much again.
-                if not tensor.is_floating_point() or not all(limit.isfinite() for limit in state[name].aminmax()):
-                    raise UserError(f"{path}: {full_name} holds NaN, infinite or whole numbers when read as {dtype}")
+                state[name] = tensor if mapped else to_dtype(tensor, dtype, f"{path}: {full_name}")
 
     where = files[0] if len(files) == 1 else files[0].parent
     head = state.pop(HEAD, None)  # a tied save may keep the tensor under either name or both
@@ -212,6 +212,16 @@ def read_state(
     return state
 
 
+def to_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a copy in `dtype`; raise UserError, which calls the tensor `name`, unless all its numbers are finite."""
+    # A copy even if nothing is cast: the tensor may be a view of a mapped file.
+    copy = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    # One NaN makes the extremes NaN; isfinite() of the whole tensor would allocate as much again.
+    if not tensor.is_floating_point() or not all(limit.isfinite() for limit in copy.aminmax()):
+        raise UserError(f"{name} holds NaN, infinite or whole numbers when read as {dtype}")
+    return copy
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file atomically, marked as PyTorch's. Raises like `atomic_write`."""
     with atomic_write(path) as unfinished:
@@ -230,8 +240,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _load(
-    model_class: type[Model], config: OPTConfig, folder: str | Path, dtype: torch.dtype, fresh: dict[str, Tensor]
-) -> Model:
+    model_class: type[Model], config: OPTConfig, folder: str | Path, dtype: torch.dtype, fresh: dict[str, Tensor],
+    *, mapped: bool,
+) -> Model:  # fmt: skip
     """Return a model with the weights of a folder, and with `fresh` ones for those that the folder lacks."""
     files = weight_files(folder)
     for path in files:
@@ -245,7 +256,7 @@ def _load(
     with torch.device("meta"):
         model = model_class(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state = read_state(files, shapes | {HEAD: shapes[EMBEDDING]}, dtype, fresh)
+    state = read_state(files, shapes | {HEAD: shapes[EMBEDDING]}, dtype, fresh, mapped=mapped)
     model.load_state_dict(state, assign=True)
     return model
 

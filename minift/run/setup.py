@@ -89,15 +89,17 @@ def swap_half(rankings: Sequence[Ranking], categories: Sequence[str | None], see
 def prepare(model: Model, run: Run) -> Model:
     """Move a model to the run's device, set its dropout, add adapters, shard it; UserError if these do not suit it."""
     config = run.config
-    set_allocator(save_memory=config.gradient_checkpointing)
-    model = model.to(run.device)
+    set_allocator(save_memory=config.gradient_checkpointing or config.fsdp)
+    if not config.fsdp:
+        model = model.to(run.device)
     if config.dropout is not None:
         set_dropout(model, config.dropout)
     model.decoder.gradient_checkpointing = config.gradient_checkpointing
     if config.lora_rank:
         torch.manual_seed(config.seed)
         try:
-            add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets)
+            lora = config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets
+            add_lora(model, *lora, run.weights_dtype)
         except ValueError as error:
             raise UserError(f"--lora-{error}") from None
         head = ", and the head" if isinstance(model, RewardModel) else ""
@@ -106,7 +108,7 @@ def prepare(model: Model, run: Run) -> Model:
         say(f"LoRA: {count:,} parameters to train{head}{note}")
     if config.fsdp:
         join(run.device)
-        shard(model)
+        shard(model, run.device, run.weights_dtype)
     return model
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minift.files.weights import to_dtype
+from minift.lora import adapters_of, add_lora, last_name
 from minift.model import OPT, Decoder, RewardModel
 from minift.run.distributed import before_gather, named_errors
 from minift.run.ranks import RANK, WORLD_SIZE
@@ -20,15 +22,24 @@ from minift.run.ranks import RANK, WORLD_SIZE
 WAITS, FORWARD, BACKWARD = range(3)  # what a rank does next: nothing, a forward pass, or a backward pass too
 
 
-def shard(model: OPT | RewardModel) -> None:
-    """Leave in a model this rank's part of every weight: the rows that `torch.chunk` gives it."""
+def shard(model: OPT | RewardModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Leave in a model this rank's part of every weight, the rows that `torch.chunk` gives it, on `device`.
+
+    The weights may be views of files. They are read and cast to `dtype`, those to train to float32 at least, one layer
+    at a time: no rank ever has all of them. Raises UserError if one is not finite.
+    """
     from torch.distributed.fsdp import fully_shard  # 0.6 s, which other runs need not wait for
 
     decoder = model.decoder
-    mesh = dist.init_device_mesh(model.head.device.type, (WORLD_SIZE,))
+    mesh = dist.init_device_mesh(device.type, (WORLD_SIZE,))
     if isinstance(model, RewardModel):
         decoder.add_module("score", model.score)  # the decoder's passes gather the reward head too
-    for module in [*decoder.layers, decoder]:  # the decoder itself: embeddings, which are the head as well, and norms
+    layers: dict[str, nn.Module] = {f"decoder.layers.{number}": layer for number, layer in enumerate(decoder.layers)}
+    for prefix, module in {**layers, "decoder": decoder}.items():  # last the rest: embeddings, and so the head, norms
+        for name, parameter in module.named_parameters(prefix):
+            if not hasattr(parameter, "to_local"):  # not a part yet
+                wanted = torch.promote_types(dtype, torch.float32) if parameter.requires_grad else dtype
+                parameter.data = to_dtype(parameter.data, wanted, f"--model: {name}").to(device)
         group = fully_shard(module, mesh=mesh)
         group.set_gradient_divide_factor(1.0)  # sums, not means: the trainer divides by the count of all ranks
         group.set_force_sum_reduction_for_comms(True)
@@ -89,6 +100,10 @@ def whole(model: OPT | RewardModel) -> OPT | RewardModel:
             state[name] = tensor.cpu()
     with torch.device("meta"):
         plain = type(model)(model.config)
+        if adapters := adapters_of(model):
+            first = next(iter(adapters.values()))
+            targets = sorted({last_name(name) for name in adapters})
+            add_lora(plain, first.lora_A.out_features, first.alpha, first.dropout, targets)
     plain.load_state_dict(state, assign=True, strict=RANK == 0)
     return plain
 
