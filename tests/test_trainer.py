@@ -19,20 +19,21 @@ from minift.config import Config, to_dict
 from minift.encode import IGNORE_INDEX
 from minift.errors import UserError
 from minift.files.text import write_json
-from minift.files.weights import save_model
+from minift.files.weights import load_model, save_model
 from minift.model import OPT
 from minift.progress import progress_bar
 from minift.run import checkpoint
 from minift.run.device import machine, pick_device, pick_dtype, placement, weights_dtype
 from minift.run.folder import Run
 from minift.run.setup import set_dropout
-from minift.trainer import Task, train
+from minift.trainer import Ranks, Task, train
 from tests.loop import MemoryRecorder, sft_loss
 from tests.reference import POST_LN, mean_loss, random_examples, reference_loss, twins
 
 # Rows of 2 to 60 tokens: the mean of micro-batch means would be far off. No batch size below divides 19.
 LENGTHS = [2, 60, 5, 33, 3, 48, 9, 17]
 EXAMPLES = random_examples((LENGTHS * 3)[:19], seed=1)
+ALONE = Ranks()
 HELD_OUT = random_examples(LENGTHS[:7], seed=2)
 
 
@@ -57,6 +58,7 @@ def run(
     dropout=0.0,
     steps=6,
     loader=Loader,
+    ranks=ALONE,
     **values,
 ) -> tuple[OPT, list[dict]]:
     """Train a small model from fixed weights, in a run's folder if given; return it and the lines of metrics."""
@@ -79,6 +81,7 @@ def run(
         write_model=partial(save_model, model),
         unit="supervised_tokens",
         dtype=pick_dtype(config, device),
+        ranks=ranks,
     )
     train(task, config, recorder)
     return model, recorder.lines if folder is None else read_metrics(folder)
@@ -260,16 +263,24 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path):
     assert all(math.isfinite(line["loss"]) for line in lines)
 
 
-@pytest.mark.parametrize("fault", ["parameter", "moment", "overflow"])
+@pytest.mark.parametrize("fault", ["parameter", "moment", "overflow", "other rank"])
 def test_a_diverged_state_is_never_saved(tmp_path, monkeypatch, fault):
-    """Parameters or moments that are not finite, or so large that every loss overflows, without an evaluation."""
+    """Parameters or moments that are not finite, or so large that every loss overflows, without an evaluation.
+
+    Those of a sharded model can be finite on this rank only.
+    """
     step = torch.optim.AdamW.step
+    checks = []  # losses before a checkpoint, which are summed over the ranks
+
+    def sum_values(values):
+        checks.append(values.keys() == {"loss"})
+        return {"loss": math.nan} if fault == "other rank" and checks[-1] and sum(checks) == 3 else values
 
     def fail_in_step_3(optimizer, *arguments):
         step(optimizer, *arguments)
         parameter = optimizer.param_groups[0]["params"][0]
         state = optimizer.state[parameter]
-        if state["step"] == 3:
+        if state["step"] == 3 and fault != "other rank":
             broken = state["exp_avg"] if fault == "moment" else parameter.data
             broken.view(-1)[0] = math.inf if fault == "moment" else math.nan
             if fault == "overflow":
@@ -279,7 +290,7 @@ def test_a_diverged_state_is_never_saved(tmp_path, monkeypatch, fault):
     with pytest.raises(
         UserError, match=r"^--lr 0.001: the loss or its gradient is (nan|inf) after step 3, try a lower"
     ):
-        run(tmp_path / "run", save_every=1)
+        run(tmp_path / "run", save_every=1, ranks=Ranks(sum_values=sum_values))
     monkeypatch.undo()
     assert checkpoint.find(tmp_path / "run" / "checkpoints").name == "step-000002"
     run(tmp_path / "run", resume=True)
@@ -372,6 +383,48 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before_it(four_steps, tmp_pa
     shutil.rmtree(folder)
     _, lines = run(tmp_path / "run", **values)
     assert without_seconds(lines)[-1] == without_seconds(read_metrics(four_steps))[-1]
+
+
+def cut_into_parts(folder: Path) -> list[Path]:
+    """Turn a checkpoint into that of a sharded run of two ranks; return the two files."""
+    tensors = load_file(folder / "training.safetensors")
+    (folder / "training.safetensors").unlink()
+    (folder / "training").mkdir()
+    paths = [folder / "training" / f"shard-0000{number}-model-00001-of-00001.safetensors" for number in (1, 2)]
+    for rank, path in enumerate(paths):
+        cuts = {name: -(-len(tensor) // 2) for name, tensor in tensors.items() if tensor.dim()}
+        parts = {name: (tensors[name][cut:] if rank else tensors[name][:cut]).clone() for name, cut in cuts.items()}
+        if rank == 0:
+            parts |= {name: tensor for name, tensor in tensors.items() if not tensor.dim()}
+        starts = {
+            name: [rank * cuts[name], *[0] * (part.dim() - 1)] if part.dim() else [] for name, part in parts.items()
+        }
+        about = {name: {"saved_offsets": start} for name, start in starts.items()}
+        save_file(parts, path, {"DCP_SHARDING_INFO": json.dumps(about)})
+    return paths
+
+
+def test_a_sharded_checkpoint_is_resumed_by_one_process_unless_a_part_is_missing(four_steps, tmp_path):
+    values = {"lr": 0.5, "steps": 4, "resume": True}
+    for damage in ("", "first", "second", "cut"):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(four_steps, tmp_path / "run")
+        folder = tmp_path / "run" / "checkpoints" / "step-000004"
+        paths = cut_into_parts(folder)
+        if not damage:
+            model, lines = run(tmp_path / "run", **values)
+            assert without_seconds(lines) == without_seconds(read_metrics(four_steps))
+            assert largest_difference(model, load_model(four_steps / "checkpoints" / "step-000004")) == 0.0
+            continue
+        if damage == "cut":
+            paths[1].write_bytes(paths[1].read_bytes()[:-999])
+        else:
+            paths[damage == "second"].unlink()
+        problem = "MetadataIncompleteBuffer|incomplete" if damage == "cut" else r"a part of \S+ is missing"
+        with pytest.raises(
+            UserError, match=rf"--resume: {folder}/training is damaged \(.*({problem}).*delete {folder}"
+        ):
+            run(tmp_path / "run", **values)
 
 
 @pytest.mark.parametrize("line", ["garbage", "3", "\0\0", "[]", '{"step": 1}', '{"step": "a", "split": "eval"}',
