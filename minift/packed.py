@@ -50,8 +50,11 @@ def packed(model: OPT, num_rows: int) -> Iterator[None]:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Return whether oneDNN is in this build of torch and multiplies numbers of this dtype on this processor."""
-    is_there = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    """Return whether oneDNN is in this build of torch and multiplies numbers of this dtype on this processor.
+
+    It cannot for a sharded model: its weights are here only while a pass needs them.
+    """
+    is_there = weight.device.type == "cpu" and not hasattr(weight, "to_local") and torch.backends.mkldnn.is_available()
     is_half = weight.dtype == torch.bfloat16
     return is_there and (not is_half or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from minift.errors import UserError
 from minift.files.pretrained import find_model, load_for_sft
+from minift.packed import packed
 from minift.run import distributed, sharding
 from tests.reference import difference
 from tests.runs import ROOT, SHIPPED, few_rows, read_lines, run
@@ -212,6 +213,8 @@ def test_no_rank_ever_has_all_weights(four_ranks: None, monkeypatch: pytest.Monk
     assert bytes_of(model) < bytes_of(plain) / 3.9
     for name, part in model.named_parameters():
         assert torch.equal(part.to_local(), plain.get_parameter(name).chunk(4)[0]), name
+    with packed(model, 64):
+        assert "logits" not in vars(model)
 
 
 def test_weights_that_are_not_finite_are_found_while_they_are_cast(four_ranks: None) -> None:
