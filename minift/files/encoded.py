@@ -12,6 +12,7 @@ remarks.bin  a REMARK record for each remark about a row
 
 import hashlib
 import json
+import mmap
 import multiprocessing
 import os
 import secrets
@@ -52,7 +53,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 INDEX = numpy.dtype([
-    ("tokens_end", "<i8"), ("row_end", "<i8"),  # in tokens.bin and rows.bin; a row begins where the one before ends
+    ("tokens_end", "<i8"), ("rows_end", "<i8"),  # in tokens.bin and rows.bin; a row begins where the one before ends
     ("num_tokens", "<i4"), ("num_supervised", "<i4"),
     ("is_used", "?"),  # False: left out by --no-input-only
     ("is_kept", "?"),  # False: dropped, as a remark says
@@ -99,8 +100,9 @@ class EncodedFile:
             self._texts: list[Text] = [(is_note, text) for is_note, text in about["remarks"]]
         except (UserError, FileNotFoundError, LookupError, TypeError, ValueError) as error:
             raise UserError(f"{error}: delete {folder}, and the data will be encoded again") from None
-        self._index, self._tokens, self._rows, self._remarks = (_map(folder / name, FILES[name]) for name in FILES)
-        self._used = numpy.flatnonzero(self._index["is_used"])
+        self._index, self._remarks = (_map(folder / name) for name in ("index.bin", "remarks.bin"))
+        self._open = {name: (folder / f"{name}.bin").open("rb") for name in ("tokens", "rows")}
+        self._used = _numbers(self._index["is_used"])
         self._encode = encode
         check_any_without_input(len(self._used), len(self._index))
 
@@ -120,7 +122,7 @@ class EncodedFile:
         are_rankings = self._encode.func is encode_rankings
         examples: Any = Mapped(self._ranking if are_rankings else self._example, kept)
         rows: Any = Mapped(self._row, kept)
-        positions: Any = Mapped(int, numpy.flatnonzero(is_kept))
+        positions: Any = Mapped(int, _numbers(is_kept))
         noun: Any = NOUNS[self._index["noun"][numbers].max(initial=1 if are_rankings else 0)]
         encoded: Encoded[Any] = Encoded(source, noun, len(numbers), examples, rows, positions)
         encoded.tokens = int(self._index["num_tokens"][kept].sum(dtype=numpy.int64))
@@ -135,28 +137,38 @@ class EncodedFile:
         return encoded
 
     def _example(self, number: int) -> Example:
-        stored = self._part_of(self._tokens, "tokens_end", number)
+        stored = self._read("tokens", number)
         is_supervised = stored >= 0
         ids, labels = numpy.where(is_supervised, stored, ~stored), numpy.where(is_supervised, stored, IGNORE_INDEX)
         return Example(ids.tolist(), labels.tolist())
 
     def _ranking(self, number: int) -> Ranking:
-        stored = self._part_of(self._tokens, "tokens_end", number)
+        stored = self._read("tokens", number)
         ends = 3 + stored[2] + numpy.cumsum([0, *stored[3 : 3 + stored[2]]])
         responses = [stored[start:end].tolist() for start, end in zip(ends, ends[1:], strict=False)]
         return Ranking(responses, float(stored[:2].copy().view("<f8")[0]))
 
     def _row(self, number: int) -> Row:
-        location, fields = json.loads(self._part_of(self._rows, "row_end", number).tobytes())
+        location, fields = json.loads(self._read("rows", number).tobytes())
         return Row(fields, location)
 
-    def _part_of(self, file: numpy.ndarray, end: str, number: int) -> numpy.ndarray:
-        """Return the part of tokens.bin or rows.bin that belongs to a row."""
-        start = self._index[end][number - 1] if number else 0
-        return file[start : self._index[end][number]]
+    def _read(self, name: str, number: int) -> numpy.ndarray:
+        """Return what tokens.bin or rows.bin has of a row.
+
+        Only this part is mapped, and only while it is used: if the whole file were, what was read of it would count as
+        memory of this process, in the end all of it.
+        """
+        dtype, ends = FILES[f"{name}.bin"], self._index[f"{name}_end"]
+        start, end = int(ends[number - 1]) * dtype.itemsize if number else 0, int(ends[number]) * dtype.itemsize
+        before = start % mmap.ALLOCATIONGRANULARITY  # a map begins at a whole page
+        file = self._open[name].fileno()
+        pages = mmap.mmap(file, before + end - start, access=mmap.ACCESS_READ, offset=start - before)
+        return numpy.frombuffer(pages, dtype, offset=before)
 
     def _remarks_about(self, numbers: numpy.ndarray, *, are_notes: bool) -> dict[str, Any]:
         """Return the remarks about rows, each with the locations that it applies to, in the order of the rows."""
+        if not len(self._remarks):
+            return {}
         place = numpy.full(len(self._index), -1)
         place[numbers] = numpy.arange(len(numbers))
         places = place[self._remarks["row"]]
@@ -171,9 +183,14 @@ class EncodedFile:
         return remarks
 
 
-def _map(path: Path, dtype: numpy.dtype) -> numpy.ndarray:
+def _map(path: Path) -> numpy.ndarray:
     # An empty file cannot be mapped.
-    return numpy.memmap(path, dtype, "r") if path.stat().st_size else numpy.empty(0, dtype)
+    return numpy.memmap(path, FILES[path.name], "r") if path.stat().st_size else numpy.empty(0, FILES[path.name])
+
+
+def _numbers(are_wanted: numpy.ndarray) -> numpy.ndarray:
+    """Return the indices of True, in as few bytes as a file of this length allows."""
+    return numpy.flatnonzero(are_wanted).astype(numpy.int32 if len(are_wanted) < 2**31 else numpy.int64)
 
 
 # ---- making one ----
@@ -294,17 +311,17 @@ def _write(
     for name in FILES:
         (folder / name).touch()
     codes: dict[Text, int] = {}
-    num_rows = tokens_end = row_end = 0
+    num_rows = tokens_end = rows_end = 0
     size = sum(path.stat().st_size for path in data_files(data))
     with progress_bar(size, f"encoding {Path(data).name}", "B", unit_scale=True) as bar:
         rows = stream_rows(data, schemas, on_read=bar.update)
         with closing(_in_processes(work, rows)) as chunks:
             for chunk in chunks:
                 chunk.records["tokens_end"] += tokens_end
-                chunk.records["row_end"] += row_end
+                chunk.records["rows_end"] += rows_end
                 remarks = [(num_rows + row, codes.setdefault(text, len(codes))) for row, text in chunk.remarks]
                 num_rows += len(chunk.records)
-                tokens_end, row_end = (int(chunk.records[end][-1]) for end in ("tokens_end", "row_end"))
+                tokens_end, rows_end = (int(chunk.records[end][-1]) for end in ("tokens_end", "rows_end"))
                 parts = (chunk.records.tobytes(), chunk.tokens, chunk.rows, numpy.array(remarks, REMARK).tobytes())
                 for name, part in zip(FILES, parts, strict=True):
                     append_bytes(folder / name, part)
@@ -323,7 +340,7 @@ def _encode_chunk(
     for number, (fields, location, notes) in enumerate(rows):
         record = index[number]  # a view; ends are lengths until the last row is done
         lines.append(json.dumps([location, fields]).encode() + b"\n")
-        record["row_end"] = len(lines[-1])
+        record["rows_end"] = len(lines[-1])
         remarks += [(number, (True, note)) for note in notes]
         row = Row(fields, location)
         if without_input and has_input(row):
@@ -335,7 +352,7 @@ def _encode_chunk(
         for item in encoded.examples:  # one, or none
             tokens.append(_pack(item))
             record["is_kept"], record["tokens_end"] = True, len(tokens[-1])
-    for end in ("tokens_end", "row_end"):
+    for end in ("tokens_end", "rows_end"):
         index[end] = index[end].cumsum()
     return Chunk(index, b"".join(part.tobytes() for part in tokens), b"".join(lines), remarks)
 
