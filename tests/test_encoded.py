@@ -290,7 +290,7 @@ def test_a_killed_process_leaves_nothing_that_is_used(tmp_path, encode, monkeypa
     [unfinished] = cache.iterdir()
     assert unfinished.name.endswith(encoded.UNFINISHED)
     processes = [int(helper.name.split()[1]) for helper in helpers]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(map(is_running, processes)) and time.monotonic() < deadline:
         time.sleep(0.01)
     left = [process for process in processes if is_running(process)]
