@@ -23,6 +23,7 @@ class Work(NamedTuple):
     new_tokens: int = 0  # at most, for each prompt
     num_beams: int = 1
     eos: int = 0
+    dtype: str = "float32"  # of minift's weights in generation
     threads: int = 1
     scratch: str = ""  # a folder for what a trainer writes
     flags: Sequence[str] = ()  # more flags of train_sft.py

@@ -219,7 +219,7 @@ class Bench:
                 write_text(path, json.dumps(prompts[: max(1, len(prompts) // share)]))
                 work = self.work._replace(
                     line=name, folder=str(folder), data=str(path), new_tokens=self.args.new_tokens, num_beams=beams,
-                    eos=eos, batch_size=1,
+                    eos=eos, dtype=self.args.dtype, batch_size=1,
                 )  # fmt: skip
                 yield Line(name, work, others, *(("memory", read) if name == "single" else ()))
 
@@ -477,6 +477,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", type=whole_number(1), default=64, help="prompts; a quarter with beams, an eighth one at a time "
         "(%(default)s)")  # fmt: skip
     add("--new-tokens", type=whole_number(1), default=64, help="at most, of each completion (%(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of minift's weights in generation; the "
+        "others' are float32 (%(default)s)")  # fmt: skip
     add("--reference-batch", type=whole_number(1), metavar="ROWS", help="rows in a batch of the other sides of "
         f"generation (the fastest of {', '.join(map(str, BATCH_SIZES))})")  # fmt: skip
     add("--rows", type=whole_number(1), nargs="+", default=[REFERENCE_ROWS], help="sizes of the data up to the first "

@@ -8,6 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from minift.batching import Loader, collate
 from minift.beam import beam_search
 from minift.bleu import corpus_bleu
@@ -60,7 +62,7 @@ def time_training(model: OPT | RewardModel, loss: LossFunction, batches: Loader)
 
 
 def generation(work: Work) -> Timing:
-    model, prompts = load_model(Path(work.folder)), read_ids(work)
+    model, prompts = load_model(Path(work.folder), dtype=getattr(torch, work.dtype)), read_ids(work)
     options = Options(max_new_tokens=work.new_tokens, num_beams=work.num_beams, eos_token_id=work.eos)
     search = beam_search if work.num_beams > 1 else generate
     at_once = [[prompt] for prompt in prompts] if work.line == "single" else [prompts]
