@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -216,6 +216,20 @@ def test_no_rank_ever_has_all_weights(four_ranks: None, monkeypatch: pytest.Monk
         assert torch.equal(part.to_local(), plain.get_parameter(name).chunk(4)[0]), name
     with packed(model, 64):
         assert "logits" not in vars(model)
+
+
+def test_a_sharded_model_takes_its_parts_of_a_whole_checkpoint(four_ranks: None, tmp_path: Path) -> None:
+    model, _ = load_for_sft(find_model(SHIPPED), mapped=True)
+    sharding.shard(model, torch.device("cpu"), torch.float32)
+    parameters = dict(model.named_parameters())
+    tensors = {f"exp_avg.{name}": torch.randn(parameter.shape) for name, parameter in parameters.items()}
+    tensors |= {f"step.{name}": torch.tensor(3.0) for name in parameters}
+    save_file(tensors, tmp_path / "training.safetensors")
+    found = sharding.read_parts(tmp_path, parameters)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].shape == tensor.shape
+        assert torch.equal(distributed.own_part(found[name]), tensor.chunk(4)[0] if tensor.dim() else tensor), name
 
 
 def test_weights_that_are_not_finite_are_found_while_they_are_cast(four_ranks: None) -> None:

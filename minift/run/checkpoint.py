@@ -2,7 +2,8 @@
 
 A run's `checkpoints/` holds folders `step-000120/`, and `steps.json` with the steps of the `last` and the `best` one.
 A folder is a model that anyone can load, `training.safetensors` (the trained parameters and AdamW's moments, as they
-are in memory) and `progress.json`. Order, dropout and learning rate follow from the seed and the step, so no generator
+are in memory; of a sharded model `training/`, a file for each rank) and `progress.json`. Any number of ranks resumes
+from either. Order, dropout and learning rate follow from the seed and the step, so no generator
 state is saved. Nothing is a symbolic link: network drives and copies lack them.
 """
 
