@@ -110,7 +110,7 @@ def beam_search(
 
 
 def in_place(beams: list[tuple[float, int, list[int]]]) -> list[tuple[float, int, list[int]]]:
-    """Order new beams (score, parent, ids), so that each parent's best one takes its place: others are copied.
+    """Order new beams (score, parent, ids) so that each parent's best one keeps its slot; only others are copied.
 
     >>> in_place([(-1.0, 2, [7]), (-1.5, 2, [8]), (-2.0, 0, [9])])
     [(-2.0, 0, [9]), (-1.5, 2, [8]), (-1.0, 2, [7])]

@@ -6,7 +6,7 @@ once. Two prompts, "A B" and "C", with two rows each, after a few steps:
     prompts, a slot for each          A B     C ·
     new tokens, a slot for each row   d e     d f     g h     g i
     row 1 attends to                  A B d f
-    row 1 continues row 0             d e     d e     ...     only new tokens are copied
+    copy_slots([0, 0, 2, 3])          d e     d e     g h     g i     row 1 now continues row 0
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,10 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of each row's tokens but the newest. Slots in use are the first; each may hold old values."""
+    """Keys and values of all tokens of each row but its newest.
+
+    The first slots are in use. Beyond the lengths, slots may hold values of rows that have left.
+    """
 
     def __init__(self, num_prompts: int, rows_per_prompt: int = 1) -> None:
         self.num_prompts, self.rows_per_prompt = num_prompts, rows_per_prompt
@@ -27,9 +30,9 @@ class KVCache:
         self.new: list[Tensor] = []  # the same of the new tokens: (2, row slots, H, capacity, D)
 
     def copy_slots(self, parents: list[int]) -> None:
-        """Let row r continue row `parents[r]`, for all r at once; other slots become free.
+        """Copy row `parents[r]` to row r, for all r at once; other slots become free.
 
-        The rows of one prompt must continue rows of one prompt.
+        The parents of rows that share a prompt must share one too.
         """
         prompts = [parent // self.rows_per_prompt for parent in parents[:: self.rows_per_prompt]]
         self.prompt_lengths = _copy(self.prompts, self.prompt_lengths, prompts)
@@ -48,12 +51,12 @@ def _copy(layers: list[Tensor], lengths: list[int], parents: list[int]) -> list[
 
 
 def _room(layers: list[Tensor], layer: int, num_slots: int, new: Tensor, length: int) -> Tensor:
-    """Return a layer's part `(2, slots, H, capacity, D)`, grown if it has no room for `length` tokens like `new`."""
+    """Return a layer's buffer `(2, slots, H, capacity, D)`, grown if it has no room for `length` tokens like `new`."""
     if layer == len(layers):
         layers.append(new.new_zeros(2, num_slots, new.shape[1], 0, new.shape[3]))
     capacity = layers[layer].shape[3]
     if capacity < length:
-        # Doubling keeps growth cheap. Zeros, because a NaN would spread even where it is masked.
+        # Doubling keeps growth cheap. Zeros: a NaN in memory without values would spread even where it is masked.
         layers[layer] = F.pad(layers[layer], (0, 0, 0, max(length, 2 * capacity) - capacity))
     return layers[layer]
 
@@ -65,7 +68,7 @@ class Prefill:
     cache: KVCache
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store keys and values `(R, H, T, D)`; attention is causal among these tokens."""
+        """Store keys and values `(R, H, T, D)`; return causal attention among these tokens."""
         first, length = len(self.cache.prompt_lengths), key.shape[2]
         stored = _room(self.cache.prompts, layer, self.cache.num_prompts, key, length)
         for part, new in zip(stored, (key, value), strict=True):
@@ -79,7 +82,9 @@ class DecodeStep:
     def __init__(self, cache: KVCache, device: torch.device) -> None:
         self.cache = cache
         prompt_lengths = torch.tensor(cache.prompt_lengths, device=device).repeat_interleave(cache.rows_per_prompt)
-        self.places = torch.tensor(cache.new_lengths, device=device)  # (R,) of the newest among the row's new tokens
+        self.places = torch.tensor(
+            cache.new_lengths, device=device
+        )  # (R,) index of the newest among the row's new tokens
         self.positions = prompt_lengths + self.places  # (R,)
         self.rows = torch.arange(len(self.places), device=device)  # (R,)
         self.longest_prompt, self.longest = max(cache.prompt_lengths), max(cache.new_lengths) + 1  # S₁, S₂
@@ -95,9 +100,9 @@ class DecodeStep:
         per_prompt = self.cache.rows_per_prompt
         prompt_keys, prompt_values = self.cache.prompts[layer][:, : num_rows // per_prompt, :, : self.longest_prompt]
         stored = _room(self.cache.new, layer, self.cache.num_prompts * per_prompt, key, self.longest)
-        if layer == 0:
+        if layer == 0:  # where the newest tokens go, once each row and head; the same in all layers
             heads_of_rows = torch.arange(num_rows * heads, device=query.device).view(num_rows, heads)
-            self.cells = (heads_of_rows * stored.shape[3] + self.places[:, None]).flatten()  # (R * H,) of newest tokens
+            self.cells = (heads_of_rows * stored.shape[3] + self.places[:, None]).flatten()  # (R * H,)
         for part, new in zip(stored, (key, value), strict=True):
             part.view(-1, width).index_copy_(0, self.cells, new.reshape(-1, width))
         keys, values = stored[:, :num_rows, :, : self.longest]  # (R, H, S₂, D)
@@ -110,6 +115,6 @@ class DecodeStep:
 
         query = query * width**-0.5
         scores = torch.cat((by_row(by_prompt(query) @ prompt_keys.mT), query @ keys.mT), dim=3)  # (R, H, 1, S₁ + S₂)
-        weights = (scores + self.mask).softmax(3).to(value.dtype)  # in float32 at least, as the mask is
+        weights = (scores + self.mask).softmax(3).to(value.dtype)  # the float32 mask makes the sum at least float32
         to_prompt, to_new = weights.split((self.longest_prompt, self.longest), dim=3)
         return by_row(by_prompt(to_prompt) @ prompt_values) + to_new @ values  # (R, H, 1, D)

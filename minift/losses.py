@@ -80,7 +80,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the saved gradients by the incoming one."""
         grads = ctx.saved_tensors
-        # It is mostly 1, and the head's gradient is the largest of all. A GPU would have to be waited for.
+        # It is usually 1. Then multiplying would only copy, and the head's gradient is the largest of the model. On a
+        # GPU the comparison would wait for the device.
         if grad_total.device.type != "cpu" or grad_total != 1:
             grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in grads]
         return *grads, None, None  # targets and keep_gradient have none

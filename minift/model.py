@@ -7,8 +7,8 @@ Two rows, "A B C" and "D E":
     rows (R = 2, T = 3)    [[0, 1,  2],       where the tokens of each row are in the list, -1 past a row's end
                             [3, 4, -1]]
     attention sees         [[A, B, C],        q, k and v, gathered. Pads are on the right, so causal attention never
-                            [D, E, ·]]        looks at one, and a row never sees another row; many rows are grouped by
-                                              length, each group with pads of its own
+                            [D, E, ·]]        looks at one. A row never sees another row. On a CPU, rows are sorted by
+                                              length and divided into groups; each is padded to its own longest row
     back in the list       A  B  C  D  E      scattered; what was computed for the pads is dropped
     wanted (M = 2)         C  E               the loss may need few tokens: the last layer computes only these
 
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Model = TypeVar("Model", "OPT", "RewardModel")  # a function returns the class that it is given
-MAX_GROUPS = 8  # of rows of like length inside attention; two rows or more in each
+MAX_GROUPS = 8  # of rows of similar length inside attention; fewer for few rows: one for every two
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are not used
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}  # in place
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}  # relu_: in place
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class RowLayout(NamedTuple):
 
     gather: Tensor  # (cells,) the token in each cell of the padded rows; cells past a row's end repeat token 0
     scatter: Tensor  # (N,) one cell of each token; in the last layer (M,), of each wanted one
-    groups: list[tuple[int, int]]  # (R, T) of each group of rows, whose cells follow each other
+    groups: list[tuple[int, int]]  # (R, T) of each group of rows; a group's cells follow those of the one before
     wanted: Tensor | None = None  # (M,) the tokens that a layer returns; None: all
 
 
@@ -69,18 +69,18 @@ class Cache(Protocol):
     """The part of a key/value cache that attention uses; `Prefill` and `DecodeStep` in cache.py implement it."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store a layer's new keys and values; return what each query mixes of all that it may see: `(R, H, T, D)`."""
+        """Store a layer's new keys and values; return each query's attention to all that it may see: `(R, H, T, D)`."""
 
 
 def row_layout(rows: Tensor, num_tokens: int, keeps_order: bool = False) -> RowLayout:
     """Turn `rows (R, T)`, -1 past each row's end, into the two index lists that attention needs.
 
-    On a CPU, rows of like length are grouped, and padded to the longest of their group only, unless their order is to
-    be kept. A token that several rows share, as in a pair's prompt, is read back from one of them: its value is the
-    same in all.
+    On a CPU, unless `keeps_order`, rows of similar length form groups, and each group is padded only to its longest
+    row. A token that several rows share, as in a pair's prompt, is read back from one of them: its value is the same in
+    all.
     """
     groups = [rows]
-    if not keeps_order and rows.device.type == "cpu":  # a GPU would have to be waited for, to learn the lengths
+    if not keeps_order and rows.device.type == "cpu":  # reading lengths from a GPU would wait for it
         lengths = (rows >= 0).sum(1)
         num_groups = min(MAX_GROUPS, -(-len(rows) // 2))
         groups = [rows[part, : int(lengths[part[-1]])] for part in lengths.argsort(stable=True).chunk(num_groups)]
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         ]
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, layer: int, cache: Cache | None) -> Tensor:
-        """Return what each query mixes of the values of one group of rows: `(R, H, T, D)`, as all three are."""
+        """Return the attention of one group of rows: `(R, H, T, D)`, the shape of `query`, `key` and `value`."""
         if cache is not None:
             return cache.attend(layer, query, key, value)
         # Rows are padded on the right, so the causal mask alone hides the padding from every real query. Without a mask

@@ -1,35 +1,39 @@
 """Matrix products of few rows, as in decoding: by weights that are packed once instead of at each product.
 
-`F.linear` lays a weight out anew for each product, in blocks as the processor reads them. That is nothing beside a
-product of thousands of rows, and takes as long as one of eight. oneDNN can keep the packed copy.
+To pack a weight is to copy it into blocks, in the order in which the processor reads them. `F.linear` does so in each
+product. With thousands of rows that hardly counts, but it takes as long as a product with eight rows. oneDNN, torch's
+library for products on a CPU, can keep the packed copy.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from minift.model import OPT, Attention
 
-MIN_ROWS = {torch.float32: 4, torch.bfloat16: 1}  # from which packed weights are faster, as measured in tests/speed.md
-EXPECTED_ROWS = 64  # what oneDNN packs for; any number is correct, and about as fast
+MIN_ROWS = {torch.float32: 4, torch.bfloat16: 1}  # with fewer rows, packed weights are not faster
+EXPECTED_ROWS = 64  # the number of rows that oneDNN chooses the blocks for; products with any other are correct too
 
 
 @contextmanager
 def packed(model: OPT, num_rows: int) -> Iterator[None]:
-    """Let a model multiply by packed copies of its weights within the block, where that is faster for so many rows.
+    """Let a model multiply by packed copies of its weights within the block, if that is faster for `num_rows` rows.
 
-    Queries, keys and values become one product. The copies take as much memory as the weights, on a CPU only.
+    Queries, keys and values become one product. The copies take as much memory as the weights. On a GPU, under
+    autocast, and within another such block nothing changes.
     """
-    if num_rows < MIN_ROWS.get(model.head.dtype, num_rows + 1) or not can_pack(model.head):
+    is_fast = can_pack(model.head) and num_rows >= MIN_ROWS[model.head.dtype]
+    is_packed = "logits" in vars(model)
+    if not is_fast or is_packed or torch.is_autocast_enabled("cpu"):
         yield
         return
     replaced: list[tuple[nn.Module, str]] = []
 
     def replace(module: nn.Module, method: str, function: Callable[[Tensor], Any]) -> None:
-        setattr(module, method, function)  # hides the class's own
+        setattr(module, method, function)  # found before the method of the class
         replaced.append((module, method))
 
     try:
@@ -38,10 +42,10 @@ def packed(model: OPT, num_rows: int) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, Attention):
                 linears = [module.q_proj, module.k_proj, module.v_proj]
-                if all(isinstance(linear, nn.Linear) for linear in linears):  # no adapters
+                if all(map(is_plain, linears)):  # none with an adapter
                     replace(module, "project", joint_product(linears))
                     done.update(linears)
-            elif isinstance(module, nn.Linear) and module not in done:
+            elif is_plain(module) and module not in done:
                 replace(module, "forward", product(module.weight, module.bias))
         yield
     finally:
@@ -49,26 +53,36 @@ def packed(model: OPT, num_rows: int) -> Iterator[None]:
             delattr(module, method)
 
 
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Return whether a module is a linear whose weight can be packed. Others are left as they are."""
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    has_hooks = module._forward_hooks or module._forward_pre_hooks
+    return not has_hooks and can_pack(module.weight)
+
+
 def can_pack(weight: Tensor) -> bool:
     """Return whether oneDNN is in this build of torch and multiplies numbers of this dtype on this processor.
 
-    It cannot for a sharded model: its weights are here only while a pass needs them.
+    A sharded weight cannot be packed: all of it is here only while a pass needs it.
     """
-    is_there = weight.device.type == "cpu" and not hasattr(weight, "to_local") and torch.backends.mkldnn.is_available()
-    is_half = weight.dtype == torch.bfloat16
-    return is_there and (not is_half or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if weight.dtype not in MIN_ROWS or weight.device.type != "cpu" or hasattr(weight, "to_local"):
+        return False
+    is_there = torch.backends.mkldnn.is_available()
+    return is_there and (weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @torch.no_grad()
 def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Return the function x `(N, in)` → x Wᵀ + b `(N, out)` with a packed copy of W, as torch's compiler calls it."""
+    """Return the function x `(N, in)` → x Wᵀ + b `(N, out)` with a packed copy of W."""
+    # These operations of torch are not public. Its compiler, Inductor, calls them in the same way.
     copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), EXPECTED_ROWS)
     return lambda hidden: torch.ops.mkldnn._linear_pointwise(hidden, copy, bias, "none", [], "")
 
 
 @torch.no_grad()
 def joint_product(linears: list[nn.Linear]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Return the function that applies several linears of the same input by one product."""
+    """Return a function that applies several linears to the same input by one product."""
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
     multiply = product(torch.cat([linear.weight for linear in linears]), bias)
     widths = [linear.out_features for linear in linears]

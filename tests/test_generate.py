@@ -237,6 +237,36 @@ def test_packed_weights_compute_the_same(architecture: str, has_adapters: bool, 
     assert difference(found, expected) < (1e-5 if dtype == torch.float32 else 0.05) * expected.abs().max()
 
 
+def test_what_is_changed_or_watched_is_not_packed() -> None:
+    """A subclass and a hook used to be passed over; nested blocks and autocast used to end in an error."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return 2 * super().forward(hidden)
+
+    _, model = varied_twins(PRE_LN)
+    first, second = model.decoder.layers
+    first.fc2.__class__ = Doubled
+    second.fc1.forward = changed = lambda hidden: 3 * torch.nn.Linear.forward(second.fc1, hidden)
+    seen: list[Tensor] = []
+    second.self_attn.q_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    batch = pack(ragged_prompts(each=2))
+    attributes = [{*vars(module)} for module in model.modules()]
+    with torch.no_grad():
+        expected = model.logits(hidden_states(model, batch))
+        with torch.autocast("cpu", dtype=torch.bfloat16), packed(model, 4):
+            assert [{*vars(module)} for module in model.modules()] == attributes
+        with packed(model, 4):
+            with packed(model, 4):
+                inner = model.logits(hidden_states(model, batch))
+            assert "forward" in vars(first.fc1)
+            outer = model.logits(hidden_states(model, batch))
+    for found in (inner, outer):
+        assert difference(found, expected) < 1e-5 * expected.abs().max()
+    assert len(seen) == 3 and second.fc1.forward is changed
+    assert [{*vars(module)} for module in model.modules()] == attributes
+
+
 # ---- the cache ----
 
 

@@ -23,7 +23,7 @@ from minift.files.weights import load_model, save_model
 from minift.model import OPT
 from minift.progress import progress_bar
 from minift.run import checkpoint
-from minift.run.device import machine, pick_device, pick_dtype, placement, weights_dtype
+from minift.run.device import machine, pick_device, pick_dtype, placement, set_allocator, weights_dtype
 from minift.run.folder import Run
 from minift.run.setup import set_dropout
 from minift.trainer import Ranks, Task, train
@@ -524,6 +524,32 @@ def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(UserError, match="--device cuda"):
         pick_device("cuda")
     assert pick_device("auto").type == "cpu"
+
+
+def test_the_allocator_is_set_again_by_each_run_in_a_process(monkeypatch):
+    """A run that saves memory used to leave memory mapping off if an earlier one had turned it off."""
+
+    class C:
+        def __init__(self):
+            self.options = {}
+
+        def mallopt(self, option, value):
+            self.options[option] = value
+
+    library = C()
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: library)
+    set_allocator(save_memory=True)
+    given_back = {**library.options}
+    set_allocator(save_memory=False)
+    assert library.options == given_back | {-1: -1, -4: 0}  # never trim the heap, never map memory
+    set_allocator(save_memory=True)
+    assert library.options == given_back
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # another C library
+    set_allocator(save_memory=True)
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setattr("ctypes.CDLL", None)  # not to be called
+    set_allocator(save_memory=True)
 
 
 def test_the_name_of_the_machine(monkeypatch):

@@ -1,4 +1,4 @@
-"""The device and dtypes of a run or command, from its options; memory; the name of the machine."""
+"""The device and dtypes of a run or command, from its options; the allocator; the name of the machine."""
 
 import ctypes
 import platform
@@ -72,12 +72,14 @@ def weights_dtype(config: Config) -> torch.dtype:
 def set_allocator(save_memory: bool) -> None:
     """Tell glibc what to do with the memory that a step frees: keep it for the next step, or give it back at once.
 
-    By default it gives large blocks back, and the system must clear them again for each step: up to a tenth of a step's
-    time. Other C libraries are left as they are.
+    By default it gives large blocks back, and the system must clear them again in each step. That takes up to a tenth
+    of a step's time. Other C libraries are left as they are.
     """
-    mmap_threshold, mmap_max, trim_threshold = -3, -4, -1  # of glibc's malloc.h
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of glibc's malloc.h
+    keep = {trim_threshold: -1, mmap_max: 0}
+    give_back = {trim_threshold: 131_072, mmap_max: 65_536, mmap_threshold: 65_536}  # the first two are the defaults
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for option, value in [(mmap_threshold, 65_536)] if save_memory else [(mmap_max, 0), (trim_threshold, -1)]:
+        for option, value in (give_back if save_memory else keep).items():
             libc.mallopt(option, value)
 
 
