@@ -41,6 +41,8 @@ import os, signal, sys
 import train_sft
 from minift import trainer
 from minift.commands.cli import run_command
+from minift.run import sharding
+sharding.FILE_SIZE = 10**7  # bytes: several files of each rank
 accumulate_gradient = trainer.accumulate_gradient
 def killed(task, seed, step):
     if step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -113,7 +115,7 @@ def flags_for(script: str, folder: Path) -> list:
         ("sft", 3, 1, ["--run-checks", "--dropout", 0.1, "--bleu-samples", 2]),
         ("sft", 2, 1, ["--lora-rank", 2, "--lora-dropout", 0.2, "--dropout", 0.1]),
         ("rm", 2, 2, ["--lm-weight", 0.03]),
-        ("sft", 2, 2, ["--fsdp", "--dropout", 0.1, "--bleu-samples", 3]),
+        ("sft", 2, 2, ["--fsdp", "--dropout", 0.1, "--bleu-samples", 3, "--max-steps", 3]),
         ("rm", 3, 1, ["--fsdp", "--gradient-checkpointing", "--lora-rank", 3, "--lora-dropout", 0.2]),
     ],
     ids=["two, buckets", "three, dropout", "LoRA", "rewards", "two, sharded", "three, rewards, LoRA, sharded"],
@@ -252,6 +254,7 @@ def test_a_sharded_run_is_resumed_by_another_number_of_ranks(tmp_path: Path) -> 
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and lines[0].startswith("error: the machine failed: another rank has ended"), errors[-3000:]
     assert json.loads((tmp_path / "three" / "checkpoints" / "steps.json").read_text())["last"] == 3
+    assert len([*(tmp_path / "three" / "checkpoints" / "step-000003" / "training").iterdir()]) > 10
     shutil.copytree(tmp_path / "three", tmp_path / "one")
     process = start(3, "train_sft.py", *flags, tmp_path / "three", "--fsdp", "--grad-accum", 2, "--resume")
     _, errors = finish(process)

@@ -2,9 +2,9 @@
 
 A run's `checkpoints/` holds folders `step-000120/`, and `steps.json` with the steps of the `last` and the `best` one.
 A folder is a model that anyone can load, `training.safetensors` (the trained parameters and AdamW's moments, as they
-are in memory; of a sharded model `training/`, a file for each rank) and `progress.json`. Any number of ranks resumes
-from either. Order, dropout and learning rate follow from the seed and the step, so no generator
-state is saved. Nothing is a symbolic link: network drives and copies lack them.
+are in memory; of a sharded model `training/`, files of each rank) and `progress.json`. Any number of ranks resumes from
+either. Order, dropout and learning rate follow from the seed and the step, so no generator state is saved. Nothing is
+a symbolic link: network drives and copies lack them.
 """
 
 import re
@@ -28,7 +28,7 @@ from minift.run.sharding import read_parts, write_parts
 from minift.trainer import Progress
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-WHOLE, PARTS = "training.safetensors", "training"  # a file, or a folder with a file for each rank of a sharded model
+WHOLE, PARTS = "training.safetensors", "training"  # a file, or a folder with files of each rank of a sharded model
 STEPS = "steps.json"
 NAMES = ("last", "best")
 

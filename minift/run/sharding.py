@@ -6,6 +6,7 @@ Zhao et al. 2023, arXiv 2304.11277). So all ranks must run the same number of pa
 """
 
 import warnings
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from minift.model import OPT, Decoder, RewardModel
 from minift.run.distributed import before_gather, named_errors
 from minift.run.ranks import RANK, WORLD_SIZE
 
+FILE_SIZE = 2**28  # bytes of all ranks together; a file is in memory once more while it is written
 WAITS, FORWARD, BACKWARD = range(3)  # what a rank does next: nothing, a forward pass, or a backward pass too
 
 
@@ -109,11 +111,14 @@ def whole(model: OPT | RewardModel) -> OPT | RewardModel:
 
 
 def write_parts(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors into a folder, one safetensors file for each rank's parts. All ranks must call it."""
+    """Write tensors into a folder, each rank its parts into safetensors files of its own. All ranks must call it."""
     import torch.distributed.checkpoint as dcp
 
+    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors.values()]
+    starts = accumulate(sizes, initial=0)
+    file_of = {name: 1 + start // FILE_SIZE for name, start in zip(tensors, starts, strict=False)}
     try:
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), file_of, save_distributed=True))
     except dcp.CheckpointException as error:
         raise _cause(error) from None
 
