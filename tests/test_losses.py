@@ -81,6 +81,15 @@ def test_gradcheck(monkeypatch):
     assert torch.autograd.gradcheck(lambda *inputs: by_chunks(*inputs, *rest)[0], (hidden[:10], head))
 
 
+def test_a_second_derivative_is_refused():
+    """The saved gradients are constants, so it would be wrong."""
+    hidden, head, *rest = problem()
+    total, _ = by_chunks(hidden, head, *rest)
+    (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
 def test_the_start_of_a_row_is_never_predicted():
     """Its label does not matter: the token before it in the list belongs to another document."""
     hidden, head, labels, positions = problem()
