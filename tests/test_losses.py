@@ -85,7 +85,7 @@ def test_a_second_derivative_is_refused():
     """The saved gradients are constants, so it would be wrong."""
     hidden, head, *rest = problem()
     total, _ = by_chunks(hidden, head, *rest)
-    (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
+    (gradient,) = torch.autograd.grad(total.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
 
