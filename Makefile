@@ -95,12 +95,13 @@ bench: .venv/installed-for-tests
 		if [ -n '$(TOKENIZER)' ]; then set -- "$$@" --tokenizer '$(TOKENIZER)'; fi; \
 		printf '%s\n' ".venv/bin/python -m tests.bench $$*"; exec .venv/bin/python -m tests.bench "$$@"
 
-# Two processes, with a thread each and whole files of tests, whose fixtures train models.
+# Two processes with a thread each share whole files of tests, whose fixtures train models, in alphabetical order:
+# the fewest tests, which would come last otherwise, take longest.
 test: .venv/installed-for-tests
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # These tests are among those of `make test`, which does not keep the pictures.
 test-pages: .venv/installed-for-tests
