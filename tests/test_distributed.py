@@ -69,10 +69,16 @@ sys.argv[0] = "train_sft.py"
 run_command(train_sft.main)
 """
 ONE_SIGNAL = """
-import os, signal, sys
+import os, signal, sys, time
 import train_sft
 from minift import trainer
 from minift.commands.cli import run_command
+from minift.run import checkpoint
+save_file = checkpoint.save_file
+def slowly(*given):  # rank 1 waits 1 s before it ends
+    time.sleep(2)
+    save_file(*given)
+checkpoint.save_file = slowly
 accumulate_gradient = trainer.accumulate_gradient
 def signalled(task, seed, step):
     if step == 2 and os.environ["RANK"] == "1":
@@ -318,11 +324,16 @@ def test_a_mistake_is_one_line_and_a_run_is_resumed_by_as_many_micro_batches(tmp
     ("script", "expected"), [(LATE, "rank 1: error: only here"), (ONE_SIGNAL, "terminated; all steps are saved")]
 )
 def test_what_happens_on_one_rank_only(script: str, expected: str, tmp_path: Path) -> None:
-    """A mistake is printed, and a signal stops all ranks: rank 0 took a run that it had left for a finished one."""
+    """A mistake is printed, and a signal stops all ranks: rank 0 took a run that it had left for a finished one.
+
+    A rank that had stopped did not wait for rank 0, which was still saving: torchrun ended it, and nothing was saved.
+    """
     (tmp_path / "script.py").write_text(script)
     flags = [*flags_for("sft", tmp_path), "--bleu-samples", 2, "--out", tmp_path / "run"]
     process = start(2, tmp_path / "script.py", *flags)
     _, errors = finish(process)
     assert process.returncode == 1
-    assert [line for line in errors.splitlines() if expected in line], errors[-3000:]
+    assert len([line for line in errors.splitlines() if expected in line]) == 1, errors[-3000:]
+    if script == ONE_SIGNAL:
+        assert json.loads((tmp_path / "run" / "checkpoints" / "steps.json").read_text())["last"] == 3
     assert not (tmp_path / "run" / "model.safetensors").exists()

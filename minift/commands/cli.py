@@ -22,7 +22,7 @@ from minift.run.ranks import LOST_RANK, RANK
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 EXAMPLES = "examples:"
-SECONDS_FOR_RANK_0 = 5  # to print an error before other ranks do
+SECONDS_FOR_RANK_0 = {"error": 5, "signal": 1}  # to print its line before other ranks end
 LONGEST_WORD = 340  # characters of a value or path in a message; of a longer one only the beginning is printed
 
 
@@ -135,6 +135,9 @@ def run_command(main: Callable[[], None]) -> None:
         _exit(2, f"error: {error}")
     except KeyboardInterrupt as error:
         number, line = error.args or (signal.SIGINT, "interrupted")
+        if RANK > 0:  # a signal ends all ranks, and rank 0 says so
+            _wait_for_rank_0("signal")
+            sys.exit(128 + number)
         _exit(128 + number, line)
     except BrokenPipeError:
         # The reader of stdout (`| head`) has closed it. Without this, Python's flush at exit would fail once more.
@@ -165,12 +168,16 @@ def _fault(error: Exception) -> str:
 
 
 def _exit(status: int, line: str) -> NoReturn:
-    if RANK > 0:
-        # Most errors are rank 0's too. While this process waits, torchrun sees that rank 0 has ended, and ends it too.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(SECONDS_FOR_RANK_0)
+    if RANK > 0:  # most errors are rank 0's too; then this process prints nothing
+        _wait_for_rank_0("error")
         sys.stderr, line = sys.__stderr__, f"rank {RANK}: {line}"
     line = re.sub(r"\s*[\n\r]\s*", " ", line.strip())
     # Of a word of 60 + LONGEST_WORD characters or more, print the first 60; the punctuation after it stays.
     say(re.sub(rf"(\S{{60}})\S{{{LONGEST_WORD},}}?(?=[:,;]?(\s|$))", r"\1…", line), sys.stderr)
     sys.exit(status)
+
+
+def _wait_for_rank_0(event: str) -> None:
+    """Give rank 0 time to print its line and end; torchrun then ends this process too."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(SECONDS_FOR_RANK_0[event])

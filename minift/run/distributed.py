@@ -40,13 +40,14 @@ def join(device: torch.device) -> None:
 def rank_0_first() -> Iterator[None]:
     """Let rank 0 run the block before the others do."""
     if RANK > 0:
-        _barrier()
+        barrier()
     yield
     if RANK == 0:
-        _barrier()
+        barrier()
 
 
-def _barrier() -> None:
+def barrier() -> None:
+    """Wait until all ranks have come here."""
     gather([None])
 
 
@@ -138,7 +139,7 @@ RANKS = Ranks(RANK, WORLD_SIZE, sum_values, summed_gradients, own_part)
 def leave() -> None:
     """Wait for the other ranks and end the connection: a process that just exits can take the others with it."""
     if dist.is_initialized():
-        _barrier()
+        barrier()
         dist.destroy_process_group()
 
 

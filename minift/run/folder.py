@@ -42,7 +42,7 @@ from minift.files.text import (
 from minift.prompts import Template
 from minift.run import checkpoint, interrupts, lock, resume
 from minift.run.device import machine, pick_device, pick_dtype, weights_dtype
-from minift.run.distributed import join, leave, rank_0_first
+from minift.run.distributed import barrier, join, leave, rank_0_first
 from minift.run.ranks import RANK, WORLD_SIZE
 from minift.run.report import write_report
 from minift.run.resume import A_RUN
@@ -174,9 +174,10 @@ class Run:
             append_json_line(self.folder / "metrics.jsonl", line)
 
     def save(self, task: Task, optimizer: torch.optim.Optimizer, progress: Progress, *, is_best: bool) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; return on all ranks when it is complete."""
         folder = self.folder / "checkpoints"
         checkpoint.save(folder, task.model, optimizer, progress, task.write_model, is_best=is_best)
+        barrier()  # if a rank ended after a signal, torchrun would end rank 0 while it writes
 
     @contextmanager
     def guard(self) -> Iterator[list[int]]:
