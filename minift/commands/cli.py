@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from minift.errors import UserError
 from minift.files.text import say, target_of
 from minift.run.interrupts import interrupt_with, leave, on_signals
-from minift.run.ranks import LOST_RANK, RANK
+from minift.run.ranks import RANK, lost_rank
 
 # For Apple's GPU: an operation that it lacks runs on the CPU. torch reads this when it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
@@ -163,7 +163,7 @@ def _fault(error: Exception) -> str:
         return f"the machine failed: {str(error) or name}"
     # The passes of a sharded model communicate. torch raises RuntimeErrors for gloo, and this for NCCL.
     if name == "DistBackendError" or "gloo" in str(error):
-        return f"the machine failed: {LOST_RANK} ({str(error):.100})"
+        return f"the machine failed: {lost_rank(error)}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""torchrun: several processes, the ranks, train one model. Rank 0 prints and writes; the others only tell of errors.
+"""torchrun: several processes, the ranks, train one model. Rank 0 prints and writes; the others print only errors.
 
 A step's micro-batches are dealt to the ranks in turn, and their gradients are summed over the ranks once a step. So K
 ranks compute what one process does with K times the accumulation, to rounding. Started without torchrun, a process is
@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minift.run.ranks import IS_ONE_MACHINE, LOST_RANK, NUM_RESTARTS, RANK, WORLD_SIZE
+from minift.run.ranks import IS_ONE_MACHINE, NUM_RESTARTS, RANK, WORLD_SIZE, lost_rank
 from minift.trainer import Ranks
 
 BUCKET = 25 * 2**20  # bytes of gradients that are summed at a time; as in torch's DistributedDataParallel
-before_gather: list[Callable[[], None]] = []  # what a rank does before it waits for the others; see `sharding.InStep`
+before_gather: list[Callable[[], None]] = []  # called before a rank waits for the others; see `sharding.InStep`
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -52,11 +52,11 @@ def barrier() -> None:
 
 
 def gather(part: Sequence[Any]) -> list[Any]:
-    """Return the items of all ranks, each of which gives its part: one of each in turn, as they were dealt."""
+    """Return the items of all ranks in the order of `deal`: the first of each rank's part, then the second, …"""
     if WORLD_SIZE == 1:
         return list(part)
-    for act in before_gather:
-        act()
+    for prepare in before_gather:
+        prepare()
     parts: list[Any] = [None] * WORLD_SIZE
     with named_errors():
         dist.all_gather_object(parts, list(part))
@@ -79,11 +79,11 @@ def sum_values(values: dict[str, float]) -> dict[str, float]:
 
 @contextmanager
 def summed_gradients(model: nn.Module, num_backward: int) -> Iterator[None]:
-    """Leave in `.grad` the sums over the ranks of what the block's `num_backward` backward passes add up.
+    """Sum the gradients of the block's `num_backward` backward passes over the ranks, once for all passes.
 
-    Gradients are complete in about the reverse order of the parameters. As soon as a bucket of them is, its sum begins,
-    while the backward pass goes on (Li et al. 2020, arXiv 2006.15704, section 3.2.3). Those of a sharded model are
-    summed in every backward pass: until then each rank would hold them whole.
+    The last pass completes the gradients in about the reverse order of the parameters. When a bucket of them is
+    complete, its sum begins, while the pass goes on (Li et al. 2020, arXiv 2006.15704, section 3.2.3). The gradients of
+    a sharded model are summed in every pass instead: otherwise each rank would hold all of them until the last pass.
     """
     if WORLD_SIZE == 1 or is_sharded(model):
         yield
@@ -124,12 +124,12 @@ def summed_gradients(model: nn.Module, num_backward: int) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether each rank has only a part of the model's weights: whether `sharding.shard` was called."""
+    """Return whether `sharding.shard` has left this rank only a part of the model's weights."""
     return any(hasattr(module, "unshard") for module in model.modules())
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """Return what this rank has of a tensor: all of it, if it is not sharded."""
+    """Return this rank's part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -149,5 +149,4 @@ def named_errors() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError) as error:  # gloo raises RuntimeErrors
-        cause = str(error).splitlines()[0]
-        raise ConnectionError(f"{LOST_RANK} ({cause:.100})") from None
+        raise ConnectionError(lost_rank(error)) from None

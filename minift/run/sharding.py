@@ -21,14 +21,14 @@ from minift.run.distributed import before_gather, named_errors
 from minift.run.ranks import RANK, WORLD_SIZE
 
 FILE_SIZE = 2**28  # bytes of all ranks together; a file is in memory once more while it is written
-WAITS, FORWARD, BACKWARD = range(3)  # what a rank does next: nothing, a forward pass, or a backward pass too
+WAITS, FORWARD, BACKWARD = range(3)  # what a rank does next; BACKWARD is both passes
 
 
 def shard(model: OPT | RewardModel, device: torch.device, dtype: torch.dtype) -> None:
     """Leave in a model this rank's part of every weight, the rows that `torch.chunk` gives it, on `device`.
 
-    The weights may be views of files. They are read and cast to `dtype`, those to train to float32 at least, one layer
-    at a time: no rank ever has all of them. Raises UserError if one is not finite.
+    The weights may be views of files. They are read one layer at a time, so no rank ever has all of them, and cast to
+    `dtype`; those to train, to float32 at least. Raises UserError if one is not finite.
     """
     from torch.distributed.fsdp import fully_shard  # 0.6 s, which other runs need not wait for
 
@@ -37,9 +37,9 @@ def shard(model: OPT | RewardModel, device: torch.device, dtype: torch.dtype) ->
     if isinstance(model, RewardModel):
         decoder.add_module("score", model.score)  # the decoder's passes gather the reward head too
     layers: dict[str, nn.Module] = {f"decoder.layers.{number}": layer for number, layer in enumerate(decoder.layers)}
-    for prefix, module in {**layers, "decoder": decoder}.items():  # last the rest: embeddings, and so the head, norms
+    for prefix, module in {**layers, "decoder": decoder}.items():  # then the rest: embeddings (one is the head), norms
         for name, parameter in module.named_parameters(prefix):
-            if not hasattr(parameter, "to_local"):  # not a part yet
+            if not hasattr(parameter, "to_local"):  # not sharded yet
                 wanted = torch.promote_types(dtype, torch.float32) if parameter.requires_grad else dtype
                 parameter.data = to_dtype(parameter.data, wanted, f"--model: {name}").to(device)
         group = fully_shard(module, mesh=mesh)
@@ -54,8 +54,8 @@ def shard(model: OPT | RewardModel, device: torch.device, dtype: torch.dtype) ->
 class InStep:
     """Let a rank that waits for the others take part in their passes, which need its part of the weights.
 
-    Ranks have different numbers of micro-batches, prompts and tokens to generate. Before each forward pass a rank tells
-    the others; whoever waits for them instead runs one on a single token, and backward a gradient of zeros.
+    Ranks have different numbers of micro-batches, prompts and tokens to generate. Each announces its forward passes. A
+    rank that waits then runs a pass too, on a single token; in its backward pass the gradient is zero.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -70,7 +70,7 @@ class InStep:
             self._exchange(BACKWARD if torch.is_grad_enabled() else FORWARD)
 
     def wait(self) -> None:
-        """Run the passes of the others until all ranks wait. Free what the last pass gathered."""
+        """Take part in the others' passes until all ranks wait. Free the weights that the last pass gathered."""
         self.is_waiting = True
         while (act := self._exchange(WAITS)) != WAITS:
             zero = torch.zeros(1, dtype=torch.long, device=self.decoder.embed_tokens.weight.device)
@@ -82,7 +82,7 @@ class InStep:
         self.decoder.reshard()  # type: ignore[operator]
 
     def _exchange(self, act: int) -> int:
-        """Return the largest of the ranks' numbers."""
+        """Return the largest `act` of all ranks."""
         number = torch.tensor(act)
         with named_errors():
             dist.all_reduce(number, dist.ReduceOp.MAX, self.group)
@@ -126,8 +126,9 @@ def write_parts(tensors: dict[str, Tensor], folder: Path) -> None:
 def read_parts(folder: Path, like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """Return the tensors in a folder's safetensors files, named `<measure>.<name of a parameter>`.
 
-    They may be parts written by another number of ranks, or whole. For a sharded parameter in `like` only this rank's
-    part is read. Raises ValueError if a part is missing, and like safetensors for damaged files.
+    They may be whole, or parts written by any number of ranks. Of a tensor whose parameter in `like` is sharded, only
+    this rank's part is read. One without a parameter has no values. Those of a `model.safetensors` are left out. Raises
+    ValueError if a part is missing, and like safetensors for damaged files.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.tensor import DTensor, empty
@@ -136,18 +137,21 @@ def read_parts(folder: Path, like: dict[str, nn.Parameter]) -> dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
     for name, stored in metadata.items():
-        parameter = like.get(name.partition(".")[2])
-        # By the parts that are there. AdamW's step numbers are scalars.
-        size = max(stored.size.numel(), parameter.numel() if parameter is not None and stored.size else 0)
-        if sum(part.sizes.numel() for part in stored.chunks) < size:
+        measure, _, parameter_name = name.partition(".")
+        if measure == "model":
+            continue
+        parameter = like.get(parameter_name)
+        is_scalar = len(stored.size) == 0  # AdamW's step number, which is not sharded
+        # `stored.size` is the size of the parts found, so a missing one shows only in comparison with the parameter.
+        found = sum(part.sizes.numel() for part in stored.chunks)
+        if parameter is not None and not is_scalar and found < max(stored.size.numel(), parameter.numel()):
             raise ValueError(f"a part of {name} is missing")
-        if parameter is None:
-            tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
-        elif isinstance(parameter, DTensor) and len(stored.size) > 0:
-            mesh, placements = parameter.device_mesh, parameter.placements
-            tensors[name] = empty(stored.size, dtype=stored.properties.dtype, device_mesh=mesh, placements=placements)
+        if isinstance(parameter, DTensor) and not is_scalar:
+            where: dict[str, Any] = {"device_mesh": parameter.device_mesh, "placements": parameter.placements}
+            tensors[name] = empty(stored.size, dtype=stored.properties.dtype, **where)
         else:
-            tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype, device=parameter.device)
+            device = "meta" if parameter is None else parameter.device
+            tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype, device=device)
     read = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta}
     try:
         with warnings.catch_warnings():
