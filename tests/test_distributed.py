@@ -24,7 +24,7 @@ from minift.files.weights import save_model
 from minift.packed import packed
 from minift.run import distributed, sharding
 from tests.reference import difference
-from tests.runs import ROOT, SHIPPED, few_rows, read_lines, run
+from tests.runs import ROOT, SHIPPED, few_rows, read_lines, refused, run
 
 torchrun = pytest.mark.skipif(os.name != "posix", reason="torchrun needs signals")
 SEPARATE_BUCKETS = """
@@ -266,7 +266,11 @@ def test_a_sharded_run_is_resumed_by_another_number_of_ranks(tmp_path: Path) -> 
     assert len(lines) == 1 and lines[0].startswith("error: the machine failed: another rank has ended"), errors[-3000:]
     assert json.loads((tmp_path / "three" / "checkpoints" / "steps.json").read_text())["last"] == 3
     assert len([*(tmp_path / "three" / "checkpoints" / "step-000003" / "training").iterdir()]) > 10
-    shutil.copytree(tmp_path / "three", tmp_path / "one")
+    for name in ("one", "damaged"):
+        shutil.copytree(tmp_path / "three", tmp_path / name)
+    max((tmp_path / "damaged" / "checkpoints" / "step-000003" / "training").iterdir()).unlink()
+    message = refused("sft", *flags, tmp_path / "damaged", "--grad-accum", 6, "--resume")
+    assert "/step-000003/training is damaged (a part of " in message and message.endswith("continue from step-000002")
     process = start(3, "train_sft.py", *flags, tmp_path / "three", "--fsdp", "--grad-accum", 2, "--resume")
     _, errors = finish(process)
     assert process.returncode == 0, errors[-3000:]

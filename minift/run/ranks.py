@@ -11,5 +11,6 @@ NUM_RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # by torc
 
 def lost_rank(error: Exception) -> str:
     """Return the message for an error in the communication with other ranks."""
-    cause = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0])  # gloo's begins with a file of its own source
+    sentence = re.split(r"\n|\. ", str(error))[0]
+    cause = re.sub(r"^\[\S+\] ", "", sentence)  # gloo's begins with a file of its own source
     return f"another rank has ended, see its own message or torchrun's ({cause:.100})"
