@@ -40,7 +40,7 @@ class Ranks(NamedTuple):
     sum_values: Callable[[dict[str, float]], dict[str, float]] = dict  # over the ranks
     # A context for a number of backward passes: at its end, `.grad` has the sums over the ranks.
     summed_gradients: Callable[[nn.Module, int], AbstractContextManager[None]] = lambda model, passes: nullcontext()
-    own_part: Callable[[Tensor], Tensor] = lambda tensor: tensor  # of a parameter or moment: of a sharded one, not all
+    own_part: Callable[[Tensor], Tensor] = lambda tensor: tensor  # of a sharded parameter or moment
 
 
 class Task(NamedTuple):

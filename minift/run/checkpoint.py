@@ -1,10 +1,10 @@
 """Save and restore everything a run needs to resume exactly. Writes are atomic.
 
 A run's `checkpoints/` holds folders `step-000120/`, and `steps.json` with the steps of the `last` and the `best` one.
-A folder is a model that anyone can load, `training.safetensors` (the trained parameters and AdamW's moments, as they
-are in memory; of a sharded model `training/`, files of each rank) and `progress.json`. Any number of ranks resumes from
-either. Order, dropout and learning rate follow from the seed and the step, so no generator state is saved. Nothing is
-a symbolic link: network drives and copies lack them.
+A folder holds a model that anyone can load, `progress.json`, and `training.safetensors`: the trained parameters and
+AdamW's moments, as they are in memory. A sharded model has a folder `training/` instead, with files of each rank. Any
+number of ranks can resume from either. Order, dropout and learning rate follow from the seed and the step, so no
+generator state is saved. Nothing is a symbolic link: network drives and copies lack them.
 """
 
 import re
@@ -40,7 +40,7 @@ def save(
     """Write a checkpoint, name it in steps.json, and delete those that are no longer named there.
 
     The folder is renamed only after everything is on disk: a crash at any moment leaves the previous checkpoint. All
-    ranks call this: rank 0 writes, and the others their parts of a sharded model.
+    ranks must call it: each writes its parts of a sharded model, and rank 0 everything else.
     """
     if RANK > 0 and not is_sharded(model):
         return
@@ -63,7 +63,7 @@ def save(
         if RANK > 0:
             return
         write_json(unfinished / "progress.json", asdict(progress))
-        for path in unfinished.rglob("*"):
+        for path in (unfinished, *unfinished.rglob("*")):
             fsync(path)
         best = _read_steps(checkpoints).get("best")
         _delete(folder)
