@@ -97,7 +97,7 @@ class Loader(Generic[AnyBatch]):
         Raises ValueError without examples.
         """
         if not self.examples:
-            raise ValueError("no examples, so there is no optimiser step")
+            raise ValueError("no examples, so no optimiser step can be made")
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         per_step = self.batch_size * self.grad_accum
         begin, end = step_in_epoch * per_step, min((step_in_epoch + 1) * per_step, len(self.examples))

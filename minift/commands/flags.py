@@ -63,7 +63,7 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
         (half and config.dtype != "auto",
          f"{half}: it also sets the dtype of the forward pass, so omit --dtype"),
         (config.shuffle_labels and config.group_prompts,
-         "--group-prompts: with --shuffle-labels there is no chosen response to group by"),
+         "--group-prompts: with --shuffle-labels no response is known to be the chosen one, leave one of the two out"),
         (config.fsdp and WORLD_SIZE == 1,
          "--fsdp: there is only one process: start two or more, torchrun --nproc-per-node=2 " + SCRIPTS[script]),
     ):  # fmt: skip

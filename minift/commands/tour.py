@@ -125,9 +125,9 @@ class Tour:
         yield from (f"  {name:20}{shape!s:12}  {SHAPES[name]}" for name, shape in shapes.items())
         layout = row_layout(self.batch.rows, len(self.batch.input_ids))
         yield (
-            f"Inside attention, queries, keys and values are gathered into {len(layout.gather)} cells, rows of like "
-            f"length together, and the result is scattered back to N = {len(layout.scatter)} tokens. No row sees "
-            "another: alone it has the same hidden states."
+            f"Inside attention, queries, keys and values are gathered into {len(layout.gather)} cells, rows of "
+            f"similar length together, and the result is scattered back to N = {len(layout.scatter)} tokens. No row "
+            "sees another: alone it has the same hidden states."
         )
         alone = self.model(*pack([self.examples[1].input_ids]))[-1]
         packed = self.states[self.batch.rows[1].max()]

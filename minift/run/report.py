@@ -32,7 +32,7 @@ AXES = {"lr": "step size of AdamW", "grad_norm": "norm before clipping", "lm_los
 PASSED = {True: ' <span class="good">✓ passes</span>', False: ' <span class="bad">✗ fails</span>'}
 OPEN_SAMPLES, MOST_SAMPLES = 8, 500  # the others are folded away, or only in samples.jsonl
 MOST_LINES, MOST_CHARACTERS = 12, 900  # of an answer before training
-REPEATED = 4  # so many equal lines in a row are shown as one
+REPEATED = 4  # this number of equal lines in a row, or more, is shown as one
 MOST_WORDS = 2000  # of texts to compare: the time grows with their square
 
 

@@ -3,8 +3,8 @@
 An answer is a program that nobody has read. Four layers keep it from doing harm:
 
 1. An allow-list of syntax nodes and names (sandbox_child.py). No name begins with an underscore, except for the usual
-   methods of a class. Nothing is imported but `math` and `dataclass`. There is no open, exec, eval, getattr or type, no
-   `str.format`, and no way to a frame. An answer that uses anything else fails, and does not run.
+   methods of a class. Nothing is imported but `math` and `dataclass`. Not in it: open, exec, eval, getattr, type,
+   `str.format`, and every way to a frame. An answer that uses anything else fails, and does not run.
 2. A process for each answer, forked by an interpreter that holds nothing but the standard library, so that one answer
    cannot influence the next. Its environment and its input are empty, its folder is a scratch directory. Its only file
    descriptors are the null device and the pipe for its report. It is killed, with its session, after that report or
