@@ -21,6 +21,7 @@ from pyarrow import parquet
 
 from minift.batching import Loader, collate
 from minift.encode import Example, encode_rows
+from minift.errors import UserError
 from minift.files import encoded
 from minift.files.datasets import PAIR_SCHEMAS, TRAINING_SCHEMAS, load_rows, split
 from minift.files.encoded import Encode, EncodedFile, encoded_file
@@ -225,6 +226,23 @@ def test_a_damaged_file_is_named(tmp_path, encode, name, damage):
     assert [*build(tmp_path / "cache", data, encode).part(numpy.arange(30), "s").examples] == expected
 
 
+def test_no_changed_byte_goes_unnoticed(tmp_path, encode):
+    """In about.json, the texts of remarks once had no checksum."""
+    data = write_lines(tmp_path / "rows.jsonl", instructions(30))
+    expected = encode(load_rows(data), source="s")
+    build(tmp_path / "cache", data, encode)
+    [folder] = (tmp_path / "cache").iterdir()
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        for at in range(0, len(content), 1 + len(content) // 12):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            try:
+                assert_same(build(tmp_path / "cache", data, encode).part(numpy.arange(30), "s"), expected)
+            except UserError as error:
+                assert f"delete {folder}" in str(error)
+        path.write_bytes(content)
+
+
 def test_a_wrong_row_is_named_as_in_memory(tmp_path, encode):
     rows = instructions(COUNT)
     for row, value in ((COUNT - 1, 7), (0, None)):
@@ -310,6 +328,23 @@ def test_a_lost_helper_is_the_machine_s_fault(tmp_path, encode):
     data = write_lines(tmp_path / "rows.jsonl", instructions(COUNT))
     with pytest.raises(OSError, match="a process that encoded rows has ended"):
         build(tmp_path / "cache", data, partial(lambda rows, **settings: os._exit(1)))
+    assert not [*(tmp_path / "cache").iterdir()]
+
+
+def test_ctrl_c_at_the_fork_is_not_lost(tmp_path, encode):
+    """The run went on as if nothing had happened, or ended as one that the machine had failed."""
+    data = write_lines(tmp_path / "rows.jsonl", instructions(COUNT))
+
+    def interrupted() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        press = partial(signal.raise_signal, signal.SIGINT)
+        os.register_at_fork(after_in_parent=press, after_in_child=press)  # Ctrl-C goes to all processes
+        try:
+            build(tmp_path / "cache", data, encode)
+        except KeyboardInterrupt:
+            os._exit(130)
+
+    assert status(in_child(interrupted)) == 130
     assert not [*(tmp_path / "cache").iterdir()]
 
 
@@ -425,3 +460,11 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         message = refused("sft", *TINY, *flags, tmp_path / folder)
         assert message.startswith(f"--encoded-cache {tmp_path / folder}: ") and "expected a folder" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_read_only_file_system_is_the_user_s_to_change(tmp_path, encode, monkeypatch):
+    data = write_lines(tmp_path / "rows.jsonl", instructions(3))
+    read_only = OSError(errno.EROFS, "Read-only file system", "x")
+    monkeypatch.setattr(Path, "mkdir", mock.Mock(side_effect=read_only))
+    message = user_error(build, tmp_path / "cache", data, encode)
+    assert message.startswith(f"--encoded-cache {tmp_path / 'cache'}: Read-only file system, expected a folder")

@@ -3,33 +3,24 @@
 The folder of --encoded-cache has a folder for each data set and way to encode it, named by a hash of everything that
 the ids depend on. It is made whole or not at all, and then only read:
 
-about.json   what the name is a hash of, the texts of the remarks, the hashes of the other files
-index.bin    an INDEX record for each row of the data, in its order
-tokens.bin   the example or ranking of each kept row, as int32 (`_pack`)
-rows.bin     the location and the fields of each row, as JSON
-remarks.bin  a REMARK record for each remark about a row
+index.bin     an INDEX record for each row of the data, in its order
+tokens.bin    the ids of each kept row, as int32 (`_pack`)
+rows.bin      the location and the fields of each row, as JSON
+remarks.json  the different sets of remarks about a row; the index has their numbers
+about.json    what the name is a hash of, and the hashes of the files above
 """
 
 import hashlib
 import json
-import mmap
-import multiprocessing
 import os
 import secrets
 import shutil
-import signal
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +31,8 @@ from minift.encode import IGNORE_INDEX, Example
 from minift.errors import UserError
 from minift.files.datasets import Row, Schemas, check_any_without_input, has_input, print_remarks, stream_rows
 from minift.files.hub import data_files
-from minift.files.text import append_bytes, fsync, read_json, say, sha256, write_json
+from minift.files.processes import map_chunks
+from minift.files.text import append_bytes, fsync, name_errors, read_json, say, sha256, write_json
 from minift.pairs import Ranking, encode_rankings
 from minift.progress import progress_bar
 from minift.prompts import Template
@@ -53,20 +45,20 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 INDEX = numpy.dtype([
-    ("tokens_end", "<i8"), ("rows_end", "<i8"),  # in tokens.bin and rows.bin; a row begins where the one before ends
-    ("num_tokens", "<i4"), ("num_supervised", "<i4"),
+    ("ends", "<i8", (2,)),  # of the row's bytes in tokens.bin and rows.bin; they begin where the row before ends
+    ("margin", "<f8"),  # of a pair or ranking
+    ("num_tokens", "<i4"), ("num_supervised", "<i4"),  # 0 for a dropped row
+    ("remarks", "<i4"),  # the number of a pair in remarks.json
     ("is_used", "?"),  # False: left out by --no-input-only
-    ("is_kept", "?"),  # False: dropped, as a remark says
-    ("noun", "i1"),  # in NOUNS
+    ("is_ranking", "?"),  # of three or more responses
 ])  # fmt: skip
-NOUNS = ("row", "pair", "ranking")  # of `Encoded`; rows together have the last one of theirs
-REMARK = numpy.dtype([("row", "<i8"), ("text", "<i4")])
-FILES = {"index.bin": INDEX, "tokens.bin": numpy.dtype("<i4"), "rows.bin": numpy.dtype("u1"), "remarks.bin": REMARK}
+PARTS = ("tokens.bin", "rows.bin")
+FILES = ("index.bin", *PARTS, "remarks.json")
 CHUNK = 128  # rows that a process encodes at a time
 UNFINISHED = ".unfinished"  # ends the name of a folder that is being made
 
 Encode = partial[Encoded[Any]]  # `encode_rows` or `encode_rankings` with everything but the rows and their source
-Text = tuple[bool, str]  # of a remark; True if it is about how a row is read, and not how it is encoded
+Noted = tuple[Row, list[str]]  # a row, and the remarks about how it is read
 
 
 # ---- a finished data set ----
@@ -97,11 +89,11 @@ class EncodedFile:
             for name in FILES:
                 if sha256([folder / name]) != about["files"][name]:
                     raise UserError(f"{folder / name}: truncated or damaged")
-            self._texts: list[Text] = [(is_note, text) for is_note, text in about["remarks"]]
-        except (UserError, FileNotFoundError, LookupError, TypeError, ValueError) as error:
+        except (UserError, FileNotFoundError, LookupError, TypeError) as error:
             raise UserError(f"{error}: delete {folder}, and the data will be encoded again") from None
-        self._index, self._remarks = (_map(folder / name) for name in ("index.bin", "remarks.bin"))
-        self._open = {name: (folder / f"{name}.bin").open("rb") for name in ("tokens", "rows")}
+        self._remarks = read_json(folder / "remarks.json", "remarks")["remarks"]
+        self._index = numpy.memmap(folder / "index.bin", INDEX, "r")
+        self._open = [(folder / name).open("rb") for name in PARTS]
         self._used = _numbers(self._index["is_used"])
         self._encode = encode
         check_any_without_input(len(self._used), len(self._index))
@@ -111,81 +103,62 @@ class EncodedFile:
 
     def print_notes(self, data: str) -> None:
         """Print the remarks that `load_rows` prints."""
-        remarks = self._remarks_about(numpy.arange(len(self._index)), are_notes=True)
-        print_remarks(Encoded(data, "row", 0, remarks=remarks), sys.stderr)
+        notes = self._remarks_about(numpy.arange(len(self._index)), how="read")
+        print_remarks(Encoded(data, "row", 0, remarks=notes), sys.stderr)
 
     def part(self, indices: numpy.ndarray, source: str) -> Encoded[Any]:
         """Return what `encode` returns for the rows with these indices; raise UserError if all of them are dropped."""
         numbers = self._used[indices]
-        is_kept = self._index["is_kept"][numbers]
+        remarks = self._remarks_about(numbers, how="encoded")
+        unmarked = [*map(self._row, remarks[UNMARKED].numbers[:NAMED_LOCATIONS])] if UNMARKED in remarks else []
+        # Usually of no rows: this finds the noun, and what `unmarked` says of the first rows without their marker.
+        encoded: Any = self._encode(unmarked, source=source, may_be_empty=True)
+        if self._index["is_ranking"][numbers].any():
+            encoded.noun = "ranking"
+        is_kept = self._index["num_tokens"][numbers] > 0
         kept = numbers[is_kept]
-        are_rankings = self._encode.func is encode_rankings
-        examples: Any = Mapped(self._ranking if are_rankings else self._example, kept)
-        rows: Any = Mapped(self._row, kept)
-        positions: Any = Mapped(int, _numbers(is_kept))
-        noun: Any = NOUNS[self._index["noun"][numbers].max(initial=1 if are_rankings else 0)]
-        encoded: Encoded[Any] = Encoded(source, noun, len(numbers), examples, rows, positions)
+        encoded.num_rows, encoded.remarks = len(numbers), remarks
+        encoded.examples, encoded.rows = Mapped(self._item, kept), Mapped(self._row, kept)
+        encoded.indices = Mapped(int, _numbers(is_kept))
         encoded.tokens = int(self._index["num_tokens"][kept].sum(dtype=numpy.int64))
-        if not are_rankings:
+        if encoded.supervised_tokens is not None:
             encoded.supervised_tokens = int(self._index["num_supervised"][kept].sum(dtype=numpy.int64))
-        remarks: dict[str, Any] = self._remarks_about(numbers, are_notes=False)
-        encoded.remarks = remarks
-        if UNMARKED in remarks:
-            few = [self._row(number) for number in remarks[UNMARKED].numbers[:NAMED_LOCATIONS]]
-            encoded.unmarked = self._encode(few, source=source, may_be_empty=True).unmarked
         encoded.check_any_kept()
         return encoded
 
-    def _example(self, number: int) -> Example:
-        stored = self._read("tokens", number)
-        is_supervised = stored >= 0
-        ids, labels = numpy.where(is_supervised, stored, ~stored), numpy.where(is_supervised, stored, IGNORE_INDEX)
-        return Example(ids.tolist(), labels.tolist())
-
-    def _ranking(self, number: int) -> Ranking:
-        stored = self._read("tokens", number)
-        ends = 3 + stored[2] + numpy.cumsum([0, *stored[3 : 3 + stored[2]]])
-        responses = [stored[start:end].tolist() for start, end in zip(ends, ends[1:], strict=False)]
-        return Ranking(responses, float(stored[:2].copy().view("<f8")[0]))
+    def _item(self, number: int) -> Example | Ranking:
+        stored = self._read("tokens.bin", number).view("<i4")
+        is_marked = stored < 0
+        ids = numpy.where(is_marked, ~stored, stored)
+        if self._encode.func is not encode_rankings:
+            return Example(ids.tolist(), numpy.where(is_marked, IGNORE_INDEX, ids).tolist())
+        *ends, _ = numpy.flatnonzero(is_marked) + 1
+        responses = [response.tolist() for response in numpy.split(ids, ends)]
+        return Ranking(responses, float(self._index["margin"][number]))
 
     def _row(self, number: int) -> Row:
-        location, fields = json.loads(self._read("rows", number).tobytes())
+        location, fields = json.loads(self._read("rows.bin", number).tobytes())
         return Row(fields, location)
 
     def _read(self, name: str, number: int) -> numpy.ndarray:
-        """Return what tokens.bin or rows.bin has of a row.
+        """Return a row's bytes in tokens.bin or rows.bin.
 
         Only this part is mapped, and only while it is used: if the whole file were, what was read of it would count as
         memory of this process, in the end all of it.
         """
-        dtype, ends = FILES[f"{name}.bin"], self._index[f"{name}_end"]
-        start, end = int(ends[number - 1]) * dtype.itemsize if number else 0, int(ends[number]) * dtype.itemsize
-        before = start % mmap.ALLOCATIONGRANULARITY  # a map begins at a whole page
-        file = self._open[name].fileno()
-        pages = mmap.mmap(file, before + end - start, access=mmap.ACCESS_READ, offset=start - before)
-        return numpy.frombuffer(pages, dtype, offset=before)
+        column = PARTS.index(name)
+        start, end = (int(self._index["ends"][row, column]) if row >= 0 else 0 for row in (number - 1, number))
+        return numpy.memmap(self._open[column], "u1", "r", start, (end - start,))
 
-    def _remarks_about(self, numbers: numpy.ndarray, *, are_notes: bool) -> dict[str, Any]:
-        """Return the remarks about rows, each with the locations that it applies to, in the order of the rows."""
-        if not len(self._remarks):
-            return {}
-        place = numpy.full(len(self._index), -1)
-        place[numbers] = numpy.arange(len(numbers))
-        places = place[self._remarks["row"]]
-        order = numpy.argsort(places, kind="stable")  # several remarks about a row keep their order
-        found = self._remarks[order[numpy.searchsorted(places[order], 0) :]]
-        codes, first = numpy.unique(found["text"], return_index=True)
-        remarks = {}
-        for code in codes[numpy.argsort(first)]:
-            is_note, text = self._texts[code]
-            if is_note == are_notes:
-                remarks[text] = Mapped(lambda number: self._row(number).location, found["row"][found["text"] == code])
+    def _remarks_about(self, numbers: numpy.ndarray, *, how: str) -> dict[str, Any]:
+        """Return the remarks on how rows are read or encoded, and the locations of each, in the order of the rows."""
+        codes = self._index["remarks"][numbers]
+        remarks: dict[str, Any] = {}
+        for text in (text for code in dict.fromkeys(codes.tolist()) for text in self._remarks[code][how]):
+            if text not in remarks:
+                with_text = [code for code, texts in enumerate(self._remarks) if text in texts[how]]
+                remarks[text] = Mapped(lambda number: self._row(number).location, numbers[numpy.isin(codes, with_text)])
         return remarks
-
-
-def _map(path: Path) -> numpy.ndarray:
-    # An empty file cannot be mapped.
-    return numpy.memmap(path, FILES[path.name], "r") if path.stat().st_size else numpy.empty(0, FILES[path.name])
 
 
 def _numbers(are_wanted: numpy.ndarray) -> numpy.ndarray:
@@ -197,46 +170,17 @@ def _numbers(are_wanted: numpy.ndarray) -> numpy.ndarray:
 
 
 def encoded_file(
-    cache: Path,
-    data: str,
-    schemas: Schemas,
-    encode: Encode,
-    *,
-    fingerprint: str,
-    without_input: bool,
+    cache: Path, data: str, schemas: Schemas, encode: Encode, *, fingerprint: str, without_input: bool,
     waits: bool = False,
-) -> EncodedFile:
+) -> EncodedFile:  # fmt: skip
     """Return a data set encoded by `encode`: from the folder of --encoded-cache, or made there now.
 
     `fingerprint` is the SHA-256 of the data's files. With `waits`, wait until another process has made it. Raises
     UserError like `datasets.load_rows` and `encode`, and if the folder cannot be written or a file in it is damaged.
     """
-    identity = _identity(data, encode, fingerprint, without_input)
-    folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
-    while waits and not folder.is_dir():
-        time.sleep(0.1)
-    if not folder.is_dir():
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with _lock(cache) as is_locked:
-                if is_locked:  # so those that made these were killed
-                    for unfinished in cache.glob(f".*{UNFINISHED}"):
-                        shutil.rmtree(unfinished)
-                if not folder.is_dir():
-                    _make(folder, identity, data, schemas, partial(_encode_chunk, encode, data, without_input))
-        except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
-            problem = f"{error.strerror}, expected a folder that can be made and written"
-            raise UserError(f"--encoded-cache {cache}: {problem}") from None
-    file = EncodedFile(folder, encode)
-    file.print_notes(data)
-    return file
-
-
-def _identity(data: str, encode: Encode, fingerprint: str, without_input: bool) -> dict[str, Any]:
-    """Return everything that the files depend on, ready for JSON."""
-    code = [path for folder in (Path(__file__).parents[1], Path(__file__).parent) for path in folder.glob("*.py")]
-    return {
-        "code": sha256(sorted(code)),  # of the heart and of files/: no change of it can be forgotten here
+    minift = Path(__file__).parents[1]
+    identity = {
+        "code": sha256(sorted([*minift.glob("*.py"), *minift.glob("files/*.py")])),  # so no change of it is forgotten
         "tokenizers": tokenizers.__version__,
         "data": fingerprint,
         "names": [path.name for path in data_files(data)],
@@ -244,15 +188,44 @@ def _identity(data: str, encode: Encode, fingerprint: str, without_input: bool) 
         "encode": encode.func.__name__,
         "options": {name: _describe(value) for name, value in encode.keywords.items()},
     }
+    folder = cache / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    while waits and not folder.is_dir():
+        time.sleep(0.1)
+    if not folder.is_dir():
+        with _unfinished_folder(cache) as unfinished:
+            if not folder.is_dir():  # else made while this process waited for the lock
+                _make(unfinished, identity, data, schemas, partial(_encode_chunk, encode, data, without_input))
+                if not folder.is_dir():  # else made meanwhile, where folders cannot be locked
+                    unfinished.rename(folder)
+                    fsync(cache)
+    file = EncodedFile(folder, encode)
+    file.print_notes(data)
+    return file
 
 
 def _describe(option: object) -> Any:
+    """Return everything of an option that ids depend on, ready for JSON."""
     if isinstance(option, Template):
         return [option.with_input, option.without_input]
     if isinstance(option, Tokenizer):
         files = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(option.files.items())}
         return [files, option.bos_token, option.bos_token_id, option.eos_token, option.eos_token_id]
     return option
+
+
+@contextmanager
+def _unfinished_folder(cache: Path) -> Iterator[Path]:
+    """Yield a new folder in that of --encoded-cache, locked against other processes; delete it unless it is renamed."""
+    unfinished = cache / f".{secrets.token_hex(4)}{UNFINISHED}"
+    with ExitStack() as stack:
+        with name_errors(f"--encoded-cache {cache}", "expected a folder that can be made and written"):
+            cache.mkdir(parents=True, exist_ok=True)
+            if stack.enter_context(_lock(cache)):  # so those that made these were killed
+                for left in cache.glob(f".*{UNFINISHED}"):
+                    shutil.rmtree(left)
+            unfinished.mkdir()
+        stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
+        yield unfinished
 
 
 @contextmanager
@@ -277,142 +250,62 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 
 class Chunk(NamedTuple):
-    """Consecutive rows as the files have them. Ends count from the start of the chunk."""
+    """Consecutive rows as the files have them."""
 
-    records: numpy.ndarray  # of INDEX
+    records: numpy.ndarray  # of INDEX, with lengths as `ends`, and without `remarks`
     tokens: bytes
     rows: bytes
-    remarks: list[tuple[int, Text]]  # each with the number of its row in the chunk
+    remarks: list[tuple[tuple[str, ...], tuple[str, ...]]]  # about how each row is read, and how it is encoded
 
 
-def _make(folder: Path, identity: dict[str, Any], data: str, schemas: Schemas, work: Callable[[list], Chunk]) -> None:
-    """Write the files of a data set under another name, then rename the folder."""
-    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{UNFINISHED}")
-    unfinished.mkdir()
-    try:
-        texts, digests = _write(unfinished, data, schemas, work)
-        if sha256(data_files(data)) != identity["data"]:
-            raise UserError(f"{data}: the file has changed while it was read: start again")
-        write_json(unfinished / "about.json", {**identity, "remarks": texts, "files": digests})
-        for path in [*unfinished.iterdir(), unfinished]:
-            fsync(path)
-        if not folder.is_dir():  # made meanwhile, where folders cannot be locked
-            unfinished.rename(folder)
-            fsync(folder.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _write(
-    folder: Path, data: str, schemas: Schemas, work: Callable[[list], Chunk]
-) -> tuple[list[Text], dict[str, str]]:
-    """Write all files but about.json; return the texts of the remarks, and the hash of each file."""
-    digests = {name: hashlib.sha256() for name in FILES}
-    for name in FILES:
-        (folder / name).touch()
-    codes: dict[Text, int] = {}
-    num_rows = tokens_end = rows_end = 0
+def _make(
+    folder: Path, identity: dict[str, Any], data: str, schemas: Schemas, work: Callable[[list[Noted]], Chunk]
+) -> None:
+    """Write the files of a data set; raise UserError if the data changes meanwhile."""
+    num_rows, ends = 0, numpy.zeros(2, numpy.int64)
+    codes: dict[tuple[tuple[str, ...], tuple[str, ...]], int] = {}
     size = sum(path.stat().st_size for path in data_files(data))
     with progress_bar(size, f"encoding {Path(data).name}", "B", unit_scale=True) as bar:
         rows = stream_rows(data, schemas, on_read=bar.update)
-        with closing(_in_processes(work, rows)) as chunks:
-            for chunk in chunks:
-                chunk.records["tokens_end"] += tokens_end
-                chunk.records["rows_end"] += rows_end
-                remarks = [(num_rows + row, codes.setdefault(text, len(codes))) for row, text in chunk.remarks]
-                num_rows += len(chunk.records)
-                tokens_end, rows_end = (int(chunk.records[end][-1]) for end in ("tokens_end", "rows_end"))
-                parts = (chunk.records.tobytes(), chunk.tokens, chunk.rows, numpy.array(remarks, REMARK).tobytes())
-                for name, part in zip(FILES, parts, strict=True):
+        with closing(map_chunks(work, rows, CHUNK)) as chunks:
+            for records, tokens, lines, remarks in chunks:
+                records["ends"] = ends + records["ends"].cumsum(axis=0)
+                records["remarks"] = [codes.setdefault(both, len(codes)) for both in remarks]
+                for name, part in zip(("index.bin", *PARTS), (records.tobytes(), tokens, lines), strict=True):
                     append_bytes(folder / name, part)
-                    digests[name].update(part)
+                num_rows, ends = num_rows + len(records), records["ends"][-1]
                 bar.set_postfix_str(f"{num_rows:,} rows", refresh=False)
-    return [*codes], {name: digest.hexdigest() for name, digest in digests.items()}
+    if sha256(data_files(data)) != identity["data"]:
+        raise UserError(f"{data}: the file has changed while it was read: start again")
+    write_json(folder / "remarks.json", {"remarks": [{"read": read, "encoded": encoded} for read, encoded in codes]})
+    digests = {name: sha256([folder / name]) for name in FILES}
+    write_json(folder / "about.json", {**identity, "files": digests})
+    for path in [*folder.iterdir(), folder]:
+        fsync(path)
 
 
-def _encode_chunk(
-    encode: Encode, data: str, without_input: bool, rows: list[tuple[dict[str, Any], str, list[str]]]
-) -> Chunk:
-    """Encode some rows, each given as its fields, its location and the remarks about how it is read."""
-    index = numpy.zeros(len(rows), INDEX)
-    tokens, lines = [], []
-    remarks: list[tuple[int, Text]] = []
-    for number, (fields, location, notes) in enumerate(rows):
-        record = index[number]  # a view; ends are lengths until the last row is done
-        lines.append(json.dumps([location, fields]).encode() + b"\n")
-        record["rows_end"] = len(lines[-1])
-        remarks += [(number, (True, note)) for note in notes]
-        row = Row(fields, location)
-        if without_input and has_input(row):
-            continue
-        encoded = encode([row], source=data, may_be_empty=True)
-        remarks += [(number, (False, remark)) for remark in encoded.remarks]
-        record["is_used"], record["noun"] = True, NOUNS.index(encoded.noun)
+def _encode_chunk(encode: Encode, data: str, without_input: bool, rows: list[Noted]) -> Chunk:
+    records = numpy.zeros(len(rows), INDEX)
+    tokens, lines, remarks = [], [], []
+    for record, (row, notes) in zip(records, rows, strict=True):  # a record is a view
+        is_used = not (without_input and has_input(row))
+        encoded = encode([row] if is_used else [], source=data, may_be_empty=True)
+        [item] = encoded.examples or [None]
+        tokens.append(_pack(item) if item else b"")
+        lines.append(json.dumps([row.location, row]).encode() + b"\n")
+        remarks.append((tuple(notes), tuple(encoded.remarks)))
+        record["ends"] = len(tokens[-1]), len(lines[-1])
+        record["margin"] = item.margin if isinstance(item, Ranking) else 0
         record["num_tokens"], record["num_supervised"] = encoded.tokens, encoded.supervised_tokens or 0
-        for item in encoded.examples:  # one, or none
-            tokens.append(_pack(item))
-            record["is_kept"], record["tokens_end"] = True, len(tokens[-1])
-    for end in ("tokens_end", "rows_end"):
-        index[end] = index[end].cumsum()
-    return Chunk(index, b"".join(part.tobytes() for part in tokens), b"".join(lines), remarks)
+        record["is_used"], record["is_ranking"] = is_used, encoded.noun == "ranking"
+    return Chunk(records, b"".join(tokens), b"".join(lines), remarks)
 
 
-def _pack(item: Example | Ranking) -> numpy.ndarray:
-    """Return an example's supervised ids, and ~id (a negative number) of the others; or a ranking with its lengths.
-
-    A ranking is its margin, the number of its responses, their lengths, and their ids.
-    """
+def _pack(item: Example | Ranking) -> bytes:
+    """Return ids as int32, with ~id (a negative number) for one that is not supervised, or ends a response."""
     if isinstance(item, Example):
-        ids = numpy.array(item.input_ids, "<i4")
-        return numpy.where(numpy.array(item.labels) == IGNORE_INDEX, ~ids, ids)
-    lengths = [len(response) for response in item.responses]
-    numbers = [len(lengths), *lengths, *(token for response in item.responses for token in response)]
-    return numpy.concatenate([numpy.array([item.margin], "<f8").view("<i4"), numpy.array(numbers, "<i4")])
-
-
-# ---- processes ----
-
-
-def _in_processes(work: Callable[[list], Chunk], rows: Iterator[tuple[Row, list[str]]]) -> Generator[Chunk, None, None]:
-    """Yield what `work` makes of each chunk of the rows, in their order, with a process for each processor core."""
-    chunks: Iterator[list] = iter(lambda: [(dict(row), row.location, notes) for row, notes in islice(rows, CHUNK)], [])
-    first = next(chunks, [])
-    chunks = chain([first], chunks)
-    # Few rows are quicker done here; and elsewhere than on Linux, a process with threads cannot be forked safely.
-    if len(first) < CHUNK or not sys.platform.startswith("linux"):
-        yield from map(work, chunks)
-        return
-    count = len(os.sched_getaffinity(0))
-    forked = multiprocessing.get_context("fork")  # importing torch and reading the tokenizer would take seconds
-    begun: deque[Future[Chunk]] = deque()
-    with ProcessPoolExecutor(count, forked, initializer=_start, initargs=(work,)) as processes:
-        try:
-            for chunk in chunks:
-                begun.append(processes.submit(_work_on, chunk))
-                if len(begun) > 2 * count:  # more would only fill the memory
-                    yield begun.popleft().result()
-            while begun:
-                yield begun.popleft().result()
-        except BrokenProcessPool:
-            raise OSError("a process that encoded rows has ended: it was killed, or out of memory") from None
-
-
-_work: Callable[[list], Chunk]  # of a process that `_in_processes` started
-
-
-def _start(work: Callable[[list], Chunk]) -> None:
-    """Prepare a process: it gets its work by the fork, and ends with the process that started it."""
-    global _work
-    _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and that one ends the others
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])  # type: ignore[union-attr]
-    os._exit(1)
-
-
-def _work_on(chunk: list) -> Chunk:
-    return _work(chunk)
+        pairs = zip(item.input_ids, item.labels, strict=True)
+        ids = [~token if label == IGNORE_INDEX else token for token, label in pairs]
+    else:
+        ids = [token for *response, last in item.responses for token in (*response, ~last)]
+    return numpy.array(ids, "<i4").tobytes()

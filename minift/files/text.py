@@ -123,6 +123,17 @@ def _readable(path: str | Path, expected: str) -> Iterator[None]:
         raise UserError(f"{path}: {problems.get(type(error), 'no such file')}, expected {expected}") from None
 
 
+@contextmanager
+def name_errors(subject: str, expected: str) -> Iterator[None]:
+    """Translate an OSError into a UserError about `subject`, unless the machine is at fault."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in MACHINE_ERRORS:
+            raise
+        raise UserError(f"{subject}: {error.strerror}, {expected}") from None
+
+
 def read_stdin(expected: str) -> str:
     """Return all of standard input as text; raise UserError like `read_text`."""
     return _decode(sys.stdin.buffer.read() if sys.stdin else b"", STDIN, expected)

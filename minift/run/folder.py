@@ -31,6 +31,7 @@ from minift.files.hub import at_commit, commit_of, data_files
 from minift.files.pretrained import ModelFiles, find_model
 from minift.files.text import (
     append_json_line,
+    name_errors,
     parse_json_lines,
     read_json,
     read_text,
@@ -55,7 +56,7 @@ class Run:
     """A run of train_sft.py or train_rm.py; a `trainer.Recorder`. Nothing in its folder is touched before `open`.
 
     A resumed run uses the commits of model and data that it began with: the hub's branches may have moved since. Raises
-    UserError if the folder cannot be used; with --resume, if there is no checkpoint, or if values differ.
+    UserError if the folder cannot be used; with --resume, if the folder has no checkpoint, or if values differ.
     """
 
     model_files: ModelFiles  # from `find_model` on
@@ -124,7 +125,7 @@ class Run:
         self.record |= {name: value for name, value in of_start.items() if isinstance(value, str)}
         if self.config.resume:
             resume.check_contents(self.folder, self._earlier, fingerprints, asdict(template))
-            with lock.name_errors(f"--resume: {self.folder}", "expected a folder that can be written"):
+            with name_errors(f"--resume: {self.folder}", "expected a folder that can be written"):
                 lock.hold(self.folder)
             earlier_lr = self._earlier["values"].get("lr")
             if earlier_lr == self.config.lr:

@@ -2,13 +2,11 @@
 
 import itertools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
 from minift.errors import UserError
-from minift.files.text import MACHINE_ERRORS, say
+from minift.files.text import name_errors, say
 
 try:
     import fcntl
@@ -54,17 +52,6 @@ def make_folder(folder: Path) -> None:
             folder.mkdir()
             hold(folder)
             (previous / LOCK).unlink(missing_ok=True)
-
-
-@contextmanager
-def name_errors(subject: str, expected: str) -> Iterator[None]:
-    """Translate an OSError into a UserError about `subject`, unless the machine is at fault."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in MACHINE_ERRORS:
-            raise
-        raise UserError(f"{subject}: {error.strerror}, {expected}") from None
 
 
 def check_free(folder: Path) -> None:
