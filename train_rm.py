@@ -66,6 +66,7 @@ def main() -> None:
         wanted = torch.cat([last, before]) if config.lm_weight else last  # (R + M,) or (R,)
         hidden = model.decoder(batch.input_ids, batch.positions, batch.rows, wanted=wanted)
         rewards = model.rewards(hidden[: len(last)])  # (R,): with `last` alone, both lines together are model(...)
+        batch = batch.to(rewards.device)
         chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]  # (P,), (P,)
         total, count = bradley_terry(chosen, rejected, batch.margins, batch.weights, config.center_rewards)  # scalars
         metrics = preference_metrics(chosen, rejected, batch.weights)

@@ -1,18 +1,19 @@
 """Examples → packed batches, and the batches of each optimiser step.
 
-A batch holds no padding: it is the flat list of its real tokens. `rows` says where in the list each row's tokens are.
+A batch holds no padding: it is the flat list of its real tokens, in which a prefix that rows share stands once. `rows`
+says where in the list each row's tokens are. A batch stays on the CPU; the model copies what it needs to its device.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import takewhile
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from minift.encode import Example
+from minift.encode import IGNORE_INDEX, Example
 
 
 class Batch(NamedTuple):
@@ -23,36 +24,64 @@ class Batch(NamedTuple):
     labels: Tensor  # (N,) aligned with input_ids, IGNORE_INDEX where unsupervised
     rows: Tensor  # (R, T) indices into the flat list, -1 past a row's end
 
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Lay examples end to end.
+    """Lay examples end to end, the start of a prompt that several of them share, such as the template's, once.
 
-    >>> batch = collate([Example([2, 10, 11], [-100, -100, 11]), Example([2, 12], [-100, 12])])
+    >>> batch = collate([Example([2, 9, 10, 11], [-100, -100, -100, 11]), Example([2, 9, 12], [-100, -100, 12])])
     >>> batch.input_ids
-    tensor([ 2, 10, 11,  2, 12])
+    tensor([ 2,  9, 10, 11,  9, 12])
     >>> batch.positions
-    tensor([0, 1, 2, 0, 1])
+    tensor([0, 1, 2, 3, 1, 2])
     >>> batch.labels
-    tensor([-100, -100,   11, -100,   12])
+    tensor([-100, -100, -100,   11, -100,   12])
     >>> batch.rows
-    tensor([[ 0,  1,  2],
-            [ 3,  4, -1]])
+    tensor([[ 0,  1,  2,  3],
+            [ 0,  4,  5, -1]])
     """
-    input_ids, positions, rows = pack([example.input_ids for example in examples])
-    labels = torch.tensor([label for example in examples for label in example.labels])
-    return Batch(input_ids, positions, labels, rows)
+    # A supervised token follows the one that predicts it in the list, so the last token of a prompt is not shared.
+    limits = [sum(1 for _ in takewhile(lambda label: label == IGNORE_INDEX, row.labels)) - 1 for row in examples]
+    input_ids, positions, paths = share_prefixes([example.input_ids for example in examples], limits)
+    labels = [IGNORE_INDEX] * len(input_ids)
+    for example, path in zip(examples, paths, strict=True):
+        for index, label in zip(path, example.labels, strict=True):
+            labels[index] = label
+    return Batch(torch.tensor(input_ids), torch.tensor(positions), torch.tensor(labels), pad_rows(paths))
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay sequences of ids end to end; return the `input_ids`, `positions` and `rows` that a model takes."""
-    lengths = [len(ids) for ids in sequences]
-    rows = [range(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)]
-    input_ids = torch.tensor([token for ids in sequences for token in ids])
-    return input_ids, torch.cat([torch.arange(length) for length in lengths]), pad_rows(rows)
+    """Lay sequences of ids end to end, shared prefixes once; return the model's `input_ids`, `positions` and `rows`."""
+    input_ids, positions, paths = share_prefixes(sequences, [len(sequence) - 1 for sequence in sequences])
+    return torch.tensor(input_ids), torch.tensor(positions), pad_rows(paths)
+
+
+def share_prefixes(
+    sequences: Sequence[Sequence[int]], limits: Sequence[int]
+) -> tuple[list[int], list[int], list[list[int]]]:
+    """Merge sequences into a prefix tree: the start that several of them share, up to their limits, is stored once.
+
+    Return the tree's ids, their positions, and for each sequence the indices of its tokens in the tree. Causal
+    attention gives a shared token the same value in every sequence, and their gradients add up in it (prefix sharing,
+    arXiv 2410.20305). Only dropout sees a difference: it draws once for a shared token.
+
+    >>> share_prefixes([[2, 10, 20], [2, 10, 21]], limits=[2, 2])
+    ([2, 10, 20, 21], [0, 1, 2, 2], [[0, 1, 2], [0, 1, 3]])
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    paths: list[list[int]] = []
+    children: dict[tuple[int, int], int] = {}  # (index of the previous token, id) -> index of the token
+    for sequence, limit in zip(sequences, limits, strict=True):
+        path: list[int] = []
+        for position, token in enumerate(sequence):
+            edge = (path[-1] if path else -1, token)
+            index = children.setdefault(edge, len(ids)) if position < limit else len(ids)
+            if index == len(ids):
+                ids.append(token)
+                positions.append(position)
+            path.append(index)
+        paths.append(path)
+    return ids, positions, paths
 
 
 def pad_rows(rows: Sequence[Sequence[int]]) -> Tensor:

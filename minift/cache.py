@@ -86,7 +86,6 @@ class DecodeStep:
             cache.new_lengths, device=device
         )  # (R,) index of the newest among the row's new tokens
         self.positions = prompt_lengths + self.places  # (R,)
-        self.rows = torch.arange(len(self.places), device=device)  # (R,)
         self.longest_prompt, self.longest = max(cache.prompt_lengths), max(cache.new_lengths) + 1  # S₁, S₂
         is_seen = torch.cat((
             torch.arange(self.longest_prompt, device=device) < prompt_lengths[:, None],

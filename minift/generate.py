@@ -157,12 +157,12 @@ def next_logits(model: OPT, cache: KVCache, newest: list[int], entering: list[li
     """
     logits = []
     if newest:
-        step = DecodeStep(cache, model.head.device)
-        hidden = model(torch.tensor(newest, device=step.rows.device), step.positions, step.rows[:, None], step)
-        logits.append(model.logits(hidden).float())  # N = R: row r is token r
+        step, rows = DecodeStep(cache, model.head.device), torch.arange(len(newest))[:, None]  # row r is token r
+        hidden = model(torch.tensor(newest), step.positions, rows, step)  # (R, E)
+        logits.append(model.logits(hidden).float())
         cache.new_lengths = [length + 1 for length in cache.new_lengths]
     if entering:
-        input_ids, positions, rows = (tensor.to(model.head.device) for tensor in pack(entering))
+        input_ids, positions, rows = pack(entering)
         hidden = model(input_ids, positions, rows, Prefill(cache), wanted=last_tokens(rows))  # (prompts, E)
         logits.append(model.logits(hidden).float().repeat_interleave(cache.rows_per_prompt, dim=0))
         cache.prompt_lengths += [len(ids) for ids in entering]

@@ -44,8 +44,9 @@ def completion_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> t
     sum is in float32 at least; equal to transformers' `ForCausalLMLoss`, summed instead of averaged.
     """
     # Gradients are always off inside an autograd function, so whether they are needed is passed to it.
+    targets = targets.to(hidden.device, non_blocking=True)
     loss = _ChunkedCrossEntropy.apply(hidden, head, targets, torch.is_grad_enabled())
-    return loss, torch.tensor(len(targets), device=hidden.device)
+    return loss, torch.tensor(len(targets))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -19,11 +19,12 @@ D head width, C hidden width, E embedding width, V vocabulary, P pairs.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Model = TypeVar("Model", "OPT", "RewardModel")  # a function returns the class that it is given
@@ -60,9 +61,15 @@ class RowLayout(NamedTuple):
     """Index lists that gather the flat list into padded rows and scatter it back, computed once per forward pass."""
 
     gather: Tensor  # (cells,) the token in each cell of the padded rows; cells past a row's end repeat token 0
-    scatter: Tensor  # (N,) one cell of each token; in the last layer (M,), of each wanted one
+    scatter: Tensor  # (N,) one cell of each token
+    repeats: Tensor  # (K,) the other cells of tokens that several rows share
     groups: list[tuple[int, int]]  # (R, T) of each group of rows; a group's cells follow those of the one before
     wanted: Tensor | None = None  # (M,) the tokens that a layer returns; None: all
+
+    def to(self, device: torch.device) -> "RowLayout":
+        """Return the layout with its lists on a device."""
+        lists = (each.to(device, non_blocking=True) for each in (self.gather, self.scatter, self.repeats))
+        return RowLayout(*lists, self.groups)
 
 
 class Cache(Protocol):
@@ -72,24 +79,50 @@ class Cache(Protocol):
         """Store a layer's new keys and values; return each query's attention to all that it may see: `(R, H, T, D)`."""
 
 
-def row_layout(rows: Tensor, num_tokens: int, keeps_order: bool = False) -> RowLayout:
-    """Turn `rows (R, T)`, -1 past each row's end, into the two index lists that attention needs.
+def row_layout(rows: Tensor, num_tokens: int, max_groups: int = MAX_GROUPS) -> RowLayout:
+    """Turn `rows (R, T)`, -1 past each row's end, into the index lists that attention needs.
 
-    On a CPU, unless `keeps_order`, rows of similar length form groups, and each group is padded only to its longest
-    row. A token that several rows share, as in a pair's prompt, is read back from one of them: its value is the same in
-    all.
+    Rows of similar length form groups, and each group is padded only to its longest row; a single group keeps the rows'
+    order. A token that several rows share, as in a pair's prompt, is read back from one of them: its value is the same
+    in all.
     """
     groups = [rows]
-    if not keeps_order and rows.device.type == "cpu":  # reading lengths from a GPU would wait for it
+    num_groups = min(max_groups, -(-len(rows) // 2))
+    if num_groups > 1:
         lengths = (rows >= 0).sum(1)
-        num_groups = min(MAX_GROUPS, -(-len(rows) // 2))
         groups = [rows[part, : int(lengths[part[-1]])] for part in lengths.argsort(stable=True).chunk(num_groups)]
     flat = torch.cat([group.flatten() for group in groups])  # (cells,)
     cells = (flat >= 0).nonzero().squeeze(1)
-    scatter = torch.zeros(num_tokens, dtype=torch.long, device=rows.device)
+    scatter = torch.zeros(num_tokens, dtype=torch.long)
     # Take the smallest cell: with plain assignment the winner, and so the rounding, would depend on threads.
     scatter.scatter_reduce_(0, flat[cells], cells, "amin", include_self=False)
-    return RowLayout(flat.clamp(min=0), scatter, [(group.shape[0], group.shape[1]) for group in groups])
+    repeats = cells[scatter[flat[cells]] != cells]
+    return RowLayout(flat.clamp(min=0), scatter, repeats, [(group.shape[0], group.shape[1]) for group in groups])
+
+
+class _Gather(torch.autograd.Function):
+    """Copy the vectors of tokens `(N, C)` into the cells `(cells, C)` of a layout.
+
+    A token's gradient is that of its cell, or the sum over the cells if rows share it. The backward pass of
+    `index_select` would add all cells, pads too, to a tensor of zeros: half as fast.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, layout: RowLayout) -> Tensor:
+        """Return the vectors in the cells."""
+        ctx.layout = layout
+        return flat.index_select(0, layout.gather)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_cells: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient `(N, C)`, given that of the cells; nobody looks at a pad, so its gradient is zero."""
+        layout: RowLayout = ctx.layout
+        grad = grad_cells.index_select(0, layout.scatter)
+        if len(layout.repeats):
+            tokens = layout.gather.index_select(0, layout.repeats)
+            grad.index_add_(0, tokens, grad_cells.index_select(0, layout.repeats))
+        return grad, None
 
 
 def last_tokens(rows: Tensor) -> Tensor:
@@ -120,7 +153,8 @@ class Attention(nn.Module):
             self._mix(query, key, value, layer, cache).transpose(1, 2).flatten(0, 1).flatten(1)  # (R * T, C)
             for query, key, value in zip(*groups, strict=True)
         ]
-        return self.out_proj(torch.cat(cells).index_select(0, layout.scatter))  # (N, C), in the last layer (M, C)
+        places = layout.scatter if layout.wanted is None else layout.scatter[layout.wanted]  # (N,), or (M,)
+        return self.out_proj(torch.cat(cells).index_select(0, places))  # (N, C), in the last layer (M, C)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Return the queries, keys and values `(N, C)` of tokens `(N, C)`."""
@@ -128,7 +162,7 @@ class Attention(nn.Module):
 
     def _to_rows(self, flat: Tensor, layout: RowLayout) -> list[Tensor]:
         """Gather vectors `(N, C)` into the padded rows of each group, divided into heads: `(R, H, T, D)`."""
-        cells = flat.index_select(0, layout.gather)  # (cells, C)
+        cells = _Gather.apply(flat, layout)  # (cells, C)
         parts = cells.split([num_rows * length for num_rows, length in layout.groups])
         return [
             part.view(num_rows, length, self.num_heads, -1).transpose(1, 2)
@@ -201,9 +235,13 @@ class Decoder(nn.Module):
         cache: Cache | None = None, wanted: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Return the last hidden states of packed tokens, `(N, E)`, or of the wanted ones; arguments as for `OPT`."""
-        layout = row_layout(rows, input_ids.shape[0], keeps_order=cache is not None)
+        device = self.embed_tokens.weight.device
+        # Several small groups do not pay on a GPU, and a cache keeps the rows' order.
+        max_groups = MAX_GROUPS if device.type == "cpu" and cache is None else 1
+        layout = row_layout(rows, input_ids.shape[0], max_groups).to(device)
+        input_ids, positions = input_ids.to(device, non_blocking=True), positions.to(device, non_blocking=True)
         # Other tokens still give the last layer keys and values, but nobody looks at what it would return for them.
-        last = layout if wanted is None else layout._replace(scatter=layout.scatter[wanted], wanted=wanted)
+        last = layout if wanted is None else layout._replace(wanted=wanted.to(device, non_blocking=True))
         hidden = self.project_in(self.embed_tokens(input_ids))  # (N,) -> (N, C)
         hidden = hidden + self.embed_positions(positions + POSITION_OFFSET)
         for index, layer in enumerate(self.layers):
@@ -231,6 +269,7 @@ class OPT(nn.Module):
 
         All arguments are int64: `input_ids (N,)`; `positions (N,)`, from 0 in each row; `rows (R, T)`, see the figure.
         `wanted (M,)` are indices of the tokens whose hidden states are needed; then only these, `(M, E)`, are returned.
+        `rows` are on the CPU, so that nothing waits for a GPU; the others may be on either device.
         """
         return self.decoder(input_ids, positions, rows, cache, wanted)
 

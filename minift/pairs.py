@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minift.batching import pad_rows
+from minift.batching import pad_rows, share_prefixes
 from minift.encode import IGNORE_INDEX
 from minift.errors import UserError
 from minift.prompts import Template, end_with_eos, question_of, render
@@ -131,11 +131,11 @@ class PairBatch(NamedTuple):
     weights: Tensor  # (P,) with sum 1 over the pairs of each ranking
 
     def to(self, device: torch.device) -> "PairBatch":
-        """Return the batch on a device, in float32 on Apple's GPU, which lacks float64."""
-        batch = self
+        """Return the batch with its pairs on the device of the rewards, in float32 on Apple's, which lacks float64."""
+        pairs = (self.chosen, self.rejected, self.margins, self.weights)
         if device.type == "mps":
-            batch = self._replace(margins=self.margins.float(), weights=self.weights.float())
-        return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+            pairs = (self.chosen, self.rejected, self.margins.float(), self.weights.float())
+        return PairBatch(*self[:4], *(tensor.to(device, non_blocking=True) for tensor in pairs))
 
 
 def collate_rankings(rankings: Sequence[Ranking]) -> PairBatch:
@@ -167,7 +167,8 @@ def collate_rankings(rankings: Sequence[Ranking]) -> PairBatch:
         if len(responses) < 2 or not all(responses):
             lengths = [len(row) for row in responses]
             raise ValueError(f"a ranking whose rows have {lengths} tokens, expected two rows or more, none empty")
-        tree_ids, tree_positions, tree_rows = share_prefixes(responses)
+        limits = [len(row) - 1 for row in responses]  # the last token, where the reward is read, is not shared
+        tree_ids, tree_positions, tree_rows = share_prefixes(responses, limits)
         numbers = range(len(rows), len(rows) + len(responses))
         its_pairs = [(numbers[0], other) for other in numbers[1:]] if best_only else [*combinations(numbers, 2)]
         pairs.extend((chosen, rejected, margin, 1 / len(its_pairs)) for chosen, rejected in its_pairs)
@@ -187,31 +188,3 @@ def collate_rankings(rankings: Sequence[Ranking]) -> PairBatch:
         margins=torch.tensor(margins, dtype=torch.float64),
         weights=torch.tensor(weights, dtype=torch.float64),
     )
-
-
-def share_prefixes(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[list[int]]]:
-    """Merge sequences into a prefix tree, a prefix that several of them share stored once.
-
-    Return the tree's ids, their positions, and for each sequence the indices of its tokens in the tree. Causal
-    attention gives a shared token the same value in every sequence, and their gradients add up in it (prefix sharing,
-    arXiv 2410.20305). A sequence's last token is never shared: its reward is read there.
-
-    >>> share_prefixes([[2, 10, 20], [2, 10, 21]])
-    ([2, 10, 20, 21], [0, 1, 2, 2], [[0, 1, 2], [0, 1, 3]])
-    """
-    ids: list[int] = []
-    positions: list[int] = []
-    indices: list[list[int]] = []
-    children: dict[tuple[int, int], int] = {}  # (index of the previous token, id) -> index of the token
-    for sequence in sequences:
-        path: list[int] = []
-        for position, token in enumerate(sequence):
-            edge = (path[-1] if path else -1, token)
-            is_last = position == len(sequence) - 1
-            index = len(ids) if is_last else children.setdefault(edge, len(ids))
-            if index == len(ids):
-                ids.append(token)
-                positions.append(position)
-            path.append(index)
-        indices.append(path)
-    return ids, positions, indices

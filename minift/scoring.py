@@ -83,13 +83,12 @@ class Judge:
 @torch.no_grad()
 def score_rows(model: RewardModel, rows: Sequence[Sequence[int]], batch_size: int) -> list[float]:
     """Return the reward of each row of ids, each distinct row scored once. UserError if one is NaN or infinite."""
-    device = model.score.weight.device
-    distinct = sorted({tuple(row) for row in rows}, key=lambda row: (len(row), row))  # similar lengths share a batch
+    distinct = sorted({tuple(row) for row in rows})  # answers to one prompt are neighbours, so a batch has it once
     rewards: dict[tuple[int, ...], float] = {}
     with eval_mode(model):
         for start in range(0, len(distinct), batch_size):
             chunk = distinct[start : start + batch_size]
-            scored = model(*(tensor.to(device) for tensor in pack(chunk)))  # (R,)
+            scored = model(*pack(chunk))  # (R,)
             rewards.update(zip(chunk, scored.tolist(), strict=True))
     if not all(map(math.isfinite, rewards.values())):
         raise UserError("the reward model's rewards are NaN or infinite: its weights do not suit this dtype")

@@ -161,7 +161,9 @@ def optimizer_step(
     """
     sums = accumulate_gradient(task, config.seed, step)
     gradients = [parameter.grad for parameter in task.model.parameters() if parameter.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm(gradients).item() / sums["count"]
+    # Row by row, then of these: a sum of millions of float32 squares in one go is off by 0.1%, and slower.
+    row_norms = [torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients]
+    grad_norm = torch.nn.utils.get_total_norm(row_norms).item() / sums["count"]
     _check_finite(config, step, sums["loss"] + grad_norm)
     clip = min(1.0, config.max_grad_norm / (grad_norm + 1e-6))  # as in torch's clip_grad_norm_
     torch._foreach_mul_(gradients, clip / sums["count"])  # the mean and the clipping, in one pass
@@ -188,7 +190,7 @@ def accumulate_gradient(task: Task, seed: int, step: int) -> dict[str, float]:
             loss, values = _losses_of(task, batch)
             loss.backward()
             # Tensors are added, not floats: a float would make the loop wait for the device in every micro-batch.
-            _add(sums, {**values, "tokens": len(batch.input_ids)})
+            _add(sums, {**values, "tokens": (batch.rows >= 0).sum()})  # a shared one in each of its rows
     return task.ranks.sum_values({name: float(value) for name, value in sums.items()})
 
 
@@ -222,7 +224,7 @@ def _losses_of(task: Task, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a batch's summed loss, and that value with the count and the metrics by name."""
     device = next(task.model.parameters()).device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=task.dtype == torch.bfloat16):
-        loss, count, metrics = task.loss(batch.to(device))
+        loss, count, metrics = task.loss(batch)
     return loss, {"loss": loss.detach(), "count": count, **metrics}
 
 

@@ -33,6 +33,7 @@ def rm_loss(model: RewardModel, center: float = 0.0) -> LossFunction:
 
     def loss(batch: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         rewards = model(batch.input_ids, batch.positions, batch.rows)  # (R,)
+        batch = batch.to(rewards.device)
         chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]  # (P,), (P,)
         metrics = preference_metrics(chosen, rejected, batch.weights)
         return *bradley_terry(chosen, rejected, batch.margins, batch.weights, center), metrics

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.utils.data import RandomSampler
 
-from minift.batching import Loader, collate, pad_rows
-from minift.pairs import share_prefixes
+from minift.batching import Loader, collate, pack, pad_rows, share_prefixes
+from minift.encode import IGNORE_INDEX, Example
 from tests.reference import random_examples
 
 
@@ -35,10 +35,42 @@ def test_layouts():
     assert pad_rows([[0], [1]]).tolist() == [[0], [1]]
 
 
-def test_a_batch_moves_as_a_whole():
-    batch = collate(random_examples((2,))).to(torch.device("meta"))
-    assert {tensor.device.type for tensor in batch} == {"meta"}
-    assert batch.rows.shape == (1, 2)
+def test_the_start_of_prompts_is_stored_once_and_each_target_follows_its_predictor():
+    rng = random.Random(0)
+    saved = 0
+    for _ in range(300):
+        examples = []
+        for _ in range(rng.randint(1, 6)):  # few ids, so that prompts and responses begin alike by chance
+            prompt, response = (rng.choices((5, 6), k=rng.randint(low, 5)) for low in (0, 1))
+            later = rng.choices((5, 6), k=rng.randrange(3))  # a second question, not supervised, and its answer
+            labels = [IGNORE_INDEX] * len(prompt) + response + [IGNORE_INDEX] * len(later) + response[: len(later)]
+            examples.append(Example(prompt + response + later + response[: len(later)], labels))
+        batch = collate(examples)
+        owners = [set(row[row >= 0].tolist()) for row in batch.rows]
+        for row, (ids, labels), owner in zip(batch.rows.tolist(), examples, owners, strict=True):
+            path = row[: len(ids)]
+            assert batch.input_ids[path].tolist() == ids and batch.labels[path].tolist() == labels
+            assert batch.positions[path].tolist() == list(range(len(ids)))
+            for before, here, label in zip([-1, *path], path, labels, strict=False):
+                is_shared = sum(here in other for other in owners) > 1
+                assert not (is_shared and label != IGNORE_INDEX)
+                assert label == IGNORE_INDEX or before == -1 or before == here - 1
+            assert owner == set(path)
+        starts = {tuple(ids[:length]) for ids, labels in examples for length in range(1, len(common_start(labels)))}
+        own = sum(len(ids) - max(0, len(common_start(labels)) - 1) for ids, labels in examples)
+        assert len(batch.input_ids) == len(starts) + own
+        saved += sum(len(ids) for ids, _ in examples) - len(batch.input_ids)
+    assert saved > 200
+
+
+def common_start(labels: list[int]) -> list[int]:
+    return labels[: next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))]
+
+
+def test_rows_that_a_model_reads_share_all_but_their_last_token():
+    input_ids, positions, rows = pack([[2, 7, 8], [2, 7, 8], [2, 7]])
+    assert input_ids.tolist() == [2, 7, 8, 8, 7] and positions.tolist() == [0, 1, 2, 2, 1]
+    assert rows.tolist() == [[0, 1, 2], [0, 1, 3], [0, 4, -1]]
 
 
 def test_prefixes_are_stored_once_and_last_tokens_never_shared():
@@ -47,7 +79,7 @@ def test_prefixes_are_stored_once_and_last_tokens_never_shared():
     for _ in range(300):
         sequences = [rng.choices((5, 6, 7), k=rng.randint(1, 9)) for _ in range(rng.randint(1, 6))]
         sequences += rng.choices(sequences, k=rng.randrange(2))  # now and then the same sequence twice
-        ids, positions, indices = share_prefixes(sequences)
+        ids, positions, indices = share_prefixes(sequences, [len(sequence) - 1 for sequence in sequences])
         assert [[ids[index] for index in path] for path in indices] == sequences
         assert [[positions[index] for index in path] for path in indices] == [[*range(len(s))] for s in sequences]
         assert indices[0] == [*range(len(sequences[0]))]  # collate_rankings labels the first tokens of the tree

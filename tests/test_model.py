@@ -11,9 +11,13 @@ import transformers
 
 from data.make.pretrain import initialise
 from minift.batching import collate
+from minift.encode import IGNORE_INDEX, Example
 from minift.files.weights import parse_config
-from minift.model import OPT, row_layout
+from minift.losses import bradley_terry, preference_metrics
+from minift.model import OPT, _Gather, last_tokens, row_layout
+from minift.pairs import Ranking, collate_rankings
 from tests.compare.model import largest, run_minift, run_reference
+from tests.loop import sft_loss
 from tests.reference import (
     ARCHITECTURES,
     ON_THE_HUB,
@@ -34,6 +38,7 @@ from tests.reference import (
     twin_of,
     twins,
 )
+from tests.runs import SMALL_OPT
 
 LENGTHS = (7, 1, 20, 12)  # one token alone, and one row as long as there are positions
 EXAMPLES = random_examples(LENGTHS)
@@ -227,12 +232,66 @@ def test_a_shared_prompt_computed_once(name):
     assert_gradients_agree(gradients(model), expected, 1e-12)
 
 
+def test_nothing_is_read_back_from_the_device():
+    """A GPU would have to be waited for. Tensors on torch's meta device have no values, so reading one is an error."""
+    model = OPT(SMALL_OPT).to("meta")
+    total, _, _ = sft_loss(model)(collate(random_examples((7, 5, 3))))
+    total.backward()
+    rankings = collate_rankings([Ranking([[2, 5, 6], [2, 5, 7, 8]]), Ranking([[2, 9], [2, 5]])])
+    hidden = model(rankings.input_ids, rankings.positions, rankings.rows, wanted=last_tokens(rankings.rows))
+    pairs = rankings.to(hidden.device)
+    rewards = hidden.sum(1)
+    chosen, rejected = rewards[pairs.chosen], rewards[pairs.rejected]
+    loss, _ = bradley_terry(chosen, rejected, pairs.margins, pairs.weights)
+    loss.backward()
+    preference_metrics(chosen, rejected, pairs.weights)
+    assert {weight.grad.device.type for weight in model.parameters()} == {"meta"}
+
+
+@every_architecture
+def test_rows_in_one_template_are_separate_rows(name):
+    """A batch that has the start of its prompts once gives the loss and gradients of one row at a time."""
+    loss = sft_loss(model := our_model(name, torch.float64))
+    own = random_examples((7, 1, 14, 12))
+    rows = [Example([2, 5, 9, 1, *ids], [IGNORE_INDEX] * 5 + labels[1:]) for ids, labels in own]
+    rows.append(Example([2, 5, 8, 7, 6], [IGNORE_INDEX] * 3 + [7, 6]))
+    batch = collate(rows)
+    assert len(batch.input_ids) == sum(len(ids) for ids, _ in rows) - 4 * (len(own) - 1) - 2
+    alone = [loss(collate([row])) for row in rows]
+    sum(total for total, _, _ in alone).backward()
+    expected = gradients(model)
+    model.zero_grad()
+
+    total, count, _ = loss(batch)
+    total.backward()
+    assert count == sum(count for _, count, _ in alone)
+    assert difference(total, sum(total for total, _, _ in alone)) < 1e-12
+    assert_gradients_agree(gradients(model), expected, 1e-12)
+
+
 def test_a_shared_token_is_read_back_from_its_first_row():
     rows = torch.tensor([[0, 1, 2, -1], [0, 1, 3, 4], [5, 6, -1, -1], [0, 7, -1, -1]])
-    assert row_layout(rows, 8, keeps_order=True).scatter.tolist() == [0, 1, 2, 6, 7, 8, 9, 13]
+    layout = row_layout(rows, 8, max_groups=1)
+    assert layout.scatter.tolist() == [0, 1, 2, 6, 7, 8, 9, 13]
+    assert layout.repeats.tolist() == [4, 5, 12]  # tokens 0 and 1 in the second row, 0 in the last
 
 
-def test_rows_of_like_length_are_padded_together():
+@pytest.mark.parametrize("max_groups", [1, 2, 3])
+def test_the_gradient_of_gathering_is_that_of_index_select(max_groups):
+    rows = torch.tensor([[0, 1, 2, -1], [0, 1, 3, 4], [5, 6, -1, -1], [0, 7, -1, -1], [8, -1, -1, -1]])
+    layout = row_layout(rows, 9, max_groups)
+    flat = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(len(layout.gather), 3, dtype=torch.float64)
+    is_token = torch.zeros(len(layout.gather), dtype=torch.bool)
+    is_token[layout.scatter] = is_token[layout.repeats] = True
+    assert is_token.sum() == (rows >= 0).sum()
+    weight[~is_token] = 0  # nobody looks at a pad
+    [expected] = torch.autograd.grad((flat.index_select(0, layout.gather) * weight).sum(), flat)
+    [found] = torch.autograd.grad((_Gather.apply(flat, layout) * weight).sum(), flat)
+    torch.testing.assert_close(found, expected, rtol=1e-15, atol=1e-15)
+
+
+def test_rows_of_similar_length_are_padded_together():
     rows = torch.tensor([[0, 1, 2, 3, 4], [5, 6, -1, -1, -1], [7, 8, 9, -1, -1], [10, 11, -1, -1, -1]])
     layout = row_layout(rows, 12)
     assert layout.groups == [(2, 2), (2, 5)]  # lengths 2 and 2, 3 and 5

@@ -150,8 +150,8 @@ def from_one(examples, collate=tour.collate):
     return batch._replace(positions=batch.positions + 1)
 
 
-def the_row_before(rows, num_tokens, keeps_order=False, row_layout=minift.model.row_layout):
-    layout = row_layout(rows, num_tokens, keeps_order)
+def the_row_before(rows, num_tokens, max_groups, row_layout=minift.model.row_layout):
+    layout = row_layout(rows, num_tokens, max_groups)
     return RowLayout(layout.gather.roll(1) if len(rows) > 1 else layout.gather, *layout[1:])
 
 

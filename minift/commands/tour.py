@@ -96,16 +96,29 @@ class Tour:
         """Pack three rows into one flat list."""
         self.examples = encode_rows(self.rows, self.tokenizer, self.template, max_length=None).examples
         self.batch = collate(self.examples)
-        lengths = [len(example.input_ids) for example in self.examples]
-        yield f"Rows of {lengths[0]}, {lengths[1]} and {lengths[2]} tokens, end to end: N = {sum(lengths)}."
+        paths = [row[row >= 0].tolist() for row in self.batch.rows]
+        lengths = [len(path) for path in paths]
+        yield (
+            f"Rows of {lengths[0]}, {lengths[1]} and {lengths[2]} tokens, end to end. A prefix that several share is "
+            f"in the list once: N = {len(self.batch.input_ids)} instead of {sum(lengths)}."
+        )
+        last = [path[-1] for path in paths]  # each row's own tokens end with it
+        own = [end - before for before, end in pairwise([-1, *last])]
         for name in ("input_ids", "positions", "labels"):
-            parts = getattr(self.batch, name).split(lengths)
+            parts = getattr(self.batch, name).split(own)
             yield f"  {name:10}" + "".join(f"| {ends(part.tolist(), 2):20}" for part in parts).rstrip()
         yield f"rows (R, T) = {tuple(self.batch.rows.shape)}: where each row's tokens are in the list, -1 past its end."
-        yield from (f"  row {number}   {ends(row.tolist(), 11, 4)}" for number, row in enumerate(self.batch.rows))
+        for number, (row, path) in enumerate(zip(self.batch.rows.tolist(), paths, strict=True)):
+            breaks = [0, *(place for place in range(1, len(path)) if path[place] != path[place - 1] + 1), len(path)]
+            spans = [f"{path[start]} … {path[end - 1]}" for start, end in pairwise(breaks)]
+            pads = ["-1 " * min(3, row.count(-1)) + "…"] if -1 in row else []
+            yield f"  row {number}   {', '.join([*spans, *pads])}"
         yield f"Padded to one length, the rows would have {(self.batch.rows < 0).sum()} pads. Only attention does that."
-        positions = [position for length in lengths for position in range(length)]
-        yield agree("positions count from 0 in each row", positions, self.batch.positions.tolist())
+        yield agree(
+            "positions count from 0 in each row",
+            [[*range(length)] for length in lengths],
+            [self.batch.positions[path].tolist() for path in paths],
+        )
 
     @stop(OPT.forward, row_layout)
     @torch.no_grad()

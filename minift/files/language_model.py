@@ -76,7 +76,7 @@ class LanguageModel:
 
         Dropout is off until `model.train()`. Raises like `encode`.
         """
-        batch = collate([self.encode(row)]).to(self.model.head.device)
+        batch = collate([self.encode(row)])
         wanted, targets = next_token_targets(batch.labels, batch.positions)  # (M,), (M,)
         hidden = self.model(batch.input_ids, batch.positions, batch.rows, wanted=wanted)  # (M, E)
         total, count = completion_cross_entropy(hidden, self.model.head, targets)
@@ -85,5 +85,4 @@ class LanguageModel:
     @torch.no_grad()
     def logits(self, text: str) -> Tensor:
         """Return the logits `(T, V)` of the token after each of a text's T tokens; the text is used as it is."""
-        packed = (tensor.to(self.model.head.device) for tensor in pack([self.tokenizer.encode(text)]))
-        return self.model.logits(self.model(*packed))
+        return self.model.logits(self.model(*pack([self.tokenizer.encode(text)])))

@@ -191,11 +191,11 @@ def ranking_sample(row: Mapping[str, Any], before: Sequence[float], after: Seque
 @torch.no_grad()
 def row_as_seen(model: OPT, tokenizer: Tokenizer, example: Example) -> dict[str, Any]:
     """Return the object in row.json of an example: its tokens, and -log p of those that are supervised, else None."""
-    batch = collate([example]).to(model.head.device)
-    with eval_mode(model):
-        hidden = model(batch.input_ids, batch.positions, batch.rows)  # (N, E)
+    batch = collate([example])
     wanted, targets = next_token_targets(batch.labels, batch.positions)  # (M,), (M,)
-    losses = F.cross_entropy(F.linear(hidden[wanted], model.head).float(), targets, reduction="none")  # (M,)
+    with eval_mode(model):
+        logits = model.logits(model(batch.input_ids, batch.positions, batch.rows, wanted=wanted))  # (M, V)
+    losses = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")  # (M,)
     values: list[float | None] = [None] * len(example.input_ids)
     for index, loss in zip((wanted + 1).tolist(), losses.tolist(), strict=True):
         values[index] = loss
