@@ -87,7 +87,8 @@ def beam_search(
         check_prompt(prompt, f"prompt {number}", options.max_new_tokens, model.config.max_position_embeddings)
     check_beams(num_beams, model.config.vocab_size)
     searches = [Search([list(ids)] * num_beams, [0.0] + [DISABLED] * (num_beams - 1)) for ids in prompts]
-    waiting, active = deque(searches), list[Search]()
+    waiting = deque(sorted(searches, key=lambda search: len(search.beams[0]), reverse=True))
+    active: list[Search] = []
     capacity = min(max(options.batch_size // num_beams, 1), len(searches))
     cache = KVCache(capacity, num_beams)
     with eval_mode(model), packed(model, capacity * num_beams):
@@ -128,12 +129,13 @@ def check_beams(num_beams: int, vocab_size: int) -> None:
 
 def best_continuations(scores: Tensor, searches: list[Search], num_beams: int) -> list[list[Candidate]]:
     """Return the 2 · num_beams best continuations of each search, best first, given log-probabilities `(R, V)`."""
-    vocab_size = scores.shape[1]
     so_far = torch.tensor([score for search in searches for score in search.scores], device=scores.device)  # (R,)
-    totals = (scores + so_far[:, None]).view(len(searches), -1)  # (searches, num_beams * V)
+    of_each = scores.topk(2 * num_beams)  # (R, 2B): no other of a beam can be among the best 2B of all beams
+    totals = (of_each.values + so_far[:, None]).view(len(searches), -1)  # (searches, B * 2B)
     best = totals.topk(2 * num_beams)
     check_scores(best.values[:, 0])
+    tokens = of_each.indices.view(len(searches), -1).gather(1, best.indices)
     return [
-        [(score, *divmod(index, vocab_size)) for score, index in zip(*found, strict=True)]
-        for found in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        [*zip(*found, strict=True)]
+        for found in zip(best.values.tolist(), (best.indices // (2 * num_beams)).tolist(), tokens.tolist(), strict=True)
     ]

@@ -9,11 +9,11 @@ once. Two prompts, "A B" and "C", with two rows each, after a few steps:
     copy_slots([0, 0, 2, 3])          d e     d e     g h     g i     row 1 now continues row 0
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minift.model import MAX_GROUPS
 
 
 class KVCache:
@@ -61,15 +61,19 @@ def _room(layers: list[Tensor], layer: int, num_slots: int, new: Tensor, length:
     return layers[layer]
 
 
-@dataclass
 class Prefill:
-    """A `model.Cache` for a forward pass of whole prompts: it stores them in free slots."""
+    """A `model.Cache` for a forward pass of whole prompts, longest first: it stores them in free slots."""
 
-    cache: KVCache
+    max_groups = MAX_GROUPS
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self.slots: dict[int, int] = {}  # for each layer, where its next group goes
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store keys and values `(R, H, T, D)`; return causal attention among these tokens."""
-        first, length = len(self.cache.prompt_lengths), key.shape[2]
+        """Store keys and values `(R, H, T, D)` of a group; return causal attention among these tokens."""
+        first, length = self.slots.get(layer, len(self.cache.prompt_lengths)), key.shape[2]
+        self.slots[layer] = first + len(key)
         stored = _room(self.cache.prompts, layer, self.cache.num_prompts, key, length)
         for part, new in zip(stored, (key, value), strict=True):
             part[first : first + len(new), :, :length] = new
@@ -78,6 +82,8 @@ class Prefill:
 
 class DecodeStep:
     """A `model.Cache` for a forward pass of one token per row: it appends them to the rows' slots."""
+
+    max_groups = 1
 
     def __init__(self, cache: KVCache, device: torch.device) -> None:
         self.cache = cache

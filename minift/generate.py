@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -99,7 +100,8 @@ def generate(
         for number, ids in enumerate(prompts)
         for sample in range(options.num_samples)
     ]
-    waiting, active = deque(decodings), list[Decoding]()
+    waiting = deque(sorted(decodings, key=lambda row: len(row.ids), reverse=True))  # similar lengths waste little
+    active: list[Decoding] = []
     cache = KVCache(min(options.batch_size, len(decodings)))
     with eval_mode(model), packed(model, cache.num_prompts):
         while active or waiting:
@@ -154,6 +156,7 @@ def next_logits(model: OPT, cache: KVCache, newest: list[int], entering: list[li
     """Return float32 logits `(R, V)` of the next token: of the rows in the cache, then of those of entering prompts.
 
     `newest` holds each cached row's last token, which the cache lacks. An entering prompt has `rows_per_prompt` rows.
+    Raises ValueError if the entering ones are not sorted by length, longest first.
     """
     logits = []
     if newest:
@@ -162,6 +165,8 @@ def next_logits(model: OPT, cache: KVCache, newest: list[int], entering: list[li
         logits.append(model.logits(hidden).float())
         cache.new_lengths = [length + 1 for length in cache.new_lengths]
     if entering:
+        if any(len(ids) < len(after) for ids, after in pairwise(entering)):
+            raise ValueError("the entering prompts are not sorted, expected the longest first")
         input_ids, positions, rows = pack(entering)
         hidden = model(input_ids, positions, rows, Prefill(cache), wanted=last_tokens(rows))  # (prompts, E)
         logits.append(model.logits(hidden).float().repeat_interleave(cache.rows_per_prompt, dim=0))

@@ -64,40 +64,45 @@ class RowLayout(NamedTuple):
     scatter: Tensor  # (N,) one cell of each token
     repeats: Tensor  # (K,) the other cells of tokens that several rows share
     groups: list[tuple[int, int]]  # (R, T) of each group of rows; a group's cells follow those of the one before
+    in_place: bool  # the cells are the tokens in their order, as in a decode step: nothing needs to be moved
     wanted: Tensor | None = None  # (M,) the tokens that a layer returns; None: all
 
     def to(self, device: torch.device) -> "RowLayout":
         """Return the layout with its lists on a device."""
-        lists = (each.to(device, non_blocking=True) for each in (self.gather, self.scatter, self.repeats))
-        return RowLayout(*lists, self.groups)
+        gather, scatter, repeats = (each.to(device, non_blocking=True) for each in self[:3])
+        return self._replace(gather=gather, scatter=scatter, repeats=repeats)
 
 
 class Cache(Protocol):
     """The part of a key/value cache that attention uses; `Prefill` and `DecodeStep` in cache.py implement it."""
 
+    max_groups: int  # of rows, as in `row_layout`
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store a layer's new keys and values; return each query's attention to all that it may see: `(R, H, T, D)`."""
+        """Store the keys and values of a layer's next group of rows; return what each query sees: `(R, H, T, D)`."""
 
 
 def row_layout(rows: Tensor, num_tokens: int, max_groups: int = MAX_GROUPS) -> RowLayout:
     """Turn `rows (R, T)`, -1 past each row's end, into the index lists that attention needs.
 
-    Rows of similar length form groups, and each group is padded only to its longest row; a single group keeps the rows'
-    order. A token that several rows share, as in a pair's prompt, is read back from one of them: its value is the same
-    in all.
+    Rows are sorted by length, longest first, and divided into groups; each group is padded only to its longest row. A
+    single group keeps the rows' order. A token that several rows share, as in a pair's prompt, is read back from one of
+    them: its value is the same in all.
     """
     groups = [rows]
     num_groups = min(max_groups, -(-len(rows) // 2))
     if num_groups > 1:
         lengths = (rows >= 0).sum(1)
-        groups = [rows[part, : int(lengths[part[-1]])] for part in lengths.argsort(stable=True).chunk(num_groups)]
+        order = lengths.argsort(descending=True, stable=True)
+        groups = [rows[part, : int(lengths[part[0]])] for part in order.chunk(num_groups)]
     flat = torch.cat([group.flatten() for group in groups])  # (cells,)
     cells = (flat >= 0).nonzero().squeeze(1)
     scatter = torch.zeros(num_tokens, dtype=torch.long)
     # Take the smallest cell: with plain assignment the winner, and so the rounding, would depend on threads.
     scatter.scatter_reduce_(0, flat[cells], cells, "amin", include_self=False)
     repeats = cells[scatter[flat[cells]] != cells]
-    return RowLayout(flat.clamp(min=0), scatter, repeats, [(group.shape[0], group.shape[1]) for group in groups])
+    shapes = [(group.shape[0], group.shape[1]) for group in groups]
+    return RowLayout(flat.clamp(min=0), scatter, repeats, shapes, in_place=torch.equal(flat, torch.arange(num_tokens)))
 
 
 class _Gather(torch.autograd.Function):
@@ -153,8 +158,12 @@ class Attention(nn.Module):
             self._mix(query, key, value, layer, cache).transpose(1, 2).flatten(0, 1).flatten(1)  # (R * T, C)
             for query, key, value in zip(*groups, strict=True)
         ]
-        places = layout.scatter if layout.wanted is None else layout.scatter[layout.wanted]  # (N,), or (M,)
-        return self.out_proj(torch.cat(cells).index_select(0, places))  # (N, C), in the last layer (M, C)
+        mixed = torch.cat(cells)
+        if layout.wanted is not None:
+            mixed = mixed.index_select(0, layout.scatter[layout.wanted])
+        elif not layout.in_place:
+            mixed = mixed.index_select(0, layout.scatter)
+        return self.out_proj(mixed)  # (N, C), in the last layer (M, C)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Return the queries, keys and values `(N, C)` of tokens `(N, C)`."""
@@ -162,7 +171,7 @@ class Attention(nn.Module):
 
     def _to_rows(self, flat: Tensor, layout: RowLayout) -> list[Tensor]:
         """Gather vectors `(N, C)` into the padded rows of each group, divided into heads: `(R, H, T, D)`."""
-        cells = _Gather.apply(flat, layout)  # (cells, C)
+        cells = flat if layout.in_place else _Gather.apply(flat, layout)  # (cells, C)
         parts = cells.split([num_rows * length for num_rows, length in layout.groups])
         return [
             part.view(num_rows, length, self.num_heads, -1).transpose(1, 2)
@@ -236,9 +245,9 @@ class Decoder(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Return the last hidden states of packed tokens, `(N, E)`, or of the wanted ones; arguments as for `OPT`."""
         device = self.embed_tokens.weight.device
-        # Several small groups do not pay on a GPU, and a cache keeps the rows' order.
-        max_groups = MAX_GROUPS if device.type == "cpu" and cache is None else 1
-        layout = row_layout(rows, input_ids.shape[0], max_groups).to(device)
+        max_groups = MAX_GROUPS if cache is None else cache.max_groups
+        # Several small groups do not pay on a GPU.
+        layout = row_layout(rows, input_ids.shape[0], max_groups if device.type == "cpu" else 1).to(device)
         input_ids, positions = input_ids.to(device, non_blocking=True), positions.to(device, non_blocking=True)
         # Other tokens still give the last layer keys and values, but nobody looks at what it would return for them.
         last = layout if wanted is None else layout._replace(wanted=wanted.to(device, non_blocking=True))

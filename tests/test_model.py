@@ -294,8 +294,8 @@ def test_the_gradient_of_gathering_is_that_of_index_select(max_groups):
 def test_rows_of_similar_length_are_padded_together():
     rows = torch.tensor([[0, 1, 2, 3, 4], [5, 6, -1, -1, -1], [7, 8, 9, -1, -1], [10, 11, -1, -1, -1]])
     layout = row_layout(rows, 12)
-    assert layout.groups == [(2, 2), (2, 5)]  # lengths 2 and 2, 3 and 5
-    assert layout.gather.tolist() == [5, 6, 10, 11, 7, 8, 9, 0, 0, 0, 1, 2, 3, 4]
+    assert layout.groups == [(2, 5), (2, 2)]  # lengths 5 and 3, 2 and 2
+    assert layout.gather.tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 0, 0, 5, 6, 10, 11]
     assert layout.gather[layout.scatter].tolist() == list(range(12))
 
 
@@ -311,6 +311,8 @@ def test_positions_are_looked_up_two_rows_further():
 def test_one_token_at_a_time_through_a_cache():
     class Cache:
         """Two rows of one length: every query looks at all keys."""
+
+        max_groups = 1
 
         def __init__(self):
             self.layers = []

@@ -59,7 +59,8 @@ def responses(prompt_length: int, *lengths: int, seed: int = 0) -> list[list[int
     return [[*prompt, 3 + rank, *tokens(length, seed * 100 + rank), EOS] for rank, length in enumerate(lengths)]
 
 
-PAIRS = [responses(7, 4, 9, seed=1), responses(2, 5, 0, seed=2), responses(11, 3, 1, seed=3)]
+# With seed 3 for the last pair, a bias's gradient is a sum that nearly cancels, and most of what is left is rounding.
+PAIRS = [responses(7, 4, 9, seed=1), responses(2, 5, 0, seed=2), responses(11, 3, 1, seed=5)]
 ROWS = [row for pair in PAIRS for row in pair]
 RANKINGS = [Ranking(pair) for pair in PAIRS]
 
