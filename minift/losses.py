@@ -65,8 +65,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], CHUNK):
             chunk = hidden[start : start + CHUNK]  # (M', E)
             target = targets[start : start + CHUNK, None]  # (M', 1)
-            logits = F.linear(chunk, head)  # (M', V)
-            log_probabilities = logits.to(total.dtype).log_softmax(1)
+            # The logits have no name, so their memory is free again before the head's gradient needs some.
+            log_probabilities = F.linear(chunk, head).to(total.dtype).log_softmax(1)  # (M', V)
             total -= log_probabilities.gather(1, target).sum()
             if grad_hidden is not None:
                 grad_logits = log_probabilities.exp_()

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.make.pretrain import initialise
+from minift.batching import Loader, collate
 from minift.commands.cli import CommandParser, run_command, whole_number
 from minift.encode import IGNORE_INDEX, encode_prompt, encode_rows, split_row
 from minift.errors import UserError
@@ -175,7 +176,8 @@ class Bench:
         ][:count]
         check_enough(len(kept), count, f"--data {source}")
         for_all, late, head = products(load_model(self.folder))
-        tokens = sum(len(example.input_ids) for _, example in kept)
+        batches = Loader([example for _, example in kept], collate, self.args.batch_size)
+        tokens = sum(len(batch.input_ids) for batch in batches)  # those that rows share once, as they are computed
         supervised = sum(label != IGNORE_INDEX for _, example in kept for label in example.labels)
         work = self.work._replace(line="sft", data=self.write("rows.jsonl", [row for row, _ in kept]))
         operations = for_all * tokens + (late + head) * supervised
