@@ -21,13 +21,12 @@ from minift.errors import UserError
 from minift.files.text import write_json
 from minift.files.weights import load_model, save_model
 from minift.model import OPT
-from minift.optim import adamw
 from minift.progress import progress_bar
 from minift.run import checkpoint
 from minift.run.device import machine, pick_device, pick_dtype, placement, set_allocator, weights_dtype
 from minift.run.folder import Run
 from minift.run.setup import set_dropout
-from minift.trainer import Ranks, Task, optimizer_step, train
+from minift.trainer import Ranks, Task, train
 from tests.loop import MemoryRecorder, sft_loss
 from tests.reference import POST_LN, mean_loss, random_examples, reference_loss, twins
 
@@ -123,19 +122,6 @@ def test_accumulation_equals_the_big_batch(dtype, tolerance):
         for ours, theirs in zip(logs[0], log, strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
             assert (ours["step"], ours["tokens"]) == (theirs["step"], theirs["tokens"])
-
-
-def test_the_norm_of_a_large_gradient():
-    """In float32, torch's norm of a matrix of 32 million entries is off by 0.1%."""
-    weight = torch.nn.Parameter(torch.zeros(2**15, 1024))
-    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    model = torch.nn.Module()
-    model.weight = weight
-    batches = Loader([EXAMPLES[0]], collate, 1)
-    loss = lambda batch: ((weight * gradient).sum(), torch.tensor(2), {})  # noqa: E731
-    task = Task(model, loss, batches, Loader([], collate, 1), lambda folder: None, "items")
-    _, norm = optimizer_step(task, adamw(model, 0.0), Config(max_grad_norm=1e9), 0, 0.0)
-    assert norm == pytest.approx(math.sqrt(gradient.double().square().sum()) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.05, 100.0])
