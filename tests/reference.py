@@ -209,8 +209,9 @@ def hidden_states(model: OPT, batch: Batch) -> Tensor:
 
 
 def logits_of(model: OPT, examples: Sequence[Example]) -> Tensor:
-    """Return the logits `(N, V)` of packed examples."""
-    return model.logits(hidden_states(model, collate(examples)))
+    """Return the logits `(tokens, V)` of each example in turn; those of a shared prefix are repeated."""
+    batch = collate(examples)
+    return model.logits(hidden_states(model, batch)[batch.rows[batch.rows >= 0]])
 
 
 def rewards_of(model: RewardModel, rows: Sequence[Sequence[int]]) -> Tensor:

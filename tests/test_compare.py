@@ -3,6 +3,7 @@
 import importlib
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,7 @@ def test_deliberate_differences_are_measured(setting: Setting) -> None:
     differences = [*importlib.import_module("tests.compare.differences").compare(setting)]
 
     assert len(differences) >= 5
+    assert re.search(r"change by (0e|\de-0[5-9])", differences[0].minift), differences[0]
     for difference in differences:
         assert difference.minift != difference.reference
         assert any(character.isdigit() for character in difference.minift + difference.reference)

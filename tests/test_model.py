@@ -266,6 +266,7 @@ def test_rows_in_one_template_are_separate_rows(name):
     total.backward()
     assert count == sum(count for _, count, _ in alone)
     assert difference(total, sum(total for total, _, _ in alone)) < 1e-12
+    assert difference(logits_of(model, rows), torch.cat([logits_of(model, [row]) for row in rows])) < 1e-12
     assert_gradients_agree(gradients(model), expected, 1e-12)
 
 

@@ -129,7 +129,7 @@ def run_minift(model: OPT, examples: list[Example]) -> Outcome:
     loss = mean_loss(sft_loss(model), batch)
     loss.backward()
     last = hidden_states(model, batch)  # (N, E)
-    tokens = batch.rows[batch.rows >= 0]  # of each row in turn, those that rows share again and again
+    tokens = batch.rows[batch.rows >= 0]  # of each row in turn; those of a shared prefix are repeated
     hidden = {name: states[tokens] for name, states in (layers | {"at the end": last}).items()}
     return outcome(hidden, model.logits(last)[tokens], loss, model)
 
