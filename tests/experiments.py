@@ -54,8 +54,9 @@ def mean_of_each_row(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Ten
 
 def one_long_row(examples: Sequence[Example]) -> Batch:
     """Pack rows without saying where they end, as far as attention is concerned."""
-    batch = collate(examples)
-    return batch._replace(rows=torch.arange(len(batch.input_ids))[None])
+    alone = [collate([example])[:3] for example in examples]  # rows of one batch would share the start of the template
+    input_ids, positions, labels = (torch.cat(parts) for parts in zip(*alone, strict=True))  # (N,)
+    return Batch(input_ids, positions, labels, rows=torch.arange(len(input_ids))[None])
 
 
 def end_unsupervised(*pieces: Any) -> tuple[Example, bool]:

@@ -3,7 +3,7 @@
 import torch
 
 from minift.beam import beam_search
-from minift.encode import IGNORE_INDEX, encode_completion
+from minift.encode import IGNORE_INDEX, Example, encode_completion
 from minift.files.tokenizer import load_tokenizer
 from minift.generate import Options
 from minift.losses import next_token_targets
@@ -39,6 +39,19 @@ def test_a_row_sees_the_row_before_it() -> None:
         batches = [make_batch([before, second]) for before in (first, other)]
         states = [model(batch.input_ids, batch.positions, batch.rows)[LENGTHS[0] :] for batch in batches]
         assert (not torch.equal(*states)) == is_leaky
+
+
+def test_one_long_row_has_all_tokens_of_each_row() -> None:
+    """Rows of one batch share the start of their template, but the experiment is about rows laid end to end."""
+    first, second = (
+        Example([2, 5, 9, *ids], [IGNORE_INDEX] * 4 + labels[1:])
+        for ids, labels in random_examples(LENGTHS, vocab_size=40)
+    )
+    batch = experiments.one_long_row([first, second])
+    assert batch.input_ids.tolist() == first.input_ids + second.input_ids
+    assert batch.labels.tolist() == first.labels + second.labels
+    assert batch.positions.tolist() == [*range(len(first.labels)), *range(len(second.labels))]
+    assert batch.rows.tolist() == [[*range(len(batch.labels))]]
 
 
 def test_the_end_has_no_label() -> None:
