@@ -113,7 +113,7 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert printed.rstrip().endswith(f"-m minift best-of {flags}")
     for expected in ("saved", "── chosen", "── rejected", "accuracy, 18 pairs", "eval loss", "Brier"):
         assert expected in printed
-    assert f"\n{STEPS} optimiser steps of about " in printed
+    assert f"\n{STEPS} optimiser steps of about {lines[-1]['tokens'] / STEPS:,.0f} tokens\n" in printed
     template = load_template(str(out / "template.json"))
     assert template.without_input == TEMPLATES["dialogue"].without_input
 

@@ -121,7 +121,7 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert all(type(sample["passed"][when]) is bool for sample in samples for when in ("before", "after"))
     assert "⟦" in printed and "eval loss" in printed and "BLEU" in printed
     assert printed.endswith(f" -m minift chat --model {out}\n")
-    assert f"\n{STEPS} optimiser steps of about " in printed
+    assert f"\n{STEPS} optimiser steps of about {lines[-1]['tokens'] / STEPS:,.0f} tokens\n" in printed
     assert load_template(str(out / "template.json")).without_input == TEMPLATES["course"].without_input
 
 

@@ -54,7 +54,8 @@ def print_plan(batches: Loader, config: Config) -> None:
     """Print how many optimiser steps the run takes, how many tokens a step has, and if the warm-up is too long."""
     total_steps = num_steps(config, batches)
     measured = min(total_steps, MEASURED_STEPS)
-    tokens = sum(len(batch.input_ids) for step in range(measured) for batch in batches.micro_batches(step)) / measured
+    rows = [batch.rows for step in range(measured) for batch in batches.micro_batches(step)]
+    tokens = sum(int((each >= 0).sum()) for each in rows) / measured  # as logged: a shared token counts in each row
     say(f"\n{total_steps:,} optimiser steps of about {tokens:,.0f} tokens")
     if config.warmup_steps >= total_steps:
         say_wrapped(
