@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,16 +12,20 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from minift.batching import collate
+from minift.batching import Loader, collate
 from minift.commands.flags import parse
+from minift.encode import encode_rows
 from minift.files.datasets import load_rows
+from minift.files.tokenizer import load_tokenizer
+from minift.files.weights import load_model
 from minift.model import OPT, RewardModel, last_tokens
 from minift.pairs import Ranking, collate_rankings
+from minift.prompts import TEMPLATES
 from tests.bench import Timing, Work, peak_memory
 from tests.bench import __main__ as bench
 from tests.loop import rm_loss, sft_loss
 from tests.reference import random_examples
-from tests.runs import SMALL_OPT, user_error, write_lines
+from tests.runs import SHIPPED, SMALL_OPT, user_error, write_lines
 
 ROWS = [dict(row) for row in load_rows(bench.DATA / "heldout.jsonl")[:8]]
 PAIRS = [{"prompt": f"Add {number}.", "chosen": f"x + {number}", "rejected": "x"} for number in range(4)]
@@ -136,6 +141,16 @@ def test_products_are_those_that_torch_counts():
     score = 6 * 2 * judge.score.weight.numel()
     counted = products_of(lambda: rm_loss(judge)(pairs)[0].backward())
     assert counted == 7 * for_all + 2 * late + score
+
+
+def test_the_share_of_the_matrix_rate_counts_a_shared_prefix_once(flags, tmp_path):
+    args = Namespace(shape="tiny", tokenizer=None, data=flags[-5], batch_size=4, steps=2)
+    (tmp_path / "scratch").mkdir()
+    line = bench.Bench(args, tmp_path / "scratch").sft_line()
+    rows = encode_rows(ROWS, load_tokenizer(SHIPPED), TEMPLATES["course"], max_length=None).examples
+    batches, loss = [*Loader(rows, collate, 4)], sft_loss(load_model(Path(line.work.folder)))
+    assert sum(len(batch.input_ids) for batch in batches) < sum(len(ids) for ids, _ in rows)
+    assert 8 * line.per_item == sum(products_of(lambda batch=batch: loss(batch)[0].backward()) for batch in batches)
 
 
 def test_the_end_token_ends_completions_at_even_lengths():
