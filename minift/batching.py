@@ -1,6 +1,6 @@
 """Examples → packed batches, and the batches of each optimiser step.
 
-A batch holds no padding: it is the flat list of its real tokens, in which a prefix that rows share stands once. `rows`
+A batch holds no padding: it is the flat list of its real tokens, and a prefix that rows share is in it once. `rows`
 says where in the list each row's tokens are. A batch stays on the CPU; the model copies what it needs to its device.
 """
 
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Lay examples end to end, the start of a prompt that several of them share, such as the template's, once.
+    """Lay examples end to end; a prefix that their prompts share, such as the template's start, is stored once.
 
     >>> batch = collate([Example([2, 9, 10, 11], [-100, -100, -100, 11]), Example([2, 9, 12], [-100, -100, 12])])
     >>> batch.input_ids
@@ -39,8 +39,8 @@ def collate(examples: Sequence[Example]) -> Batch:
     tensor([[ 0,  1,  2,  3],
             [ 0,  4,  5, -1]])
     """
-    # A supervised token follows the one that predicts it in the list, so the last token of a prompt is not shared.
-    limits = [sum(1 for _ in takewhile(lambda label: label == IGNORE_INDEX, row.labels)) - 1 for row in examples]
+    # A prompt's last token is not shared: `next_token_targets` expects the first supervised one right after it.
+    limits = [sum(1 for _ in takewhile(lambda label: label == IGNORE_INDEX, labels)) - 1 for _, labels in examples]
     input_ids, positions, paths = share_prefixes([example.input_ids for example in examples], limits)
     labels = [IGNORE_INDEX] * len(input_ids)
     for example, path in zip(examples, paths, strict=True):
@@ -50,7 +50,10 @@ def collate(examples: Sequence[Example]) -> Batch:
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Lay sequences of ids end to end, shared prefixes once; return the model's `input_ids`, `positions` and `rows`."""
+    """Lay sequences of ids end to end, shared prefixes once; return the model's `input_ids`, `positions` and `rows`.
+
+    A sequence's last token, where its reward or next token is read, is not shared.
+    """
     input_ids, positions, paths = share_prefixes(sequences, [len(sequence) - 1 for sequence in sequences])
     return torch.tensor(input_ids), torch.tensor(positions), pad_rows(paths)
 
@@ -58,11 +61,12 @@ def pack(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
 def share_prefixes(
     sequences: Sequence[Sequence[int]], limits: Sequence[int]
 ) -> tuple[list[int], list[int], list[list[int]]]:
-    """Merge sequences into a prefix tree: the start that several of them share, up to their limits, is stored once.
+    """Merge sequences into a prefix tree: a prefix that several of them share is stored once.
 
-    Return the tree's ids, their positions, and for each sequence the indices of its tokens in the tree. Causal
-    attention gives a shared token the same value in every sequence, and their gradients add up in it (prefix sharing,
-    arXiv 2410.20305). Only dropout sees a difference: it draws once for a shared token.
+    Only the tokens before a sequence's limit are shared. Return the tree's ids, their positions, and for each
+    sequence the indices of its tokens in the tree. Causal attention gives a shared token the same value in every
+    sequence, and their gradients add up in it (prefix sharing, arXiv 2410.20305). Only dropout sees a difference: it
+    draws once for a shared token.
 
     >>> share_prefixes([[2, 10, 20], [2, 10, 21]], limits=[2, 2])
     ([2, 10, 20, 21], [0, 1, 2, 2], [[0, 1, 2], [0, 1, 3]])

@@ -130,12 +130,11 @@ def check_beams(num_beams: int, vocab_size: int) -> None:
 def best_continuations(scores: Tensor, searches: list[Search], num_beams: int) -> list[list[Candidate]]:
     """Return the 2 · num_beams best continuations of each search, best first, given log-probabilities `(R, V)`."""
     so_far = torch.tensor([score for search in searches for score in search.scores], device=scores.device)  # (R,)
-    of_each = scores.topk(2 * num_beams)  # (R, 2B): no other of a beam can be among the best 2B of all beams
+    of_each = scores.topk(2 * num_beams)  # (R, 2B): a search's best 2B are among the best 2B of each of its B beams
     totals = (of_each.values + so_far[:, None]).view(len(searches), -1)  # (searches, B * 2B)
-    best = totals.topk(2 * num_beams)
+    best = totals.topk(2 * num_beams)  # (searches, 2B)
     check_scores(best.values[:, 0])
+    parents = best.indices // (2 * num_beams)
     tokens = of_each.indices.view(len(searches), -1).gather(1, best.indices)
-    return [
-        [*zip(*found, strict=True)]
-        for found in zip(best.values.tolist(), (best.indices // (2 * num_beams)).tolist(), tokens.tolist(), strict=True)
-    ]
+    found = zip(best.values.tolist(), parents.tolist(), tokens.tolist(), strict=True)
+    return [list(zip(*candidates, strict=True)) for candidates in found]

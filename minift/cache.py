@@ -88,9 +88,7 @@ class DecodeStep:
     def __init__(self, cache: KVCache, device: torch.device) -> None:
         self.cache = cache
         prompt_lengths = torch.tensor(cache.prompt_lengths, device=device).repeat_interleave(cache.rows_per_prompt)
-        self.places = torch.tensor(
-            cache.new_lengths, device=device
-        )  # (R,) index of the newest among the row's new tokens
+        self.places = torch.tensor(cache.new_lengths, device=device)  # (R,) of the newest among a row's new tokens
         self.positions = prompt_lengths + self.places  # (R,)
         self.longest_prompt, self.longest = max(cache.prompt_lengths), max(cache.new_lengths) + 1  # S₁, S₂
         is_seen = torch.cat((

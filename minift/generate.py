@@ -100,7 +100,8 @@ def generate(
         for number, ids in enumerate(prompts)
         for sample in range(options.num_samples)
     ]
-    waiting = deque(sorted(decodings, key=lambda row: len(row.ids), reverse=True))  # similar lengths waste little
+    # Longest first: prompts of similar length enter together, so that prefill pads little.
+    waiting = deque(sorted(decodings, key=lambda row: len(row.ids), reverse=True))
     active: list[Decoding] = []
     cache = KVCache(min(options.batch_size, len(decodings)))
     with eval_mode(model), packed(model, cache.num_prompts):
@@ -156,7 +157,7 @@ def next_logits(model: OPT, cache: KVCache, newest: list[int], entering: list[li
     """Return float32 logits `(R, V)` of the next token: of the rows in the cache, then of those of entering prompts.
 
     `newest` holds each cached row's last token, which the cache lacks. An entering prompt has `rows_per_prompt` rows.
-    Raises ValueError if the entering ones are not sorted by length, longest first.
+    Raises ValueError if the entering ones are not sorted, longest first: in this order they get their slots.
     """
     logits = []
     if newest:

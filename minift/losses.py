@@ -21,7 +21,8 @@ def next_token_targets(labels: Tensor, positions: Tensor) -> tuple[Tensor, Tenso
     """Return the tokens whose next token is supervised, `(M,)` indices, and the ids of these next tokens, `(M,)`.
 
     `labels (N,)` and `positions (N,)` are those of a `Batch`. Labels are shifted here and nowhere else: the vector of
-    token i predicts token i + 1. If that one has position 0, it belongs to another row and is not predicted.
+    token i predicts token i + 1. If that one is of another row, it is not predicted: its position is 0 or, after a
+    shared prefix, its label IGNORE_INDEX.
 
     >>> next_token_targets(torch.tensor([-100, -100, 11, -100, 12]), torch.tensor([0, 1, 2, 0, 1]))
     (tensor([1, 3]), tensor([11, 12]))

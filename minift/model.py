@@ -4,8 +4,8 @@ Two rows, "A B C" and "D E":
 
     input_ids (N = 5)      A  B  C  D  E      the flat list: all that embeddings, projections, feed-forward and loss see
     positions              0  1  2  0  1
-    rows (R = 2, T = 3)    [[0, 1,  2],       where the tokens of each row are in the list, -1 past a row's end
-                            [3, 4, -1]]
+    rows (R = 2, T = 3)    [[0, 1,  2],       where the tokens of each row are in the list, -1 past a row's end.
+                            [3, 4, -1]]       A prefix that rows share is in the list once
     attention sees         [[A, B, C],        q, k and v, gathered. Pads are on the right, so causal attention never
                             [D, E, ·]]        looks at one. A row never sees another row. On a CPU, rows are sorted by
                                               length and divided into groups; each is padded to its own longest row
@@ -69,8 +69,8 @@ class RowLayout(NamedTuple):
 
     def to(self, device: torch.device) -> "RowLayout":
         """Return the layout with its lists on a device."""
-        gather, scatter, repeats = (each.to(device, non_blocking=True) for each in self[:3])
-        return self._replace(gather=gather, scatter=scatter, repeats=repeats)
+        lists = {name: getattr(self, name).to(device, non_blocking=True) for name in ("gather", "scatter", "repeats")}
+        return self._replace(**lists)
 
 
 class Cache(Protocol):
@@ -79,7 +79,7 @@ class Cache(Protocol):
     max_groups: int  # of rows, as in `row_layout`
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store the keys and values of a layer's next group of rows; return what each query sees: `(R, H, T, D)`."""
+        """Store the keys and values of a layer's next group of rows; return its attention, `(R, H, T, D)`."""
 
 
 def row_layout(rows: Tensor, num_tokens: int, max_groups: int = MAX_GROUPS) -> RowLayout:
@@ -108,8 +108,8 @@ def row_layout(rows: Tensor, num_tokens: int, max_groups: int = MAX_GROUPS) -> R
 class _Gather(torch.autograd.Function):
     """Copy the vectors of tokens `(N, C)` into the cells `(cells, C)` of a layout.
 
-    A token's gradient is that of its cell, or the sum over the cells if rows share it. The backward pass of
-    `index_select` would add all cells, pads too, to a tensor of zeros: half as fast.
+    A token's gradient is that of its cell, or the sum over its cells if rows share it. The backward pass of
+    `index_select` takes twice as long: it adds all cells, pads too, to a tensor of zeros.
     """
 
     @staticmethod
@@ -121,7 +121,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_cells: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient `(N, C)`, given that of the cells; nobody looks at a pad, so its gradient is zero."""
+        """Return the gradient `(N, C)`, given that of the cells; a pad's is zero, as nothing is computed from it."""
         layout: RowLayout = ctx.layout
         grad = grad_cells.index_select(0, layout.scatter)
         if len(layout.repeats):

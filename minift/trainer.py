@@ -188,7 +188,7 @@ def accumulate_gradient(task: Task, seed: int, step: int) -> dict[str, float]:
             loss, values = _losses_of(task, batch)
             loss.backward()
             # Tensors are added, not floats: a float would make the loop wait for the device in every micro-batch.
-            _add(sums, {**values, "tokens": (batch.rows >= 0).sum()})  # a shared one in each of its rows
+            _add(sums, {**values, "tokens": (batch.rows >= 0).sum()})  # a shared one counts in each row
     return task.ranks.sum_values({name: float(value) for name, value in sums.items()})
 
 

@@ -233,7 +233,7 @@ def test_a_shared_prompt_computed_once(name):
 
 
 def test_nothing_is_read_back_from_the_device():
-    """A GPU would have to be waited for. Tensors on torch's meta device have no values, so reading one is an error."""
+    """Reading back waits for a GPU. On torch's meta device it is an error, as tensors there have no values."""
     model = OPT(SMALL_OPT).to("meta")
     total, _, _ = sft_loss(model)(collate(random_examples((7, 5, 3))))
     total.backward()

@@ -212,7 +212,7 @@ def test_only_the_first_response_may_be_known_to_be_better():
 
 
 def test_the_pairs_of_a_batch_move():
-    """Its tokens stay: lists are made of them, for which a GPU would have to be waited for."""
+    """Its tokens stay on the CPU: index lists are made from them, without waiting for a GPU."""
     batch = collate_rankings([Ranking([[2, 10], [2, 11]], 1)]).to(torch.device("meta"))
     assert isinstance(batch, PairBatch)
     assert [tensor.device.type for tensor in batch] == 4 * ["cpu"] + 4 * ["meta"]
