@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,10 @@ import pytest
 from data.make.families import KNOWN, TRAINED_ONLY, UNSEEN
 from data.make.families.common import Check
 from data.make.instructions import DATA, Row, generate, passes
+from data.make.pretrain import PretrainingRun, initialise, train_language_model
+from minift.model import OPT
 from minift.run.sandbox import check_answers, checks_of
+from tests.runs import SMALL_OPT
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +254,15 @@ def test_passes_returns_true_silently(capsys: pytest.CaptureFixture) -> None:
     assert passes("  42\n", [Check("ANSWER", "42")])
     assert not passes("43", [Check("ANSWER", "42")])
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_base_model_is_trained(tmp_path: Path) -> None:
+    """The loss was called with arguments that it no longer had."""
+    random, model, run = Random(0), OPT(SMALL_OPT), PretrainingRun(tmp_path, resume=False)
+    initialise(model, 0)
+    rows = [random.choices(range(3, 20), k=8) for _ in range(8)]
+    flags = Namespace(lr=1e-2, steps=20, seed=0, dtype="float32")
+    train_language_model(model, rows, rows, flags, run)
+    first, *_, last = [line for line in run.lines if line["split"] == "eval"]
+    assert last["supervised_tokens"] == 20 * 8 * 7  # nothing predicts a row's first token
+    assert last["loss"] < 0.8 * first["loss"] and (tmp_path / "checkpoints").is_dir()

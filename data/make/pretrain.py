@@ -31,7 +31,7 @@ from minift.encode import Example
 from minift.files.text import read_json_lines, write_json_lines, write_text
 from minift.files.tokenizer import load_tokenizer, save_tokenizer
 from minift.files.weights import save_model
-from minift.losses import completion_cross_entropy
+from minift.losses import completion_cross_entropy, next_token_targets
 from minift.model import OPT, OPTConfig
 from minift.run import checkpoint
 from minift.tokenizer import Tokenizer
@@ -189,8 +189,9 @@ def train_language_model(
     )
 
     def loss(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        hidden = model(batch.input_ids, batch.positions, batch.rows)
-        return *completion_cross_entropy(hidden, model.head, batch.labels, batch.positions), {}
+        wanted, targets = next_token_targets(batch.labels, batch.positions)
+        hidden = model(batch.input_ids, batch.positions, batch.rows, wanted=wanted)
+        return *completion_cross_entropy(hidden, model.head, targets), {}
 
     train_set, eval_set = ([Example(row, row) for row in rows] for rows in (train_rows, eval_rows))
     task = Task(
