@@ -64,7 +64,7 @@ class RowLayout(NamedTuple):
     scatter: Tensor  # (N,) one cell of each token
     repeats: Tensor  # (K,) the other cells of tokens that several rows share
     groups: list[tuple[int, int]]  # (R, T) of each group of rows; a group's cells follow those of the one before
-    in_place: bool  # the cells are the tokens in their order, as in a decode step: nothing needs to be moved
+    is_flat: bool  # the cells are the tokens in their order, as in a decode step: nothing needs to be moved
     wanted: Tensor | None = None  # (M,) the tokens that a layer returns; None: all
 
     def to(self, device: torch.device) -> "RowLayout":
@@ -102,7 +102,7 @@ def row_layout(rows: Tensor, num_tokens: int, max_groups: int = MAX_GROUPS) -> R
     scatter.scatter_reduce_(0, flat[cells], cells, "amin", include_self=False)
     repeats = cells[scatter[flat[cells]] != cells]
     shapes = [(group.shape[0], group.shape[1]) for group in groups]
-    return RowLayout(flat.clamp(min=0), scatter, repeats, shapes, in_place=torch.equal(flat, torch.arange(num_tokens)))
+    return RowLayout(flat.clamp(min=0), scatter, repeats, shapes, is_flat=torch.equal(flat, torch.arange(num_tokens)))
 
 
 class _Gather(torch.autograd.Function):
@@ -161,7 +161,7 @@ class Attention(nn.Module):
         mixed = torch.cat(cells)
         if layout.wanted is not None:
             mixed = mixed.index_select(0, layout.scatter[layout.wanted])
-        elif not layout.in_place:
+        elif not layout.is_flat:
             mixed = mixed.index_select(0, layout.scatter)
         return self.out_proj(mixed)  # (N, C), in the last layer (M, C)
 
@@ -171,7 +171,7 @@ class Attention(nn.Module):
 
     def _to_rows(self, flat: Tensor, layout: RowLayout) -> list[Tensor]:
         """Gather vectors `(N, C)` into the padded rows of each group, divided into heads: `(R, H, T, D)`."""
-        cells = flat if layout.in_place else _Gather.apply(flat, layout)  # (cells, C)
+        cells = flat if layout.is_flat else _Gather.apply(flat, layout)  # (cells, C)
         parts = cells.split([num_rows * length for num_rows, length in layout.groups])
         return [
             part.view(num_rows, length, self.num_heads, -1).transpose(1, 2)

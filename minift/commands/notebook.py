@@ -75,9 +75,16 @@ def agree(name: str, by_hand: Any, by_code: Any) -> str:
     return f"  {name}: by hand {by_hand:.5f}, by code {by_code:.5f}" if is_number else f"  checked: {name}"
 
 
-def ends(values: Sequence[int], count: int, width: int = 0) -> str:
-    """Return the first two of some values and the last `count`, each at least `width` wide."""
-    return " ".join(f"{value:>{width}}" for value in [*values[:2], "…", *values[-count:]])
+def ends(values: Sequence[int], count: int) -> str:
+    """Return the first two of some values and the last `count`."""
+    return " ".join(map(str, [*values[:2], "…", *values[-count:]]))
+
+
+def spans(indices: Sequence[int]) -> str:
+    """Return increasing indices as text: "0 … 6, 55, 94 … 132"."""
+    groups = groupby(enumerate(indices), lambda place: place[1] - place[0])  # consecutive ones have one difference
+    runs = [[index for _, index in group] for _, group in groups]
+    return ", ".join(f"{run[0]} … {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def table(title: str, columns: Sequence[Sequence[str]]) -> Text:

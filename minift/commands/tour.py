@@ -19,7 +19,7 @@ from minift.batching import Batch, Loader, collate, pack
 from minift.bleu import corpus_bleu
 from minift.commands.cli import CommandParser, check_out
 from minift.commands.flags import PROJECT
-from minift.commands.notebook import STOPS, Text, agree, ends, indented, show, stop, table, write_page
+from minift.commands.notebook import STOPS, Text, agree, ends, indented, show, spans, stop, table, write_page
 from minift.config import Config
 from minift.encode import IGNORE_INDEX, encode_completion, encode_prompt, encode_rows
 from minift.errors import UserError
@@ -109,10 +109,8 @@ class Tour:
             yield f"  {name:10}" + "".join(f"| {ends(part.tolist(), 2):20}" for part in parts).rstrip()
         yield f"rows (R, T) = {tuple(self.batch.rows.shape)}: where each row's tokens are in the list, -1 past its end."
         for number, (row, path) in enumerate(zip(self.batch.rows.tolist(), paths, strict=True)):
-            breaks = [0, *(place for place in range(1, len(path)) if path[place] != path[place - 1] + 1), len(path)]
-            spans = [f"{path[start]} … {path[end - 1]}" for start, end in pairwise(breaks)]
-            pads = ["-1 " * min(3, row.count(-1)) + "…"] if -1 in row else []
-            yield f"  row {number}   {', '.join([*spans, *pads])}"
+            pads = ", -1 …" if -1 in row else ""
+            yield f"  row {number}   {spans(path)}{pads}"
         yield f"Padded to one length, the rows would have {(self.batch.rows < 0).sum()} pads. Only attention does that."
         yield agree(
             "positions count from 0 in each row",
