@@ -55,6 +55,17 @@ def start_once(self: bench.Bench, side: str, work: Work, alone: Callable = bench
     return Timing(1.0, 1), 2**27
 
 
+def test_a_profile_has_the_operators_of_a_step(tmp_path, capsys):
+    bench.main(["--profile", "--only", "sft", "--steps", "2", "--batch-size", "2", "--out", str(tmp_path / "none")])
+    _, _, what, *operators = capsys.readouterr().out.splitlines()
+    assert what == "rows, SFT" and len(operators) == bench.OPERATORS and not [*tmp_path.iterdir()]
+    split = [line.rsplit(maxsplit=3) for line in operators]
+    found = {name.strip(): (float(share[:-1]), int(calls.replace(",", ""))) for name, share, calls, _ in split}
+    assert found["aten::_fused_adamw_"][1] == 4  # two groups of parameters, in two steps
+    shares = [share for share, _ in found.values()]
+    assert found["aten::mm"][0] > 5 and shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.1
+
+
 def test_every_line_is_printed_and_written(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "REFERENCE_ROWS", 0)  # trl's process would take seconds
     monkeypatch.setattr(bench.Bench, "alone", start_once)

@@ -76,6 +76,7 @@ SEGMENTS = 2000
 BATCH_SIZES = (8, 16, 32, 64)  # rows, of which the fastest is taken for the other sides of generation
 SHORTEST = 1000  # rows of the data, repeated with a number, are the rows of `startup`
 REFERENCE_ROWS = 20_000  # trl reads no more than that many
+OPERATORS = 20  # that --profile prints
 
 
 class Line(NamedTuple):
@@ -89,7 +90,7 @@ class Line(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Time all sides of each line in turn; print rates, their ratio and its range; write JSON."""
+    """Time all sides of each line in turn; print rates, their ratio and its range; write JSON. Or profile minift's."""
     args = _parser().parse_args(arguments)
     now = datetime.now()
     with tempfile.TemporaryDirectory(prefix="minift-bench-") as scratch:
@@ -99,6 +100,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"products, {about['memory_rate'] / 1e9:.0f} GB/s; {', '.join(map(' '.join, about['versions'].items()))}")
         results: list[dict[str, Any]] = []
         head = ["a second", "minift", "other", "ratio", "of a round", "GiB", "other", "ratio", "share"]
+        if args.profile:
+            for line in bench.lines():
+                print(LINES[line.name], *operators(line.work), sep="\n", flush=True)
+            return
         if {*args.only} != {"startup"}:
             print(_columns(head))
         for line in bench.lines():
@@ -326,6 +331,16 @@ class Bench:
         return sorted(rendered, key=lambda row: len(row["prompt"]) + len(row["completion"]))[:SHORTEST]
 
 
+def operators(work: Work) -> Iterator[str]:
+    """Yield the operators that take most of minift's time, with their own share of the time of all; loading counts."""
+    with quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run("ours", work)
+    found = sorted(profiler.key_averages(), key=lambda operator: -operator.self_cpu_time_total)
+    total = sum(operator.self_cpu_time_total for operator in found)
+    for operator in found[:OPERATORS]:
+        yield f"  {operator.key:50.50}{operator.self_cpu_time_total / total:7.1%}{operator.count:9,} calls"
+
+
 def run(side: str, work: Work) -> Timing:
     return importlib.import_module(f"tests.bench.{side}").run(work)
 
@@ -485,6 +500,7 @@ def _parser() -> argparse.ArgumentParser:
         f"generation (the fastest of {', '.join(map(str, BATCH_SIZES))})")  # fmt: skip
     add("--rows", type=whole_number(1), nargs="+", default=[REFERENCE_ROWS], help="sizes of the data up to the first "
         f"step; trl reads {REFERENCE_ROWS:,} at most (%(default)s)")  # fmt: skip
+    add("--profile", action="store_true", help="print which operators minift's time goes to, instead of timing")
     add("--no-memory", dest="memory", action="store_false", help="do not measure memory: a third less time")
     add("--out", metavar="FILE", help="JSON (runs/bench/, named by date and shape)")
     return parser
