@@ -160,7 +160,7 @@ WRONG = [
         "rename 'input' to 'instruction'",
     ),
     ("d.jsonl", '{"a": null}', "d.jsonl:1: no field of a row in it", "the row has no field that is not null"),
-    ("d.jsonl.gz", gzip.compress(b"{}")[:-3], "d.jsonl.gz: truncated or damaged gzip", ""),
+    ("d.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-3], "d.jsonl.gz: truncated or damaged gzip", ""),
     ("d.jsonl.gz", b"\x1f\x8b\x08 no", "d.jsonl.gz: truncated or damaged gzip", ""),
     ("d.tsv", "a,b", "d.tsv: expected a .json, .jsonl, .csv or .parquet file", ""),
     ("d.csv", "", "d.csv: no rows in it, expected a line of names", ""),
@@ -172,7 +172,7 @@ WRONG = [
     ("d.csv", "output,output\na,b\n", "d.csv:1: two fields have the name 'output'", ""),
     ("d.csv", "instruction;output\na;b\n", "d.csv:2: no field of a row in it", "the row has 'instruction;output'"),
     ("d.csv", b"instruction,output\na,\xe9\n", "d.csv:2: not UTF-8 text (byte 0xe9)", ""),
-    ("d.csv.gz", gzip.compress(b"text\na")[:-3], "d.csv.gz: truncated or damaged gzip", ""),
+    ("d.csv.gz", gzip.compress(b"text\na", mtime=0)[:-3], "d.csv.gz: truncated or damaged gzip", ""),
 ]
 
 
