@@ -1,15 +1,17 @@
 """The benchmark runs every line, reads the data it is given, and writes table and JSON. Tests do not assert times."""
 
+import gc
 import json
 import re
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from minift.batching import Loader, collate
@@ -21,8 +23,9 @@ from minift.files.weights import load_model
 from minift.model import OPT, RewardModel, last_tokens
 from minift.pairs import Ranking, collate_rankings
 from minift.prompts import TEMPLATES
-from tests.bench import Timing, Work, peak_memory
+from tests.bench import Timing, Work, ours, peak_memory, trl_side
 from tests.bench import __main__ as bench
+from tests.bench.clock import step_ends, time_of_steps
 from tests.loop import rm_loss, sft_loss
 from tests.reference import random_examples
 from tests.runs import SHIPPED, SMALL_OPT, user_error, write_lines
@@ -35,8 +38,8 @@ SIZES = ["--rounds", "2", "--steps", "2", "--batch-size", "4", "--prompts", "8",
 @pytest.fixture(autouse=True)
 def rates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not measure the machine, which takes seconds."""
-    monkeypatch.setattr(bench, "matrix_rate", lambda width: 1e11)
-    monkeypatch.setattr(bench, "memory_rate", lambda: 1e10)
+    monkeypatch.setattr(bench, "matrix_rate", lambda *_: 1e11)
+    monkeypatch.setattr(bench, "memory_rate", lambda *_: 1e10)
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def test_a_profile_has_the_operators_of_a_step(tmp_path, capsys):
 def test_every_line_is_printed_and_written(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "REFERENCE_ROWS", 0)  # trl's process would take seconds
     monkeypatch.setattr(bench.Bench, "alone", start_once)
-    monkeypatch.setattr(bench, "has_ctranslate2", lambda: False)
+    monkeypatch.setattr(bench.Bench, "has_ctranslate2", lambda _: False)
     bench.main([*flags, "--no-memory", "--rows", "6"])
     printed = capsys.readouterr().out.splitlines()
     head, packages, columns, *lines, first, startup, new, kept, path = printed
@@ -97,7 +100,9 @@ def test_every_line_is_printed_and_written(flags, tmp_path, monkeypatch, capsys)
         assert len(rounds) == 2 and all([found[1] for found in side] == [items] * 2 for side in rounds.values())
     for name, prompts in (("greedy", 8), ("beam", 2), ("single", 1)):
         assert results[name]["prompts"] == results[name]["equal_completions"] == prompts
-        assert results[name]["against"] == "transformers" and results[name]["batch_size"] == min(prompts, 8)
+        assert results[name]["against"] == "transformers" and results[name]["batch_size"]["transformers"] == min(
+            prompts, 8
+        )
     for side in results["greedy"]["rounds"].values():
         assert all(tokens < 8 * 3 for _, tokens in side)  # the EOS occurs, and what pads a row after it does not count
     assert results["sft"]["share_of"] == "matrix rate" and results["single"]["share_of"] == "memory rate"
@@ -106,7 +111,7 @@ def test_every_line_is_printed_and_written(flags, tmp_path, monkeypatch, capsys)
 
 
 def test_each_side_works_once_more_for_its_memory(flags, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "has_ctranslate2", lambda: False)
+    monkeypatch.setattr(bench.Bench, "has_ctranslate2", lambda _: False)
     asked: list[tuple[str, Work]] = []
     peaks = {"ours": 3 * 2**30, "transformers_side": 4 * 2**30}
     monkeypatch.setattr(bench.Bench, "alone", lambda _, *what: asked.append(what) or (Timing(1.0, 1), peaks[what[0]]))
@@ -115,6 +120,97 @@ def test_each_side_works_once_more_for_its_memory(flags, monkeypatch, capsys):
     single, bleu, _ = capsys.readouterr().out.splitlines()[3:]
     assert re.search(r" to [\d.]+ +3.00 +4.00 +0.75x  \d+% of the memory rate$", single)
     assert bleu.startswith("segments, BLEU ") and "GiB" not in bleu and len(bleu) < 90
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `--device cuda` mean the CPU, with batches of sizes that suit it."""
+    monkeypatch.setattr(bench, "pick_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(bench, "GPU_BATCH_SIZES", (1, 2, 4))
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # with pytest's objects it takes a third of a second
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+
+
+def test_on_a_gpu_each_side_has_its_own_batch_size(flags, fake_gpu, monkeypatch):
+    """trl's batches of 2 rows do not fit into the memory. A size is tried with the warm-up and three steps, or once."""
+    done: dict[str, list[tuple[str, int, int | None]]] = {}
+
+    def work_fast(side: str, work: Work) -> Timing:
+        done.setdefault(work.line, []).append((side, work.batch_size, work.limit))
+        if side == "trl_side" and work.batch_size == 2:
+            raise torch.OutOfMemoryError
+        return Timing(1 / work.batch_size, 1)
+
+    monkeypatch.setattr(bench, "run", work_fast)
+    del flags[(at := flags.index("--batch-size")) : at + 2]
+    bench.main([*flags, "--device", "cuda", "--only", "sft,greedy,single"])
+    assert done["sft"][:3] == [("ours", 1, 4), ("ours", 2, 8), ("ours", 4, 16)]
+    assert done["sft"][3:5] == [("trl_side", 1, 4), ("trl_side", 2, 8)]
+    assert done["sft"][5:] == [("ours", 4, None), ("trl_side", 1, None)] * 2
+    assert done["greedy"][3:6] == [("transformers_side", size, size) for size in (1, 2, 4)]
+    assert done["single"] == [("ours", 1, None), ("transformers_side", 1, None)] * 2
+
+
+def test_on_a_gpu_every_side_works_in_bfloat16(flags, fake_gpu, monkeypatch, capsys):
+    dtypes: dict[str, set[Any]] = {}
+
+    def watch(owner: Any, name: str, dtype: Callable) -> None:
+        def watched(*arguments: Any, **values: Any) -> Any:
+            dtypes.setdefault(name, set()).add(dtype(*arguments, **values))
+            return function(*arguments, **values)
+
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(ours, "train", lambda task, *_: task.dtype)
+    watch(trl_side, "make_trainer", lambda *_, bf16, **__: bf16)
+    watch(ours, "generate", lambda model, *_: model.head.dtype)
+    watch(ours, "beam_search", lambda model, *_: model.head.dtype)
+    watch(transformers.OPTForCausalLM, "generate", lambda model, **_: model.dtype)
+    flags += ["--rounds", "1", "--reference-batch", "2"]  # no size is tried
+    bench.main([*flags, "--device", "cuda", "--dtype", "bfloat16"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("tiny shape, bfloat16, ")
+    assert [line[:30].strip() for line in printed[3:-1]] == [*bench.ON_GPU.values()]
+    assert all(re.search(r" 1\.00 +1\.00 +1\.00x", line) for line in printed[3:-1])  # GiB
+    results = {result["line"]: result for result in json.loads(Path(printed[-1]).read_text())["lines"]}
+    rows = encode_rows(ROWS, load_tokenizer(SHIPPED), TEMPLATES["course"], max_length=None).examples
+    tokens = [len(ids) for ids, _ in rows]
+    rounds = {side: items for side, [[_, items]] in results["sft"]["rounds"].items()}
+    assert rounds == {"minift": sum(tokens[4:]), "trl": sum(tokens[2:])}
+    sizes = {name: [*result["batch_size"].values()] for name, result in results.items()}
+    bfloat16 = {torch.bfloat16}
+    assert dtypes == {"train": bfloat16, "make_trainer": {True}, "generate": bfloat16, "beam_search": bfloat16}
+    assert sizes == {"sft": [4, 2], "reward": [2, 1], "greedy": [4, 2], "beam": [1, 1], "single": [1, 1]}
+
+
+def test_a_gpu_is_waited_for_where_a_time_is_read(monkeypatch):
+    weight = torch.ones(1, requires_grad=True)
+    optimizer, waited = torch.optim.SGD([weight]), list[int]()
+    work = Work("sft", "", "", batch_size=2, counts=[5, 6, 7, 8, 9, 10, 11], warm_up=2, device="cuda")
+    with step_ends(work) as ends:
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(len(ends) + 1))
+        for _ in range(4):
+            optimizer.step()
+    optimizer.step()
+    assert waited == [2, 4] and len(ends) == 4
+    assert time_of_steps(work, [1.0, 2.0, 4.0, 7.0]) == Timing(5.0, 9 + 10 + 11)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--device", "cuda", "--only", "sft,startup"], "--only startup: not on a GPU, expected some of sft,reward,"),
+        (
+            ["--device", "cuda", "--batch-size", "2", "--reference-batch", "4"],
+            "--steps 2: trl's batches end within the",
+        ),
+        (["--steps", "2", "--warm-up", "2"], "--warm-up 2: expected fewer than the 2 --steps"),
+    ],
+)
+def test_what_a_gpu_does_not_take_is_named(flags, fake_gpu, wrong, message):
+    assert message in user_error(bench.main, [*flags, *wrong])
 
 
 @pytest.mark.parametrize(
@@ -155,13 +251,13 @@ def test_products_are_those_that_torch_counts():
 
 
 def test_the_share_of_the_matrix_rate_counts_a_shared_prefix_once(flags, tmp_path):
-    args = Namespace(shape="tiny", tokenizer=None, data=flags[-5], batch_size=4, steps=2)
+    args = bench._parser().parse_args(flags)
     (tmp_path / "scratch").mkdir()
     line = bench.Bench(args, tmp_path / "scratch").sft_line()
     rows = encode_rows(ROWS, load_tokenizer(SHIPPED), TEMPLATES["course"], max_length=None).examples
     batches, loss = [*Loader(rows, collate, 4)], sft_loss(load_model(Path(line.work.folder)))
     assert sum(len(batch.input_ids) for batch in batches) < sum(len(ids) for ids, _ in rows)
-    assert 8 * line.per_item == sum(products_of(lambda batch=batch: loss(batch)[0].backward()) for batch in batches)
+    assert 8 * line.per_item(4) == sum(products_of(lambda batch=batch: loss(batch)[0].backward()) for batch in batches)
 
 
 def test_the_end_token_ends_completions_at_even_lengths():

@@ -18,12 +18,17 @@ class Work(NamedTuple):
     line: str  # of the table: sft, reward, greedy, beam, single, bleu or startup
     folder: str  # of the model
     data: str  # a file of rows, of pairs, or of the ids of prompts
-    batch_size: int = 1  # of transformers and CTranslate2 too; minift generates in batches of its own choice
+    batch_size: int = 1  # in rows, pairs or prompts
     max_length: int = 0  # of a row
+    counts: Sequence[int] = ()  # of each row or pair that is trained on: 1, or on a GPU its tokens
+    limit: int | None = None  # only so many of the rows, pairs or prompts: a batch size is tried
+    warm_up: int = 1  # first steps that are not timed
+    is_compiled: bool = False  # minift's layers in training
     new_tokens: int = 0  # at most, for each prompt
     num_beams: int = 1
     eos: int = 0
-    dtype: str = "float32"  # of minift's weights in generation
+    device: str = "cpu"  # or cuda
+    dtype: str = "float32"  # in training bfloat16 means autocast, in generation it is that of the weights
     threads: int = 1
     scratch: str = ""  # a folder for what a trainer writes
     flags: Sequence[str] = ()  # more flags of train_sft.py
@@ -40,7 +45,7 @@ class Timing(NamedTuple):
 
 def read_ids(work: Work) -> list[list[int]]:
     """Return the prompts of a generation line."""
-    return json.loads(Path(work.data).read_text())
+    return json.loads(Path(work.data).read_text())[: work.limit]
 
 
 def peak_memory() -> int:

@@ -1,12 +1,15 @@
 """`python -m tests.bench`, or `make bench`: minift and what it replaces, timed in turn on the same work, as ratios.
 
-In each round all sides do the same work in float32, one after the other, so that other load on the machine affects all
-of them. A line shows the medians, their ratio, and the smallest and largest ratio of a round, which say how far to
-trust it. Then each side does the work once more in a process of its own, whose peak memory is shown. The times are
-never asserted. All of it is also written as JSON.
+In each round all sides do the same work, one after the other, so that other load on the machine affects all of them. A
+line shows the medians, their ratio, and the smallest and largest ratio of a round, which say how far to trust it. Then
+each side does the work once more in a process of its own, whose peak memory is shown. The times are never asserted. All
+of it is also written as JSON, after each line.
+
+On a GPU each side works at its own best batch size, all in one process, and training is counted in tokens.
 """
 
 import argparse
+import gc
 import importlib
 import importlib.util
 import json
@@ -41,9 +44,10 @@ from minift.generate import Options, generate
 from minift.model import OPT, OPTConfig
 from minift.pairs import collate_rankings, encode_rankings
 from minift.prompts import TEMPLATES
-from minift.run.device import machine
+from minift.run.device import machine, pick_device
 from minift.tokenizer import Tokenizer
-from tests.bench import Timing, Work
+from tests.bench import Timing, Work, read_ids
+from tests.bench.clock import now
 from tests.compare.training import quiet
 
 ROOT = Path(__file__).parents[2]
@@ -68,12 +72,17 @@ LINES = {  # what the table calls them
     "bleu": "segments, BLEU",
     "startup": "",
 }
+TRAINING = ("sft", "reward")
+ON_GPU = LINES | {"sft": "tokens, SFT", "reward": "tokens, reward model"}
+del ON_GPU["bleu"], ON_GPU["startup"]  # their work is a CPU's
 MAX_LENGTH = 512  # of a row that is trained on; longer ones are left out
 MAX_PROMPT = 256
 BEAMS = 4
 SHARPNESS = 8  # of the logits: a random model's likeliest token gets a probability of about one half, not 1/1000
 SEGMENTS = 2000
 BATCH_SIZES = (8, 16, 32, 64)  # rows, of which the fastest is taken for the other sides of generation
+GPU_BATCH_SIZES = (16, 32, 64, 128, 256)  # and on a GPU for each side
+TRIED_STEPS = 3  # of training, after the warm-up, to try a batch size
 SHORTEST = 1000  # rows of the data, repeated with a number, are the rows of `startup`
 REFERENCE_ROWS = 20_000  # trl reads no more than that many
 OPERATORS = 20  # that --profile prints
@@ -86,39 +95,43 @@ class Line(NamedTuple):
     work: Work
     others: tuple[str, ...]  # sides beside minift's
     bound: str = ""  # "matrix" or "memory": the rate that the share is of
-    per_item: float = 0.0  # floating-point operations in matrix products, or bytes of weights
+    per_item: Callable[[int], float] = lambda _: 0.0  # operations of matrix products, or bytes, by minift's batch size
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Time all sides of each line in turn; print rates, their ratio and its range; write JSON. Or profile minift's."""
     args = _parser().parse_args(arguments)
-    now = datetime.now()
+    started = datetime.now()
     with tempfile.TemporaryDirectory(prefix="minift-bench-") as scratch:
         bench = Bench(args, Path(scratch))
         about = bench.about()
-        print(f"{args.shape} shape, float32, {about['machine']}, {about['matrix_rate'] / 1e9:.0f} GFLOP/s of matrix")
-        print(f"products, {about['memory_rate'] / 1e9:.0f} GB/s; {', '.join(map(' '.join, about['versions'].items()))}")
-        results: list[dict[str, Any]] = []
+        matrix, memory = (f"{about[f'{bound}_rate'] / 1e9:,.0f}" for bound in ("matrix", "memory"))
+        print(f"{args.shape} shape, {args.dtype}, {about['machine']}, {matrix} GFLOP/s of matrix")
+        print(f"products, {memory} GB/s; {', '.join(map(' '.join, about['versions'].items()))}", flush=True)
         head = ["a second", "minift", "other", "ratio", "of a round", "GiB", "other", "ratio", "share"]
         if args.profile:
             for line in bench.lines():
-                print(LINES[line.name], *operators(line.work), sep="\n", flush=True)
+                work, _ = bench.fastest("ours", line.work)
+                print(bench.titles[line.name], *operators(work), sep="\n", flush=True)
             return
-        if {*args.only} != {"startup"}:
-            print(_columns(head))
-        for line in bench.lines():
-            for result in bench.measure(line):
-                results.append(result)
+        out = Path(args.out or ROOT / "runs" / "bench" / f"{started:%Y-%m-%d-%H%M%S}-{args.shape}.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python -m tests.bench", *(sys.argv[1:] if arguments is None else arguments)])
+        written = {"date": f"{started:%Y-%m-%d %H:%M}", "command": command, **about, "lines": list[Any]()}
+
+        def show(results: Iterable[dict[str, Any]]) -> None:
+            for result in results:
                 print(_row(result), flush=True)
-        if "startup" in args.only:
-            print(_columns(["seconds to the first step", *head[1:4], "", *head[5:8], ""]))
-        for result in bench.startups():
-            results.append(result)
-            print(_row(result), flush=True)
-    out = Path(args.out or ROOT / "runs" / "bench" / f"{now:%Y-%m-%d-%H%M%S}-{args.shape}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m tests.bench", *(sys.argv[1:] if arguments is None else arguments)])
-    write_json(out, {"date": f"{now:%Y-%m-%d %H:%M}", "command": command, **about, "lines": results})
+                written["lines"].append(result)
+                write_json(out, written)
+
+        if {*bench.only} != {"startup"}:
+            print(_columns(head), flush=True)
+        for line in bench.lines():
+            show(bench.measure(line))
+        if "startup" in bench.only:
+            print(_columns(["seconds to the first step", *head[1:4], "", *head[5:8], ""]), flush=True)
+            show(bench.startups())
     print(out)
 
 
@@ -127,22 +140,36 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self.args, self.scratch = args, scratch
+        self.device, self.on_gpu = pick_device(args.device), args.device == "cuda"
+        self.titles = ON_GPU if self.on_gpu else LINES
+        self.only = args.only or [*self.titles]
+        if missing := [name for name in self.only if name not in self.titles]:
+            raise UserError(f"--only {missing[0]}: not on a GPU, expected some of {','.join(ON_GPU)}")
+        if args.warm_up >= args.steps:
+            raise UserError(f"--warm-up {args.warm_up}: expected fewer than the {args.steps} --steps")
+        self.sizes = GPU_BATCH_SIZES if self.on_gpu else BATCH_SIZES
+        self.batch_size = args.batch_size or (max(self.sizes) if self.on_gpu else 8)
         self.config = shape_of(args.shape)
         self.tokenizer = load_tokenizer(Path(args.tokenizer or DATA / "model"))
         check_fits(self.tokenizer, self.config.vocab_size, f"--tokenizer {args.tokenizer}, --shape {args.shape}")
-        self.folder = save(OPT(self.config), self.tokenizer, scratch / "model")
+        model = OPT(self.config)
+        self.products = products(model)
+        if {*TRAINING, "startup"} & {*self.only}:
+            save(model, self.tokenizer, scratch / "model")
         self.work = Work(
-            line="", folder=str(self.folder), data="", batch_size=args.batch_size, scratch=str(scratch),
+            line="", folder=str(scratch / "model"), data="", batch_size=self.batch_size, scratch=str(scratch),
             max_length=min(MAX_LENGTH, self.config.max_position_embeddings), threads=torch.get_num_threads(),
+            device=self.device.type, dtype=args.dtype, warm_up=args.warm_up, is_compiled=args.compile,
         )  # fmt: skip
 
     def about(self) -> dict[str, Any]:
         """Return what a reader needs beside the results."""
-        packages = ["torch", "transformers", "trl", *(["ctranslate2"] if has_ctranslate2() else [])]
+        packages = ["transformers", "trl", *(["ctranslate2"] if self.has_ctranslate2() else [])]
         return {
-            "machine": machine(torch.device("cpu")),
-            "versions": {name: version(name) for name in packages},
+            "machine": machine(self.device),
+            "versions": {"torch": torch.__version__} | {name: version(name) for name in packages},
             "shape": self.args.shape,
+            "dtype": self.args.dtype,
             "data": {name: getattr(self.args, name) or "shipped" for name in ("data", "pairs", "tokenizer")},
             "rounds": self.args.rounds,
             **{f"{bound}_rate": self.rate(bound) for bound in ("matrix", "memory")},
@@ -150,7 +177,7 @@ class Bench:
 
     def lines(self) -> Iterator[Line]:
         """Yield the lines in the order of the table, but not that of the first step."""
-        only = self.args.only
+        only = self.only
         if "sft" in only:
             yield self.sft_line()
         if "reward" in only:
@@ -171,7 +198,7 @@ class Bench:
     def sft_line(self) -> Line:
         """Train on the first rows of the data that are short enough."""
         source = self.args.data or str(DATA / "instructions.jsonl")
-        count = self.args.steps * self.args.batch_size
+        count = self.args.steps * self.batch_size
         rows = load_rows(source)[: 2 * count]
         encoded = encode_rows(rows, self.tokenizer, TEMPLATES["course"], max_length=None, source=source)
         kept = [
@@ -180,29 +207,37 @@ class Bench:
             if len(example.input_ids) <= self.work.max_length
         ][:count]
         check_enough(len(kept), count, f"--data {source}")
-        for_all, late, head = products(load_model(self.folder))
-        batches = Loader([example for _, example in kept], collate, self.args.batch_size)
-        tokens = sum(len(batch.input_ids) for batch in batches)  # those that rows share once, as they are computed
+        for_all, late, head = self.products
         supervised = sum(label != IGNORE_INDEX for _, example in kept for label in example.labels)
-        work = self.work._replace(line="sft", data=self.write("rows.jsonl", [row for row, _ in kept]))
-        operations = for_all * tokens + (late + head) * supervised
-        return Line("sft", work, ("trl_side",), "matrix", operations / count)
+        counts = [len(example.input_ids) if self.on_gpu else 1 for _, example in kept]
+        data = self.write("rows.jsonl", [row for row, _ in kept])
+        work = self.work._replace(line="sft", data=data, counts=counts)
+
+        def per_item(batch_size: int) -> float:
+            batches = Loader([example for _, example in kept], collate, batch_size)
+            tokens = sum(len(batch.input_ids) for batch in batches)  # those that rows share once, as they are computed
+            return (for_all * tokens + (late + head) * supervised) / sum(counts)
+
+        return Line("sft", work, ("trl_side",), "matrix", per_item)
 
     def reward_line(self) -> Line:
         """Train on the first pairs that are short enough, half as many in a step as rows: a pair has two."""
         source = self.args.pairs or str(DATA / "pairs.jsonl")
-        batch_size = max(1, self.args.batch_size // 2)
+        batch_size = max(1, self.batch_size // 2)
         count = self.args.steps * batch_size
         rows = load_rows(source, PAIR_SCHEMAS)[: 2 * count]
         encoded = encode_rankings(
             rows, self.tokenizer, TEMPLATES["dialogue"], max_length=self.work.max_length, source=source
         )
         check_enough(len(encoded.rows), count, f"--pairs {source}")
-        for_all, late, _ = products(load_model(self.folder))
-        tokens = sum(len(collate_rankings([ranking]).input_ids) for ranking in encoded.examples[:count])
+        for_all, late, _ = self.products
+        rankings = encoded.examples[:count]
+        tokens = sum(len(collate_rankings([ranking]).input_ids) for ranking in rankings)
+        counts = [sum(map(len, ranking.responses)) if self.on_gpu else 1 for ranking in rankings]
         data = self.write("pairs.jsonl", [dict(row) for row in encoded.rows[:count]])
-        work = self.work._replace(line="reward", data=data, batch_size=batch_size)
-        return Line("reward", work, ("trl_side",), "matrix", for_all * tokens / count + 2 * late)
+        work = self.work._replace(line="reward", data=data, batch_size=batch_size, counts=counts)
+        operations = (for_all * tokens + 2 * late * count) / sum(counts)
+        return Line("reward", work, ("trl_side",), "matrix", lambda _: operations)
 
     # ---- generation ----
 
@@ -210,25 +245,30 @@ class Bench:
         """Complete prompts greedily, all at once or one at a time, and with beams; an EOS ends them at many lengths."""
         prompts = self.prompts()
         folder = save(OPT(self.config), self.tokenizer, self.scratch / "varied", varied=True)
-        model = load_model(folder)
+        model = load_model(folder, dtype=getattr(torch, self.args.dtype)).to(self.device)
         options = Options(max_new_tokens=self.args.new_tokens)
         eos = end_token([ids for [ids] in generate(model, prompts, options)], self.args.new_tokens)
         read = weight_bytes(model)
         del model
         others = ("transformers_side",)
-        if has_ctranslate2():
+        if self.has_ctranslate2():
             with quiet():
                 importlib.import_module("tests.bench.ctranslate2_side").convert(str(folder))
             others += ("ctranslate2_side",)
         for name, share, beams in (("greedy", 1, 1), ("beam", BEAMS, BEAMS), ("single", 8, 1)):
-            if name in self.args.only:
+            if name in self.only:
                 path = self.scratch / f"{name}.json"
                 write_text(path, json.dumps(prompts[: max(1, len(prompts) // share)]))
                 work = self.work._replace(
                     line=name, folder=str(folder), data=str(path), new_tokens=self.args.new_tokens, num_beams=beams,
-                    eos=eos, dtype=self.args.dtype, batch_size=1,
+                    eos=eos, batch_size=1 if name == "single" else max(self.sizes) // beams,
                 )  # fmt: skip
-                yield Line(name, work, others, *(("memory", read) if name == "single" else ()))
+                yield Line(name, work, others, *(("memory", lambda _: read) if name == "single" else ()))
+
+    def has_ctranslate2(self) -> bool:
+        """Return whether CTranslate2 is installed and computes in the dtype on this processor; a GPU is not tried."""
+        is_there = not self.on_gpu and importlib.util.find_spec("ctranslate2") is not None
+        return is_there and self.args.dtype in importlib.import_module("tests.bench.ctranslate2_side").DTYPES
 
     def prompts(self) -> list[list[int]]:
         source = self.args.data or str(DATA / "heldout.jsonl")
@@ -242,57 +282,88 @@ class Bench:
 
     def measure(self, line: Line) -> Iterator[dict[str, Any]]:
         """Yield a result for each other side of a line, all measured in the same rounds."""
-        works = {"ours": line.work}
-        for side in line.others:
-            works[side] = self.fastest(side, line.work) if line.name in ("greedy", "beam") else line.work
+        works, tried = dict[str, Work](), dict[str, dict[int, float]]()
+        for side in ("ours", *line.others):
+            works[side], tried[side] = self.fastest(side, line.work)
         rounds: list[dict[str, Timing]] = []
         memory: dict[str, int] = {}
         bounds: list[float] = []  # the machine's rate in each round: it changes with the load
-        trains = line.name in ("sft", "reward")  # each time in a process of its own: train_sft.py sets its allocator
+        # Each time in a process of its own: train_sft.py sets its allocator. On a GPU to start one takes too long.
+        apart = line.name in TRAINING and not self.on_gpu
         for _ in range(self.args.rounds):
-            if trains:
-                done, peaks = zip(*(self.alone(side, work) for side, work in works.items()), strict=True)
-                rounds.append(dict(zip(works, done, strict=True)))
-                memory = {side: max(peak, memory.get(side, 0)) for side, peak in zip(works, peaks, strict=True)}
-            else:
-                with quiet():
-                    rounds.append({side: run(side, work) for side, work in works.items()})
+            measured = [(self.alone if apart else self.here)(side, work) for side, work in works.items()]
+            rounds.append({side: timing for side, (timing, _) in zip(works, measured, strict=True)})
+            memory = {side: max(peak, memory.get(side, 0)) for side, (_, peak) in zip(works, measured, strict=True)}
             if line.bound:
                 bounds.append(self.rate(line.bound))
-        if not trains and line.name != "bleu":
-            memory = {side: self.alone(side, work)[1] for side, work in works.items() if self.args.memory}
+        if not apart and not self.on_gpu:
+            show = self.args.memory and line.name != "bleu"
+            memory = {side: self.alone(side, work)[1] for side, work in works.items() if show}
         rates = {side: [done[side].items / done[side].seconds for done in rounds] for side in works}
         median = {side: statistics.median(rates[side]) for side in works}
         for side in line.others:
             both = ("ours", side)
             ratios = [mine / its for mine, its in zip(rates["ours"], rates[side], strict=True)]
-            result: dict[str, Any] = {"line": line.name, "what": LINES[line.name], "against": NAMES[side]}
+            result: dict[str, Any] = {"line": line.name, "what": self.titles[line.name], "against": NAMES[side]}
             result |= {"median": {NAMES[s]: median[s] for s in both}, "ratio": median["ours"] / median[side]}
             result |= {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)}
             if line.bound and side == line.others[0]:
-                shares = [rate * line.per_item / bound for rate, bound in zip(rates["ours"], bounds, strict=True)]
+                cost = line.per_item(works["ours"].batch_size)
+                shares = [rate * cost / bound for rate, bound in zip(rates["ours"], bounds, strict=True)]
                 result |= {"share": statistics.median(shares), "share_of": f"{line.bound} rate", "bounds": bounds}
+            if line.name != "bleu":
+                result |= {"batch_size": {NAMES[s]: works[s].batch_size for s in both}}
+                result |= {"tried": {NAMES[s]: tried[s] for s in both}}
             if memory:
                 result |= {"memory": {NAMES[s]: memory[s] for s in both}}
             if rounds[0]["ours"].completions:
                 mine, its = ([*map(list, rounds[0][s].completions)] for s in both)
-                result |= {"batch_size": works[side].batch_size, "prompts": len(mine)}
-                result |= {"equal_completions": sum(a == b for a, b in zip(mine, its, strict=True))}
+                equal = sum(a == b for a, b in zip(mine, its, strict=True))
+                result |= {"prompts": len(mine), "equal_completions": equal}
             yield result | {"rounds": {NAMES[s]: [[done[s].seconds, done[s].items] for done in rounds] for s in both}}
 
     def rate(self, bound: str) -> float:
         """Measure the rate of matrix products, in operations a second, or of reading memory, in bytes a second."""
-        return matrix_rate(self.config.hidden_size) if bound == "matrix" else memory_rate()
+        if bound == "memory":
+            return memory_rate(2**30 if self.on_gpu else 2**27, self.device)
+        rows, width = (8192, 8192) if self.on_gpu else (1024, self.config.hidden_size)
+        return matrix_rate(rows, width, self.device, getattr(torch, self.args.dtype))
 
-    def fastest(self, side: str, work: Work) -> Work:
-        """Return the work with the batch size at which a side is fastest, tried once each."""
-        prompts = len(json.loads(Path(work.data).read_text()))
-        sizes = [self.args.reference_batch] if self.args.reference_batch else BATCH_SIZES
-        tried = [work._replace(batch_size=size) for size in {min(prompts, max(1, s // work.num_beams)) for s in sizes}]
-        if len(tried) == 1:
-            return tried[0]
+    def fastest(self, side: str, work: Work) -> tuple[Work, dict[int, float]]:
+        """Return the work with the batch size at which a side is fastest, and the rate at each size that was tried.
+
+        On a CPU only the other sides of generation choose. On a GPU a size is tried with a few steps, or one batch of
+        prompts, as long as the memory suffices.
+        """
+        trains = work.line in TRAINING
+        if work.line in ("single", "bleu") or (not self.on_gpu and (trains or side == "ours")):
+            return work, {}
+        given = self.args.batch_size if side == "ours" else self.args.reference_batch
+        items = len(work.counts) or len(read_ids(work))
+        rows = 2 if work.line == "reward" else work.num_beams  # of an item
+        sizes = sorted({min(items, max(1, size // rows)) for size in ([given] if given else self.sizes)})
+        sizes = [size for size in sizes if not trains or size * work.warm_up < items]
+        if not sizes:
+            raise UserError(f"--steps {self.args.steps}: {NAMES[side]}'s batches end within the warm-up: choose more")
+        rates: dict[int, float] = {}
+        for size in sizes if len(sizes) > 1 else ():
+            limit = size * (work.warm_up + TRIED_STEPS if trains else 1) if self.on_gpu else None
+            try:
+                timing, _ = self.here(side, work._replace(batch_size=size, limit=limit))
+            except torch.OutOfMemoryError:
+                break  # larger ones need more
+            rates[size] = timing.items / timing.seconds
+        return work._replace(batch_size=max(rates, key=rates.__getitem__, default=sizes[0])), rates
+
+    def here(self, side: str, work: Work) -> tuple[Timing, int]:
+        """Let a side work in this process; return its time and the GPU's peak memory in bytes, on a CPU 0."""
+        if self.on_gpu:
+            gc.collect()  # a model that another side left in a cycle
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         with quiet():
-            return max(tried, key=lambda work: (done := run(side, work)).items / done.seconds)
+            timing = run(side, work)
+        return timing, torch.cuda.max_memory_allocated() if self.on_gpu else 0
 
     def alone(self, side: str, work: Work) -> tuple[Timing, int]:
         """Let a side work in a process of its own; return its time and its peak memory in bytes."""
@@ -307,7 +378,7 @@ class Bench:
 
     def startups(self) -> Iterator[dict[str, Any]]:
         """Yield results of the time from a process's start to the end of the first step; each is measured once."""
-        for count in self.args.rows if "startup" in self.args.only else ():
+        for count in self.args.rows:
             data = self.write(f"first-{count}.jsonl", numbered_rows(self.short_rows(), count))
             cache = [f"--encoded-cache={self.scratch / f'encoded-{count}'}"]
             for what, flags in (("", []), (", a new cache", cache), (", from the cache", cache)):
@@ -332,21 +403,25 @@ class Bench:
 
 
 def operators(work: Work) -> Iterator[str]:
-    """Yield the operators that take most of minift's time, with their own share of the time of all; loading counts."""
-    with quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    """Yield the operators, or a GPU's kernels, that take most of minift's time; loading counts.
+
+    A share is that of the operator's own time in the time of all.
+    """
+    activity, on_gpu = torch.profiler.ProfilerActivity, work.device == "cuda"
+    with quiet(), torch.profiler.profile(activities=[activity.CPU, *[activity.CUDA] * on_gpu]) as profiler:
         run("ours", work)
-    found = sorted(profiler.key_averages(), key=lambda operator: -operator.self_cpu_time_total)
-    total = sum(operator.self_cpu_time_total for operator in found)
-    for operator in found[:OPERATORS]:
-        yield f"  {operator.key:50.50}{operator.self_cpu_time_total / total:7.1%}{operator.count:9,} calls"
+    found = [
+        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.key, event.count)
+        for event in profiler.key_averages()
+        if not on_gpu or (event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation)
+    ]
+    total, width = sum(own for own, *_ in found), 90 if on_gpu else 50  # the names of kernels are long
+    for own, name, count in sorted(found, reverse=True)[:OPERATORS]:
+        yield f"  {name:{width}.{width}}{own / total:7.1%}{count:9,} calls"
 
 
 def run(side: str, work: Work) -> Timing:
     return importlib.import_module(f"tests.bench.{side}").run(work)
-
-
-def has_ctranslate2() -> bool:
-    return importlib.util.find_spec("ctranslate2") is not None
 
 
 def check_enough(found: int, wanted: int, source: str) -> None:
@@ -422,29 +497,30 @@ def products(model: OPT) -> tuple[int, int, int]:
 def weight_bytes(model: OPT) -> int:
     """Return the bytes of weights that a decode step reads: every matrix and the head, once."""
     linears = [module for module in model.decoder.modules() if isinstance(module, nn.Linear)]
-    return 4 * (sum(linear.weight.numel() for linear in linears) + model.head.numel())
+    return model.head.element_size() * (sum(linear.weight.numel() for linear in linears) + model.head.numel())
 
 
-def matrix_rate(width: int) -> float:
-    """Measure the floating-point operations a second of `(1024, width)` times `(width, width)` products."""
-    hidden, weight = torch.ones(1024, width), torch.ones(width, width)
-    return 2 * hidden.numel() * width * times_a_second(lambda: F.linear(hidden, weight))
+def matrix_rate(rows: int, width: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the floating-point operations a second of `(rows, width)` times `(width, width)` products."""
+    # Random numbers: with equal ones a GPU needs less power, and so is faster than in any real work.
+    hidden, weight = (torch.randn(count, width, device=device, dtype=dtype) for count in (rows, width))
+    return 2 * hidden.numel() * width * times_a_second(lambda: F.linear(hidden, weight), device)
 
 
-def memory_rate() -> float:
+def memory_rate(count: int, device: torch.device) -> float:
     """Measure the bytes a second in which a large tensor is read."""
-    numbers = torch.ones(2**27)
-    return 4 * numbers.numel() * times_a_second(numbers.sum)
+    numbers = torch.ones(count, device=device)
+    return 4 * numbers.numel() * times_a_second(numbers.sum, device)
 
 
-def times_a_second(work: Callable[[], Any]) -> float:
+def times_a_second(work: Callable[[], Any], device: torch.device) -> float:
     """Return how often something can be done in a second."""
     work()  # the first time starts the threads
-    done, started = 0, time.perf_counter()
-    while time.perf_counter() - started < 1:
-        work()
+    done, started = 0, now(device.type)
+    while time.time() - started < 1:
+        work()  # a GPU queues about a thousand, then it makes the next one wait
         done += 1
-    return done / (time.perf_counter() - started)
+    return done / (now(device.type) - started)
 
 
 # ---- output and flags ----
@@ -484,20 +560,25 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--shape", choices=("tiny", *SHAPES), default="tiny", help="the shipped model's, or one of facebook's, with "
         "random weights (%(default)s)")  # fmt: skip
-    add("--only", type=_lines, default=[*LINES], metavar="LINES", help=f"some of {','.join(LINES)} (all)")
+    add("--only", type=_lines, metavar="LINES", help=f"some of {','.join(LINES)} (all; on a GPU not the last two)")
     add("--data", metavar="FILE", help="rows to train on, and prompts (the shipped ones)")
     add("--pairs", metavar="FILE", help="pairs to train a reward model on (the shipped ones)")
     add("--tokenizer", metavar="FOLDER", help="a tokenizer for them, as OPT's (the shipped one)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where all sides work (%(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all sides: the weights' in generation, "
+        "autocast's in training (%(default)s)")  # fmt: skip
     add("--rounds", type=whole_number(1), default=5, help="how often all sides do their work (%(default)s)")
-    add("--steps", type=whole_number(2), default=20, help="steps in a round, the first not timed (%(default)s)")
-    add("--batch-size", type=whole_number(1), default=8, help="rows in a step; half as many pairs (%(default)s)")
+    add("--steps", type=whole_number(2), default=20, help="steps in a round (%(default)s)")
+    add("--warm-up", type=whole_number(1), metavar="STEPS", default=1, help="the first of them, which are not timed "
+        "(%(default)s)")  # fmt: skip
+    add("--compile", action="store_true", help="compile minift's layers in training, which needs a longer --warm-up")
+    add("--batch-size", type=whole_number(1), metavar="ROWS", help="rows in a step; half as many pairs (8); on a GPU "
+        f"minift's, in generation too (the fastest of {', '.join(map(str, GPU_BATCH_SIZES))})")  # fmt: skip
+    add("--reference-batch", type=whole_number(1), metavar="ROWS", help="rows in a batch of the other sides of "
+        f"generation (the fastest of {', '.join(map(str, BATCH_SIZES))}); on a GPU of training too")  # fmt: skip
     add("--prompts", type=whole_number(1), default=64, help="prompts; a quarter with beams, an eighth one at a time "
         "(%(default)s)")  # fmt: skip
     add("--new-tokens", type=whole_number(1), default=64, help="at most, of each completion (%(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of minift's weights in generation; the "
-        "others' are float32 (%(default)s)")  # fmt: skip
-    add("--reference-batch", type=whole_number(1), metavar="ROWS", help="rows in a batch of the other sides of "
-        f"generation (the fastest of {', '.join(map(str, BATCH_SIZES))})")  # fmt: skip
     add("--rows", type=whole_number(1), nargs="+", default=[REFERENCE_ROWS], help="sizes of the data up to the first "
         f"step; trl reads {REFERENCE_ROWS:,} at most (%(default)s)")  # fmt: skip
     add("--profile", action="store_true", help="print which operators minift's time goes to, instead of timing")

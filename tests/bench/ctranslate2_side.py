@@ -1,4 +1,4 @@
-"""CTranslate2's side of generation, in float32 on as many threads. It is not a dependency."""
+"""CTranslate2's side of generation, on a CPU and as many threads. It is not a dependency."""
 
 import time
 from types import SimpleNamespace
@@ -9,11 +9,12 @@ import ctranslate2
 from tests.bench import Timing, Work, read_ids
 
 CONVERTED = "ctranslate2"  # a folder in that of the model
+DTYPES = ctranslate2.get_supported_compute_types("cpu")  # of this processor
 
 
 def run(work: Work) -> Timing:
     model = f"{work.folder}/{CONVERTED}"
-    generator = ctranslate2.Generator(model, compute_type="float32", intra_threads=work.threads)
+    generator = ctranslate2.Generator(model, compute_type=work.dtype, intra_threads=work.threads)
     prompts = [[str(token) for token in ids] for ids in read_ids(work)]
     started = time.perf_counter()
     results = generator.generate_batch(

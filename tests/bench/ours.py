@@ -26,6 +26,7 @@ from minift.run.device import set_allocator
 from minift.run.setup import set_dropout
 from minift.trainer import LossFunction, Task, train
 from tests.bench import Timing, Work, read_ids
+from tests.bench.clock import now, step_ends, time_of_steps
 from tests.loop import MemoryRecorder, rm_loss, sft_loss, write_nothing
 
 LR = 1e-5  # of both sides
@@ -37,38 +38,45 @@ def run(work: Work) -> Timing:
 
 
 def sft(work: Work) -> Timing:
-    rows, tokenizer = load_rows(work.data), load_tokenizer(Path(work.folder))
+    rows, tokenizer = load_rows(work.data)[: work.limit], load_tokenizer(Path(work.folder))
     encoded = encode_rows(rows, tokenizer, TEMPLATES["course"], max_length=work.max_length)
-    model = load_model(Path(work.folder))
-    return time_training(model, sft_loss(model), Loader(encoded.examples, collate, work.batch_size))
+    model = load_model(Path(work.folder)).to(work.device)
+    return time_training(model, sft_loss(model), Loader(encoded.examples, collate, work.batch_size), work)
 
 
 def reward(work: Work) -> Timing:
-    rows, tokenizer = load_rows(work.data, PAIR_SCHEMAS), load_tokenizer(Path(work.folder))
+    rows, tokenizer = load_rows(work.data, PAIR_SCHEMAS)[: work.limit], load_tokenizer(Path(work.folder))
     encoded = encode_rankings(rows, tokenizer, TEMPLATES["dialogue"], max_length=work.max_length)
-    model = load_reward_model(Path(work.folder), seed=0)
-    return time_training(model, rm_loss(model), Loader(encoded.examples, collate_rankings, work.batch_size))
+    model = load_reward_model(Path(work.folder), seed=0).to(work.device)
+    return time_training(model, rm_loss(model), Loader(encoded.examples, collate_rankings, work.batch_size), work)
 
 
-def time_training(model: OPT | RewardModel, loss: LossFunction, batches: Loader) -> Timing:
-    """Time the loop over the rows in order, without the first step, in which memory is first allocated."""
+def time_training(model: OPT | RewardModel, loss: LossFunction, batches: Loader, work: Work) -> Timing:
+    """Time the loop over the rows in order, without the first steps."""
     set_dropout(model, 0.0)
-    set_allocator(save_memory=False)
-    recorder = MemoryRecorder()
-    task = Task(model, loss, batches, Loader([], batches.collate, 1), write_nothing, "items")
-    train(task, Config(lr=LR, epochs=1), recorder)
-    first, *_, last = recorder.lines
-    return Timing(last["seconds"] - first["seconds"], (last["step"] - first["step"]) * batches.batch_size)
+    if work.device == "cpu":
+        set_allocator(save_memory=False)
+    if work.is_compiled:
+        for layer in model.decoder.layers:
+            layer.compile(dynamic=True)  # each batch has another number of tokens
+    no_rows = Loader([], batches.collate, 1)
+    task = Task(model, loss, batches, no_rows, write_nothing, "items", dtype=getattr(torch, work.dtype))
+    with step_ends(work) as ends:
+        train(task, Config(lr=LR, epochs=1), MemoryRecorder())
+    return time_of_steps(work, ends)
 
 
 def generation(work: Work) -> Timing:
-    model, prompts = load_model(Path(work.folder), dtype=getattr(torch, work.dtype)), read_ids(work)
-    options = Options(max_new_tokens=work.new_tokens, num_beams=work.num_beams, eos_token_id=work.eos)
+    model, prompts = load_model(Path(work.folder), dtype=getattr(torch, work.dtype)).to(work.device), read_ids(work)
+    options = Options(
+        max_new_tokens=work.new_tokens, num_beams=work.num_beams, eos_token_id=work.eos,
+        batch_size=work.batch_size * work.num_beams,
+    )  # fmt: skip
     search = beam_search if work.num_beams > 1 else generate
     at_once = [[prompt] for prompt in prompts] if work.line == "single" else [prompts]
-    started = time.perf_counter()
+    started = now(work.device)
     completions = [samples[0] for some in at_once for samples in search(model, some, options)]
-    return Timing(time.perf_counter() - started, sum(map(len, completions)), completions)
+    return Timing(now(work.device) - started, sum(map(len, completions)), completions)
 
 
 def bleu(work: Work) -> Timing:
@@ -84,7 +92,7 @@ def startup(work: Work) -> Timing:
     """Time train_sft.py from the start of its process to the end of its first step, whose loss it then writes."""
     out = Path(tempfile.mkdtemp(dir=work.scratch)) / "run"
     flags = {"model": work.folder, "data": work.data, "out": out, "batch-size": work.batch_size, "max-steps": 1}
-    flags |= {"eval-fraction": 0, "device": "cpu"}
+    flags |= {"eval-fraction": 0, "device": "cpu", "dtype": work.dtype}
     sys.argv = ["train_sft.py", *(f"--{name}={value}" for name, value in flags.items()), *work.flags]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         runpy.run_path(str(ROOT / "train_sft.py"), run_name="__main__")

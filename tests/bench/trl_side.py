@@ -1,16 +1,16 @@
 """The reference's side of training: trl's trainers, up to the first step too."""
 
 import tempfile
-import time
 from typing import Any
 
 import trl
 from datasets import Dataset, load_dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
 from minift.files.datasets import PAIR_SCHEMAS, load_rows
 from minift.files.tokenizer import load_tokenizer
 from tests.bench import Timing, Work
+from tests.bench.clock import step_ends, time_of_steps
 from tests.bench.ours import LR
 from tests.compare import reward as compare_reward
 from tests.compare import sft as compare_sft
@@ -20,23 +20,14 @@ Texts = list[dict[str, str]] | Dataset
 PLAN = Plan("float32", "sequential", lr=LR, epochs=1)
 
 
-class Clock(TrainerCallback):
-    """Note when each step ends."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ends.append(time.time())
-
-
 def run(work: Work) -> Timing:
     return {"sft": sft, "reward": reward, "startup": startup}[work.line](work)
 
 
 def sft(work: Work) -> Timing:
     tokenizer = load_tokenizer(work.folder)
-    texts = compare_sft.trl_rows(compare_sft.texts_of(row, tokenizer) for row in load_rows(work.data))
+    rows = load_rows(work.data)[: work.limit]
+    texts = compare_sft.trl_rows(compare_sft.texts_of(row, tokenizer) for row in rows)
     model = reference_model(AutoModelForCausalLM, work.folder, "float32")
     return time_training(trl.SFTTrainer, model, texts, work)
 
@@ -44,15 +35,14 @@ def sft(work: Work) -> Timing:
 def reward(work: Work) -> Timing:
     tokenizer = load_tokenizer(work.folder)
     names = ("prompt", "chosen", "rejected")
-    rows = load_rows(work.data, PAIR_SCHEMAS)
+    rows = load_rows(work.data, PAIR_SCHEMAS)[: work.limit]
     texts = [dict(zip(names, compare_reward.texts_of(row, tokenizer), strict=True)) for row in rows]
     return time_training(trl.RewardTrainer, compare_reward.start_model(work.folder, "float32"), texts, work)
 
 
 def time_training(trainer_class: type[Trainer], model: PreTrainedModel, texts: Texts, work: Work) -> Timing:
-    """Time a trainer over the rows in order, from the end of its first step to the end of its last."""
-    ends = train(trainer_class, model, texts, work)
-    return Timing(ends[-1] - ends[0], (len(ends) - 1) * work.batch_size)
+    """Time a trainer over the rows in order, without the first steps."""
+    return time_of_steps(work, train(trainer_class, model, texts, work))
 
 
 def train(
@@ -63,14 +53,15 @@ def train(
     **values: Any,
 ) -> list[float]:
     """Train for one epoch; return when each step ended."""
-    clock = Clock()
+    on_gpu = work.device == "cuda"
+    values |= {"use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu, "bf16": work.dtype == "bfloat16"}
     values |= {"per_device_train_batch_size": work.batch_size, "gradient_accumulation_steps": 1}
     values |= {"logging_strategy": "no", "max_length": work.max_length}
     with tempfile.TemporaryDirectory(dir=work.scratch) as folder:
         trainer = make_trainer(trainer_class, model, reference_tokenizer(work.folder), texts, folder, PLAN, **values)
-        trainer.add_callback(clock)
-        trainer.train()
-    return clock.ends
+        with step_ends(work) as ends:
+            trainer.train()
+    return ends
 
 
 def startup(work: Work) -> Timing:
