@@ -133,7 +133,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_gpu_each_side_has_its_own_batch_size(flags, fake_gpu, monkeypatch):
-    """trl's batches of 2 rows do not fit into the memory. A size is tried with the warm-up and three steps, or once."""
+    """trl's batches of 2 rows do not fit into the memory. A size is tried with the warm-up and five steps, or once."""
     done: dict[str, list[tuple[str, int, int | None]]] = {}
 
     def work_fast(side: str, work: Work) -> Timing:
@@ -145,8 +145,8 @@ def test_on_a_gpu_each_side_has_its_own_batch_size(flags, fake_gpu, monkeypatch)
     monkeypatch.setattr(bench, "run", work_fast)
     del flags[(at := flags.index("--batch-size")) : at + 2]
     bench.main([*flags, "--device", "cuda", "--only", "sft,greedy,single"])
-    assert done["sft"][:3] == [("ours", 1, 4), ("ours", 2, 8), ("ours", 4, 16)]
-    assert done["sft"][3:5] == [("trl_side", 1, 4), ("trl_side", 2, 8)]
+    assert done["sft"][:3] == [("ours", 1, 6), ("ours", 2, 12), ("ours", 4, 24)]
+    assert done["sft"][3:5] == [("trl_side", 1, 6), ("trl_side", 2, 12)]
     assert done["sft"][5:] == [("ours", 4, None), ("trl_side", 1, None)] * 2
     assert done["greedy"][3:6] == [("transformers_side", size, size) for size in (1, 2, 4)]
     assert done["single"] == [("ours", 1, None), ("transformers_side", 1, None)] * 2

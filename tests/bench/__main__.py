@@ -82,7 +82,7 @@ SHARPNESS = 8  # of the logits: a random model's likeliest token gets a probabil
 SEGMENTS = 2000
 BATCH_SIZES = (8, 16, 32, 64)  # rows, of which the fastest is taken for the other sides of generation
 GPU_BATCH_SIZES = (16, 32, 64, 128, 256)  # and on a GPU for each side
-TRIED_STEPS = 3  # of training, after the warm-up, to try a batch size
+TRIED_STEPS = 5  # of training, after the warm-up, to try a batch size
 SHORTEST = 1000  # rows of the data, repeated with a number, are the rows of `startup`
 REFERENCE_ROWS = 20_000  # trl reads no more than that many
 OPERATORS = 20  # that --profile prints
@@ -403,10 +403,7 @@ class Bench:
 
 
 def operators(work: Work) -> Iterator[str]:
-    """Yield the operators, or a GPU's kernels, that take most of minift's time; loading counts.
-
-    A share is that of the operator's own time in the time of all.
-    """
+    """Yield the operators, or a GPU's kernels, that take most of minift's time, each with its share; loading counts."""
     activity, on_gpu = torch.profiler.ProfilerActivity, work.device == "cuda"
     with quiet(), torch.profiler.profile(activities=[activity.CPU, *[activity.CUDA] * on_gpu]) as profiler:
         run("ours", work)
