@@ -20,7 +20,7 @@ from minift.encode import encode_rows
 from minift.files.datasets import load_rows
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model
-from minift.model import OPT, RewardModel, last_tokens
+from minift.model import OPT, Layer, RewardModel, last_tokens
 from minift.pairs import Ranking, collate_rankings
 from minift.prompts import TEMPLATES
 from tests.bench import Timing, Work, ours, peak_memory, trl_side
@@ -149,6 +149,8 @@ def test_on_a_gpu_each_side_has_its_own_batch_size(flags, fake_gpu, monkeypatch)
     assert done["sft"][3:5] == [("trl_side", 1, 6), ("trl_side", 2, 12)]
     assert done["sft"][5:] == [("ours", 4, None), ("trl_side", 1, None)] * 2
     assert done["greedy"][3:6] == [("transformers_side", size, size) for size in (1, 2, 4)]
+    sft, *_ = json.loads(Path(flags[-1]).read_text())["lines"]
+    assert sft["tried"] == {"minift": {"1": 1, "2": 2, "4": 4}, "trl": {"1": 1}}
     assert done["single"] == [("ours", 1, None), ("transformers_side", 1, None)] * 2
 
 
@@ -163,12 +165,14 @@ def test_on_a_gpu_every_side_works_in_bfloat16(flags, fake_gpu, monkeypatch, cap
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, watched)
 
+    compiled: list[Layer] = []
+    monkeypatch.setattr(Layer, "compile", lambda layer, **_: compiled.append(layer))
     watch(ours, "train", lambda task, *_: task.dtype)
     watch(trl_side, "make_trainer", lambda *_, bf16, **__: bf16)
     watch(ours, "generate", lambda model, *_: model.head.dtype)
     watch(ours, "beam_search", lambda model, *_: model.head.dtype)
     watch(transformers.OPTForCausalLM, "generate", lambda model, **_: model.dtype)
-    flags += ["--rounds", "1", "--reference-batch", "2"]  # no size is tried
+    flags += ["--rounds", "1", "--reference-batch", "2", "--compile"]  # no size is tried
     bench.main([*flags, "--device", "cuda", "--dtype", "bfloat16"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("tiny shape, bfloat16, ")
@@ -180,6 +184,7 @@ def test_on_a_gpu_every_side_works_in_bfloat16(flags, fake_gpu, monkeypatch, cap
     rounds = {side: items for side, [[_, items]] in results["sft"]["rounds"].items()}
     assert rounds == {"minift": sum(tokens[4:]), "trl": sum(tokens[2:])}
     sizes = {name: [*result["batch_size"].values()] for name, result in results.items()}
+    assert len(compiled) == 2 * load_model(SHIPPED).config.num_hidden_layers  # of both lines that train
     bfloat16 = {torch.bfloat16}
     assert dtypes == {"train": bfloat16, "make_trainer": {True}, "generate": bfloat16, "beam_search": bfloat16}
     assert sizes == {"sft": [4, 2], "reward": [2, 1], "greedy": [4, 2], "beam": [1, 1], "single": [1, 1]}
