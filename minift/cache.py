@@ -9,11 +9,24 @@ once. Two prompts, "A B" and "C", with two rows each, after a few steps:
     copy_slots([0, 0, 2, 3])          d e     d e     g h     g i     row 1 now continues row 0
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minift.model import MAX_GROUPS
+
+MIN_ROOM = 32  # tokens of a row for which a buffer has room at first
+
+
+class Recording(NamedTuple):
+    """A decode step as a CUDA graph, with the memory that it reads and writes each time; see replay.py."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensor  # (3, R)
+    logits: Tensor  # (R, V)
+    room: tuple[int, int]  # of the cache
 
 
 class KVCache:
@@ -22,12 +35,19 @@ class KVCache:
     The first slots are in use. Beyond the lengths, slots may hold values of rows that have left.
     """
 
+    recording: Recording | None = None
+
     def __init__(self, num_prompts: int, rows_per_prompt: int = 1) -> None:
         self.num_prompts, self.rows_per_prompt = num_prompts, rows_per_prompt
         self.prompt_lengths: list[int] = []  # tokens of each prompt in use
         self.new_lengths: list[int] = []  # new tokens of each row in use; rows of one prompt are neighbours
         self.prompts: list[Tensor] = []  # of each layer, keys and values: (2, prompt slots, H, capacity, D)
         self.new: list[Tensor] = []  # the same of the new tokens: (2, row slots, H, capacity, D)
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """Return for how many tokens of a prompt, and new tokens of a row, the buffers have room."""
+        return self.prompts[0].shape[3] if self.prompts else 0, self.new[0].shape[3] if self.new else 0
 
     def copy_slots(self, parents: list[int]) -> None:
         """Copy row `parents[r]` to row r, for all r at once; other slots become free.
@@ -57,7 +77,7 @@ def _room(layers: list[Tensor], layer: int, num_slots: int, new: Tensor, length:
     capacity = layers[layer].shape[3]
     if capacity < length:
         # Doubling keeps growth cheap. Zeros: a NaN in memory without values would spread even where it is masked.
-        layers[layer] = F.pad(layers[layer], (0, 0, 0, max(length, 2 * capacity) - capacity))
+        layers[layer] = F.pad(layers[layer], (0, 0, 0, max(length, 2 * capacity, MIN_ROOM) - capacity))
     return layers[layer]
 
 
@@ -85,12 +105,14 @@ class DecodeStep:
 
     max_groups = 1
 
-    def __init__(self, cache: KVCache, device: torch.device) -> None:
+    def __init__(
+        self, cache: KVCache, prompt_lengths: Tensor, new_lengths: Tensor, longest_prompt: int, longest: int
+    ) -> None:
+        """Take lengths `(R,)` without the new token. Attention looks at `longest_prompt` and `longest` tokens a row."""
         self.cache = cache
-        prompt_lengths = torch.tensor(cache.prompt_lengths, device=device).repeat_interleave(cache.rows_per_prompt)
-        self.places = torch.tensor(cache.new_lengths, device=device)  # (R,) of the newest among a row's new tokens
-        self.positions = prompt_lengths + self.places  # (R,)
-        self.longest_prompt, self.longest = max(cache.prompt_lengths), max(cache.new_lengths) + 1  # S₁, S₂
+        self.places, device = new_lengths, new_lengths.device  # (R,) of the newest among a row's new tokens
+        self.positions = prompt_lengths + new_lengths  # (R,)
+        self.longest_prompt, self.longest = longest_prompt, longest  # S₁, S₂
         is_seen = torch.cat((
             torch.arange(self.longest_prompt, device=device) < prompt_lengths[:, None],
             torch.arange(self.longest, device=device) <= self.places[:, None],

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from minift import processors
 from minift.batching import pack
-from minift.cache import DecodeStep, KVCache, Prefill
+from minift.cache import KVCache, Prefill
 from minift.model import OPT, eval_mode, last_tokens
 from minift.packed import packed
+from minift.replay import decode
 
 Completions = list[list[list[int]]]  # for each prompt, the new ids of each of its samples
 MIN_FREE = 1 / 8  # of the batch, before prompts enter: a prefill reads all weights, too slow for a single prompt
@@ -161,10 +162,7 @@ def next_logits(model: OPT, cache: KVCache, newest: list[int], entering: list[li
     """
     logits = []
     if newest:
-        step, rows = DecodeStep(cache, model.head.device), torch.arange(len(newest))[:, None]  # row r is token r
-        hidden = model(torch.tensor(newest), step.positions, rows, step)  # (R, E)
-        logits.append(model.logits(hidden).float())
-        cache.new_lengths = [length + 1 for length in cache.new_lengths]
+        logits.append(decode(model, cache, newest))
     if entering:
         if any(len(ids) < len(after) for ids, after in pairwise(entering)):
             raise ValueError("the entering prompts are not sorted, expected the longest first")

@@ -68,7 +68,9 @@ class RowLayout(NamedTuple):
     wanted: Tensor | None = None  # (M,) the tokens that a layer returns; None: all
 
     def to(self, device: torch.device) -> "RowLayout":
-        """Return the layout with its lists on a device."""
+        """Return the layout with its lists on a device; those of a flat one are not read."""
+        if self.is_flat:
+            return self
         lists = {name: getattr(self, name).to(device, non_blocking=True) for name in ("gather", "scatter", "repeats")}
         return self._replace(**lists)
 
@@ -160,7 +162,7 @@ class Attention(nn.Module):
         ]
         mixed = torch.cat(cells)
         if layout.wanted is not None:
-            mixed = mixed.index_select(0, layout.scatter[layout.wanted])
+            mixed = mixed.index_select(0, layout.wanted if layout.is_flat else layout.scatter[layout.wanted])
         elif not layout.is_flat:
             mixed = mixed.index_select(0, layout.scatter)
         return self.out_proj(mixed)  # (N, C), in the last layer (M, C)

@@ -5,9 +5,9 @@ import math
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor
 from transformers.generation import logits_process
 
-from minift import processors
+from minift import processors, replay
 from minift.beam import beam_search
-from minift.cache import DecodeStep, KVCache
+from minift.cache import DecodeStep, KVCache, Recording
 from minift.commands import generate as command
 from minift.errors import UserError
 from minift.files.templates import save_template
@@ -270,8 +270,41 @@ def test_what_is_changed_or_watched_is_not_packed() -> None:
 # ---- the cache ----
 
 
+class RecordedOnCPU(NamedTuple):
+    """In place of a CUDA graph: it computes again."""
+
+    step: Callable[[], Tensor]
+    logits: Tensor
+
+    def replay(self) -> None:
+        self.logits.copy_(self.step())
+
+
+def record_on_cpu(model: OPT, cache: KVCache) -> Recording:
+    slots = cache.num_prompts * cache.rows_per_prompt
+    inputs, logits = torch.zeros(3, slots, dtype=torch.long), torch.empty(slots, model.config.vocab_size)
+    room = cache.room
+    graph = RecordedOnCPU(lambda: replay.decode_step(model, cache, inputs, room), logits)
+    return Recording(graph, inputs, logits, room)
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """Record decode steps as on a GPU, and list them."""
+    made: list[Recording] = []
+
+    def record(model: OPT, cache: KVCache) -> Recording:
+        made.append(record_on_cpu(model, cache))
+        return made[-1]
+
+    monkeypatch.setattr(replay, "can_record", lambda weight: True)
+    monkeypatch.setattr(replay, "record", record)
+    return made
+
+
 @torch.no_grad()
 @both_architectures
+@pytest.mark.parametrize("is_recorded", [False, True])
 @pytest.mark.parametrize(
     ("rows_per_prompt", "moves"),
     [
@@ -280,9 +313,12 @@ def test_what_is_changed_or_watched_is_not_packed() -> None:
     ],
 )
 def test_cached_logits_are_those_of_the_whole_row(
-    architecture: str, rows_per_prompt: int, moves: dict[int, list[int]]
-) -> None:
+    architecture: str, is_recorded: bool, rows_per_prompt: int, moves: dict[int, list[int]],
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Let prompts enter, each for one row or for two, copy slots and grow buffers, and compare after each step."""
+    monkeypatch.setattr("minift.cache.MIN_ROOM", 4)
+    recordings = request.getfixturevalue("recordings") if is_recorded else []
     _, model = varied_twins(architecture, torch.float64)
     generator = torch.Generator().manual_seed(4)
     cache = KVCache(8, rows_per_prompt)
@@ -300,6 +336,22 @@ def test_cached_logits_are_those_of_the_whole_row(
         cache.copy_slots(parents)
         active = [list(active[parent]) for parent in parents]
     assert len(active) == len(moves[9]) + 3 * rows_per_prompt
+    # Each step in which the new tokens' buffers grow, as at the start, is run instead.
+    assert [recording.room[1] for recording in recordings] == ([4, 8, 16, 32] if is_recorded else [])
+
+
+@both_architectures
+def test_recorded_steps_generate_the_same(architecture: str, request: pytest.FixtureRequest) -> None:
+    """All slots take part in a recorded step: those never used, those left, and those with new rows."""
+    _, model = varied_twins(architecture, torch.float64)
+    prompts = ragged_prompts(each=8)
+    settings = [{}, {"num_beams": 3}, {"temperature": 1.0, "num_samples": 3}, {"repetition_penalty": 1.3}]
+    options = [make_options(eos_token_id=frequent_token(model, prompts), batch_size=7, **some) for some in settings]
+    searches = [beam_search if some.num_beams > 1 else generate for some in options]
+    expected = [search(model, prompts, some) for search, some in zip(searches, options, strict=True)]
+    recordings = request.getfixturevalue("recordings")
+    assert [search(model, prompts, some) for search, some in zip(searches, options, strict=True)] == expected
+    assert len(recordings) >= len(settings)
 
 
 @torch.no_grad()
