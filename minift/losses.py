@@ -66,15 +66,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], CHUNK):
             chunk = hidden[start : start + CHUNK]  # (M', E)
             target = targets[start : start + CHUNK, None]  # (M', 1)
-            # The logits have no name, so their memory is free again before the head's gradient needs some.
-            log_probabilities = F.linear(chunk, head).to(total.dtype).log_softmax(1)  # (M', V)
+            logits = F.linear(chunk, head)  # (M', V)
+            dtype = logits.dtype  # of products: autocast's, if it is on
+            log_probabilities = logits.log_softmax(1, dtype=total.dtype)
+            del logits  # its memory is free again before the head's gradient needs some
             total -= log_probabilities.gather(1, target).sum()
             if grad_hidden is not None:
                 grad_logits = log_probabilities.exp_()
                 grad_logits.scatter_add_(1, target, torch.full_like(grad_logits[:, :1], -1.0))  # softmax - one-hot
-                grad_hidden[start : start + CHUNK] = grad_logits.to(head.dtype) @ head
+                grad_logits = grad_logits.to(dtype)
+                grad_hidden[start : start + CHUNK] = grad_logits @ head
                 if ctx.needs_input_grad[1]:
-                    product = (grad_logits.to(chunk.dtype).T @ chunk).to(head.dtype)  # (V, E), often the only one
+                    product = (grad_logits.T @ chunk).to(head.dtype)  # (V, E), often the only one
                     grad_head = product if grad_head is None else grad_head.add_(product)
         ctx.save_for_backward(grad_hidden, grad_head)
         return total

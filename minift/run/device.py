@@ -31,6 +31,8 @@ def pick_device(name: str) -> torch.device:
     if name not in ["cpu", *["mps"] * has_mps, *["cuda"] * bool(gpus), *gpus]:
         others = "cpu, mps" if has_mps else "cpu"
         raise UserError(f"--device {name}: expected auto, {others} or one of the {len(gpus)} GPUs here, as in cuda:0")
+    # For each new shape cuDNN's attention makes a plan, which takes longer than a step, and no two batches are alike.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device(name)
 
 
