@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 Model = TypeVar("Model", "OPT", "RewardModel")  # a function returns the class that it is given
 MAX_GROUPS = 8  # of rows of similar length inside attention; fewer for few rows: one for every two
+GPU_ROWS = 32  # on a GPU one for every 32
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are not used
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": F.gelu}  # relu_: in place
 
@@ -63,6 +64,8 @@ class RowLayout(NamedTuple):
     gather: Tensor  # (cells,) the token in each cell of the padded rows; cells past a row's end repeat token 0
     scatter: Tensor  # (N,) one cell of each token
     repeats: Tensor  # (K,) the other cells of tokens that several rows share
+    shared: Tensor  # (U,) these tokens
+    sharer: Tensor  # (K,) which of the U tokens is in each of these cells
     groups: list[tuple[int, int]]  # (R, T) of each group of rows; a group's cells follow those of the one before
     is_flat: bool  # the cells are the tokens in their order, as in a decode step: nothing needs to be moved
     wanted: Tensor | None = None  # (M,) the tokens that a layer returns; None: all
@@ -71,8 +74,8 @@ class RowLayout(NamedTuple):
         """Return the layout with its lists on a device; those of a flat one are not read."""
         if self.is_flat:
             return self
-        lists = {name: getattr(self, name).to(device, non_blocking=True) for name in ("gather", "scatter", "repeats")}
-        return self._replace(**lists)
+        names = ("gather", "scatter", "repeats", "shared", "sharer")
+        return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 class Cache(Protocol):
@@ -103,8 +106,10 @@ def row_layout(rows: Tensor, num_tokens: int, max_groups: int = MAX_GROUPS) -> R
     # Take the smallest cell: with plain assignment the winner, and so the rounding, would depend on threads.
     scatter.scatter_reduce_(0, flat[cells], cells, "amin", include_self=False)
     repeats = cells[scatter[flat[cells]] != cells]
+    shared, sharer = flat[repeats].unique(return_inverse=True)
     shapes = [(group.shape[0], group.shape[1]) for group in groups]
-    return RowLayout(flat.clamp(min=0), scatter, repeats, shapes, is_flat=torch.equal(flat, torch.arange(num_tokens)))
+    is_flat = torch.equal(flat, torch.arange(num_tokens))
+    return RowLayout(flat.clamp(min=0), scatter, repeats, shared, sharer, shapes, is_flat)
 
 
 class _Gather(torch.autograd.Function):
@@ -126,9 +131,10 @@ class _Gather(torch.autograd.Function):
         """Return the gradient `(N, C)`, given that of the cells; a pad's is zero, as nothing is computed from it."""
         layout: RowLayout = ctx.layout
         grad = grad_cells.index_select(0, layout.scatter)
-        if len(layout.repeats):
-            tokens = layout.gather.index_select(0, layout.repeats)
-            grad.index_add_(0, tokens, grad_cells.index_select(0, layout.repeats))
+        if len(layout.repeats):  # hundreds of rows may share a token: a sum in bfloat16 would lose most of them
+            sums = grad.index_select(0, layout.shared).to(torch.promote_types(grad.dtype, torch.float32))  # (U, C)
+            sums.index_add_(0, layout.sharer, grad_cells.index_select(0, layout.repeats).to(sums.dtype))
+            grad.index_copy_(0, layout.shared, sums.to(grad.dtype))
         return grad, None
 
 
@@ -151,21 +157,22 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=config.enable_bias)
         self.out_proj = nn.Linear(width, width, bias=config.enable_bias)
 
-    def forward(self, hidden: Tensor, layout: RowLayout, layer: int, cache: Cache | None) -> Tensor:
-        """Mix each token `(N, C)` with those before it in its row. `layer` is the layer's number in the cache."""
-        groups = [
-            self._to_rows(flat, layout) for flat in self.project(hidden)
-        ]  # 3 · (N, C) -> 3 · groups · (R, H, T, D)
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, layer: int, cache: Cache | None
+    ) -> Tensor:
+        """Mix the values `(N, C)` of each token and those before it in its row: `(N, C)`, in the last layer `(M, C)`.
+
+        `layer` is the layer's number in the cache.
+        """
+        groups = [self._to_rows(flat, layout) for flat in (query, key, value)]  # 3 · groups · (R, H, T, D)
         cells = [
-            self._mix(query, key, value, layer, cache).transpose(1, 2).flatten(0, 1).flatten(1)  # (R * T, C)
-            for query, key, value in zip(*groups, strict=True)
+            self._mix(q, k, v, layer, cache).transpose(1, 2).flatten(0, 1).flatten(1)  # (R * T, C)
+            for q, k, v in zip(*groups, strict=True)
         ]
         mixed = torch.cat(cells)
         if layout.wanted is not None:
-            mixed = mixed.index_select(0, layout.wanted if layout.is_flat else layout.scatter[layout.wanted])
-        elif not layout.is_flat:
-            mixed = mixed.index_select(0, layout.scatter)
-        return self.out_proj(mixed)  # (N, C), in the last layer (M, C)
+            return mixed.index_select(0, layout.wanted if layout.is_flat else layout.scatter[layout.wanted])  # (M, C)
+        return mixed if layout.is_flat else mixed.index_select(0, layout.scatter)  # (N, C)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Return the queries, keys and values `(N, C)` of tokens `(N, C)`."""
@@ -207,11 +214,18 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, layout: RowLayout, layer: int, cache: Cache | None) -> Tensor:
         """Apply attention, then the feed-forward, each with a residual connection: `(N, C)` → `(N, C)`, or `(M, C)`."""
-        normed = self.self_attn_layer_norm(hidden) if self.norm_before else hidden  # (N, C)
-        mixed = self.self_attn(normed, layout, layer, cache)
+        mixed = self.self_attn(*self.before_attention(hidden), layout, layer, cache)
         if layout.wanted is not None:
             hidden = hidden.index_select(0, layout.wanted)  # (M, C)
-        hidden = hidden + F.dropout(mixed, self.dropout, self.training)
+        return self.after_attention(hidden, mixed)
+
+    def before_attention(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return the queries, keys and values `(N, C)` of tokens `(N, C)`."""
+        return self.self_attn.project(self.self_attn_layer_norm(hidden) if self.norm_before else hidden)
+
+    def after_attention(self, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """Return what the layer makes of tokens `(N, C)` and the mixed values, `(N, C)`."""
+        hidden = hidden + F.dropout(self.self_attn.out_proj(mixed), self.dropout, self.training)
         if not self.norm_before:
             hidden = self.self_attn_layer_norm(hidden)
 
@@ -248,8 +262,9 @@ class Decoder(nn.Module):
         """Return the last hidden states of packed tokens, `(N, E)`, or of the wanted ones; arguments as for `OPT`."""
         device = self.embed_tokens.weight.device
         max_groups = MAX_GROUPS if cache is None else cache.max_groups
-        # Several small groups do not pay on a GPU.
-        layout = row_layout(rows, input_ids.shape[0], max_groups if device.type == "cpu" else 1).to(device)
+        if device.type != "cpu":  # which small groups would not fill
+            max_groups = min(max_groups, -(-len(rows) // GPU_ROWS))
+        layout = row_layout(rows, input_ids.shape[0], max_groups).to(device)
         input_ids, positions = input_ids.to(device, non_blocking=True), positions.to(device, non_blocking=True)
         # Other tokens still give the last layer keys and values, but nobody looks at what it would return for them.
         last = layout if wanted is None else layout._replace(wanted=wanted.to(device, non_blocking=True))

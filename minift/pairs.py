@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minift.batching import pad_rows, share_prefixes
+from minift.batching import pad_rows, share_prefixes, to_tensor
 from minift.encode import IGNORE_INDEX
 from minift.errors import UserError
 from minift.prompts import Template, end_with_eos, question_of, render
@@ -179,9 +179,9 @@ def collate_rankings(rankings: Sequence[Ranking]) -> PairBatch:
         labels += tree_ids[:best_length] + [IGNORE_INDEX] * (len(tree_ids) - best_length)
     chosen, rejected, margins, weights = zip(*pairs, strict=True)
     return PairBatch(
-        input_ids=torch.tensor(input_ids),
-        positions=torch.tensor(positions),
-        labels=torch.tensor(labels),
+        input_ids=to_tensor(input_ids),
+        positions=to_tensor(positions),
+        labels=to_tensor(labels),
         rows=pad_rows(rows),
         chosen=torch.tensor(chosen),
         rejected=torch.tensor(rejected),

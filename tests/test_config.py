@@ -19,7 +19,7 @@ from tests.runs import ROOT
 
 BOTH = """recipe model revision data eval-data out template epochs max-steps batch-size grad-accum lr schedule
     warmup-steps weight-decay max-grad-norm max-length dropout eval-fraction eval-every save-every log-every seed device
-    dtype base-dtype lora-rank lora-alpha lora-dropout lora-targets resume order gradient-checkpointing fsdp
+    dtype base-dtype lora-rank lora-alpha lora-dropout lora-targets resume order gradient-checkpointing fsdp compile
     encoded-cache""".split()
 ONLY = {
     "sft": ["response-template", "no-input-only", "bleu-samples", "run-checks", "supervise"],

@@ -14,8 +14,9 @@ from minift.batching import collate
 from minift.encode import IGNORE_INDEX, Example
 from minift.files.weights import parse_config
 from minift.losses import bradley_terry, preference_metrics
-from minift.model import OPT, _Gather, last_tokens, row_layout
+from minift.model import OPT, _Gather, eval_mode, last_tokens, row_layout
 from minift.pairs import Ranking, collate_rankings
+from minift.run.setup import compile_layers
 from tests.compare.model import largest, run_minift, run_reference
 from tests.loop import sft_loss
 from tests.reference import (
@@ -200,6 +201,32 @@ def test_gradient_checkpointing_changes_no_bit(name):
     assert not torch.equal(plain[0], evaluated[0])
     for ours, theirs in ((checkpointed, plain), (evaluated_too, evaluated)):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(("name", "is_checkpointed"), [(PRE_LN, False), (POST_LN, False), (POST_LN, True)])
+def test_compiled_layers_compute_the_same(name, is_checkpointed):
+    """Trace and differentiate as for torch.compile's own code, but run torch's operators: that takes no minutes."""
+    model, batches = our_model(name, torch.float64), [collate(EXAMPLES), collate(EXAMPLES[2:]), collate(EXAMPLES[:3])]
+    model.decoder.gradient_checkpointing = is_checkpointed
+
+    def values_of() -> list[torch.Tensor]:
+        found = []
+        for batch in batches:
+            model.train().zero_grad()
+            value, *_ = sft_loss(model)(batch)
+            value.backward()
+            with eval_mode(model):
+                found += [value.detach(), hidden_states(model, batch).detach(), *gradients(model).values()]
+        return found
+
+    expected = values_of()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_layers(model, "aot_eager")
+    for ours, theirs in zip(values_of(), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    # Two pieces of code for all layers and for batches of all sizes; the first layer's input may need a third.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in (2, 3)
 
 
 def test_the_order_of_the_flat_list_does_not_matter():

@@ -66,6 +66,8 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
          "--group-prompts: with --shuffle-labels no response is known to be the chosen one, leave one of the two out"),
         (config.fsdp and WORLD_SIZE == 1,
          "--fsdp: there is only one process: start two or more, torchrun --nproc-per-node=2 " + SCRIPTS[script]),
+        (config.fsdp and config.compile,
+         "--compile: does not work with sharded weights: leave it or --fsdp out"),
     ):  # fmt: skip
         if is_wrong:
             raise UserError(problem)

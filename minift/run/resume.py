@@ -18,7 +18,7 @@ from minift.run.ranks import WORLD_SIZE
 
 A_RUN = "the folder of a run, such as runs/sft"
 WITHOUT_EFFECT = {"recipe", "out", "resume", "device", "log_every", "eval_every", "save_every", "bleu_samples",
-                  "run_checks", "gradient_checkpointing", "fsdp", "encoded_cache"}  # fmt: skip
+                  "run_checks", "gradient_checkpointing", "compile", "fsdp", "encoded_cache"}  # fmt: skip
 COMPARED_BY_CONTENT = {"model", "revision", "data", "eval_data", "template"}  # the same files may have moved
 MISSING_EARLIER = {"config", "tokenizer"}  # fingerprints that runs of earlier versions lack
 

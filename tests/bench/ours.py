@@ -23,7 +23,7 @@ from minift.model import OPT, RewardModel
 from minift.pairs import collate_rankings, encode_rankings
 from minift.prompts import TEMPLATES
 from minift.run.device import set_allocator
-from minift.run.setup import set_dropout
+from minift.run.setup import compile_layers, set_dropout
 from minift.trainer import LossFunction, Task, train
 from tests.bench import Timing, Work, read_ids
 from tests.bench.clock import now, step_ends, time_of_steps
@@ -57,8 +57,7 @@ def time_training(model: OPT | RewardModel, loss: LossFunction, batches: Loader,
     if work.device == "cpu":
         set_allocator(save_memory=False)
     if work.is_compiled:
-        for layer in model.decoder.layers:
-            layer.compile(dynamic=True)  # each batch has another number of tokens
+        compile_layers(model)
     no_rows = Loader([], batches.collate, 1)
     task = Task(model, loss, batches, no_rows, write_nothing, "items", dtype=getattr(torch, work.dtype))
     with step_ends(work) as ends:
