@@ -138,6 +138,27 @@ class _Gather(torch.autograd.Function):
         return grad, None
 
 
+class _Scatter(torch.autograd.Function):
+    """Take the vectors of tokens `(N, C)` from their cells `(cells, C)` of a layout.
+
+    Only one cell of each token is read, so gradients are copied into zeros, not added as `index_select` does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, layout: RowLayout) -> Tensor:
+        """Return the tokens' vectors."""
+        ctx.layout = layout
+        return cells.index_select(0, layout.scatter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of the cells, given that of the tokens `(N, C)`."""
+        layout: RowLayout = ctx.layout
+        grad = grad_tokens.new_zeros(len(layout.gather), grad_tokens.shape[1])
+        return grad.index_copy_(0, layout.scatter, grad_tokens), None
+
+
 def last_tokens(rows: Tensor) -> Tensor:
     """Return the index `(R,)` of the last token of each row in the flat list, given `rows (R, T)`."""
     lengths = (rows >= 0).sum(1, keepdim=True)  # (R, 1)
@@ -166,13 +187,13 @@ class Attention(nn.Module):
         """
         groups = [self._to_rows(flat, layout) for flat in (query, key, value)]  # 3 · groups · (R, H, T, D)
         cells = [
-            self._mix(q, k, v, layer, cache).transpose(1, 2).flatten(0, 1).flatten(1)  # (R * T, C)
+            self._mix(q, k, v, layer, cache).transpose(1, 2).reshape(-1, query.shape[1])  # (R * T, C)
             for q, k, v in zip(*groups, strict=True)
         ]
         mixed = torch.cat(cells)
         if layout.wanted is not None:
             return mixed.index_select(0, layout.wanted if layout.is_flat else layout.scatter[layout.wanted])  # (M, C)
-        return mixed if layout.is_flat else mixed.index_select(0, layout.scatter)  # (N, C)
+        return mixed if layout.is_flat else _Scatter.apply(mixed, layout)  # (N, C)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Return the queries, keys and values `(N, C)` of tokens `(N, C)`."""

@@ -219,7 +219,7 @@ def _loss_after(task: Task, optimizer: torch.optim.Optimizer, step: int) -> floa
     """
     tensors = [*task.model.parameters(), *(moment for state in optimizer.state.values() for moment in state.values())]
     parts = [part for part in map(task.ranks.own_part, tensors) if part.numel()]
-    are_finite = all(bool(limit.isfinite()) for part in parts for limit in part.aminmax())
+    are_finite = torch.stack([limit.isfinite() for part in parts for limit in part.aminmax()]).all()
     with eval_mode(task.model):
         loss, _ = _losses_of(task, next(task.train_batches.micro_batches(step)))
     # Summed over the ranks it is NaN if a part of one is: then all of them raise the error.

@@ -1,6 +1,7 @@
 """The device and dtypes of a run or command, from its options; the allocator; the name of the machine."""
 
 import ctypes
+import os
 import platform
 import re
 import sys
@@ -17,8 +18,8 @@ from minift.run.ranks import LOCAL_RANK, WORLD_SIZE
 def pick_device(name: str) -> torch.device:
     """Return the device with this name; `auto` is the GPU if there is one, CUDA's before Apple's (`mps`).
 
-    Started by torchrun, each process has a GPU of its own: `cuda` is the one with its number. Raises UserError for a
-    GPU that does not exist.
+    A CUDA device is also set up for batches of changing shapes. Started by torchrun, each process has a GPU of its own:
+    `cuda` is the one with its number. Raises UserError for a GPU that does not exist.
     """
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
@@ -31,9 +32,18 @@ def pick_device(name: str) -> torch.device:
     if name not in ["cpu", *["mps"] * has_mps, *["cuda"] * bool(gpus), *gpus]:
         others = "cpu, mps" if has_mps else "cpu"
         raise UserError(f"--device {name}: expected auto, {others} or one of the {len(gpus)} GPUs here, as in cuda:0")
-    # For each new shape cuDNN's attention makes a plan, which takes longer than a step, and no two batches are alike.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    if name.startswith("cuda"):
+        _suit_changing_shapes()
     return torch.device(name)
+
+
+def _suit_changing_shapes() -> None:
+    """Set up CUDA for batches of which no two are alike."""
+    # cuDNN's attention makes a plan for each new shape, which takes longer than a step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Memory that is free again serves tensors of any size. torch reads this when the first tensor is put on a GPU.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def placement(device: str, dtype: str) -> dict[str, Any]:
