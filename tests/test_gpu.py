@@ -555,6 +555,16 @@ def runs(tmp_path_factory, data) -> dict[str, Path]:
     return folders
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="--compile is refused on a CPU")
+def test_a_script_trains_with_compiled_layers(data, tmp_path):
+    """The exam, the evaluation and what is saved use the layers as they are."""
+    more = ["--dtype", "float32", "--dropout", 0, "--bleu-samples", 4]
+    for folder, flags in (("plain", []), ("compiled", ["--compile"])):
+        run("sft", *flags_of("sft", data, *more, *flags), "--out", tmp_path / folder)
+    found, expected = (read_lines(tmp_path / folder / "metrics.jsonl") for folder in ("compiled", "plain"))
+    assert_same_lines(found, expected, 1e-3)
+
+
 @pytest.mark.parametrize("script", ["sft", "rm"])
 def test_a_script_leaves_its_results(script, runs):
     names = {path.name for path in runs[script].iterdir()}
