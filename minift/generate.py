@@ -120,9 +120,10 @@ def generate(
                 row.num_new += 1
             stays = [row.num_new < row.max_new and row.ids[-1] != options.eos_token_id for row in active]
             on_progress(stays.count(False))
-            kept = compact(stays)
-            cache.copy_slots(kept)
-            active = [active[slot] for slot in kept]
+            if not all(stays):
+                kept = compact(stays)
+                cache.copy_slots(kept)
+                active = [active[slot] for slot in kept]
     new_ids = [row.ids[-row.num_new :] for row in decodings]
     return [new_ids[start : start + options.num_samples] for start in range(0, len(new_ids), options.num_samples)]
 
@@ -169,8 +170,7 @@ def next_logits(model: OPT, cache: KVCache, newest: list[int], entering: list[li
         input_ids, positions, rows = pack(entering)
         hidden = model(input_ids, positions, rows, Prefill(cache), wanted=last_tokens(rows))  # (prompts, E)
         logits.append(model.logits(hidden).float().repeat_interleave(cache.rows_per_prompt, dim=0))
-        cache.prompt_lengths += [len(ids) for ids in entering]
-        cache.new_lengths += [0] * (len(entering) * cache.rows_per_prompt)
+        cache.enter([len(ids) for ids in entering])
     return torch.cat(logits)
 
 

@@ -190,7 +190,7 @@ class Attention(nn.Module):
             self._mix(q, k, v, layer, cache).transpose(1, 2).reshape(-1, query.shape[1])  # (R * T, C)
             for q, k, v in zip(*groups, strict=True)
         ]
-        mixed = torch.cat(cells)
+        mixed = torch.cat(cells) if len(cells) > 1 else cells[0]
         if layout.wanted is not None:
             return mixed.index_select(0, layout.wanted if layout.is_flat else layout.scatter[layout.wanted])  # (M, C)
         return mixed if layout.is_flat else _Scatter.apply(mixed, layout)  # (N, C)

@@ -3,6 +3,8 @@
 To pack a weight is to copy it into blocks, in the order in which the processor reads them. `F.linear` does so in each
 product. With thousands of rows that hardly counts, but it takes as long as a product with eight rows. oneDNN, torch's
 library for products on a CPU, can keep the packed copy.
+
+On a GPU nothing is packed. But one product with the weights of queries, keys and values is faster there than three.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minift.model import OPT, Attention
@@ -22,12 +25,13 @@ EXPECTED_ROWS = 64  # the number of rows that oneDNN chooses the blocks for; pro
 def packed(model: OPT, num_rows: int) -> Iterator[None]:
     """Let a model multiply by packed copies of its weights within the block, if that is faster for `num_rows` rows.
 
-    Queries, keys and values become one product. The copies take as much memory as the weights. On a GPU, under
-    autocast, and within another such block nothing changes.
+    Queries, keys and values become one product; on a GPU nothing else changes. The copies take as much memory as the
+    weights. Under autocast and within another such block nothing changes.
     """
-    is_fast = can_pack(model.head) and num_rows >= MIN_ROWS[model.head.dtype]
+    only_joins = is_on_gpu(model.head)
+    is_fast = only_joins or (can_pack(model.head) and num_rows >= MIN_ROWS[model.head.dtype])
     is_packed = "logits" in vars(model)
-    if not is_fast or is_packed or torch.is_autocast_enabled("cpu"):
+    if not is_fast or is_packed or torch.is_autocast_enabled(model.head.device.type):
         yield
         return
     replaced: list[tuple[nn.Module, str]] = []
@@ -37,15 +41,16 @@ def packed(model: OPT, num_rows: int) -> Iterator[None]:
         replaced.append((module, method))
 
     try:
-        replace(model, "logits", product(model.head, None))
+        if not only_joins:
+            replace(model, "logits", product(model.head, None))
         done: set[nn.Module] = set()
         for module in model.modules():
-            if isinstance(module, Attention):
+            if isinstance(module, Attention) and "project" not in vars(module):
                 linears = [module.q_proj, module.k_proj, module.v_proj]
                 if all(map(is_plain, linears)):  # none with an adapter
                     replace(module, "project", joint_product(linears))
                     done.update(linears)
-            elif is_plain(module) and module not in done:
+            elif not only_joins and is_plain(module) and module not in done:
                 replace(module, "forward", product(module.weight, module.bias))
         yield
     finally:
@@ -54,11 +59,11 @@ def packed(model: OPT, num_rows: int) -> Iterator[None]:
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether a module is a linear whose weight can be packed. Others are left as they are."""
+    """Return whether a module is a linear whose weight can be packed or joined. Others are left as they are."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     has_hooks = module._forward_hooks or module._forward_pre_hooks
-    return not has_hooks and can_pack(module.weight)
+    return not has_hooks and (is_on_gpu(module.weight) or can_pack(module.weight))
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -72,9 +77,16 @@ def can_pack(weight: Tensor) -> bool:
     return is_there and (weight.dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def is_on_gpu(weight: Tensor) -> bool:
+    """Return whether a weight is on a CUDA GPU, and not sharded."""
+    return weight.is_cuda and not hasattr(weight, "to_local")
+
+
 @torch.no_grad()
 def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Return the function x `(N, in)` → x Wᵀ + b `(N, out)` with a packed copy of W."""
+    """Return the function x `(N, in)` → x Wᵀ + b `(N, out)` with a packed copy of W, on a GPU with W."""
+    if is_on_gpu(weight):
+        return lambda hidden: F.linear(hidden, weight, bias)
     # These operations of torch are not public. Its compiler, Inductor, calls them in the same way.
     copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), EXPECTED_ROWS)
     return lambda hidden: torch.ops.mkldnn._linear_pointwise(hidden, copy, bias, "none", [], "")

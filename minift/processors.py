@@ -64,10 +64,11 @@ def sample(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
 
 def check_scores(best: Tensor) -> None:
     """Raise ValueError unless each row has a token that may follow; UserError if its score is NaN or infinite."""
+    if best.isfinite().all():  # a GPU is waited for only once
+        return
     if not (best < math.inf).all():
         raise UserError("the model's logits are NaN or infinite: its weights do not suit this dtype")
-    if not best.isfinite().all():
-        raise ValueError("no token can follow: all are banned (no_repeat_ngram_size)")
+    raise ValueError("no token can follow: all are banned (no_repeat_ngram_size)")
 
 
 def _pad(rows: Sequence[Sequence[int]], scores: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ import math
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers.generation import logits_process
 
 from minift import processors, replay
 from minift.beam import beam_search
-from minift.cache import DecodeStep, KVCache, Recording
+from minift.cache import DecodeStep, Group, KVCache
 from minift.commands import generate as command
 from minift.errors import UserError
 from minift.files.templates import save_template
@@ -237,6 +238,27 @@ def test_packed_weights_compute_the_same(architecture: str, has_adapters: bool, 
     assert difference(found, expected) < (1e-5 if dtype == torch.float32 else 0.05) * expected.abs().max()
 
 
+def test_on_a_gpu_queries_keys_and_values_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = varied_twins(PRE_LN, torch.float64)
+    batch = pack(ragged_prompts(each=2))
+    seen: list[Tensor] = []
+    watched = model.decoder.layers[1].self_attn.q_proj
+    watched.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    monkeypatch.setattr("minift.packed.is_on_gpu", lambda weight: True)
+    attributes = [{*vars(module)} for module in model.modules()]
+    with torch.no_grad():
+        expected = hidden_states(model, batch)
+        with packed(model, 1):
+            changed = [{*vars(module)} for module in model.modules()]
+            with packed(model, 1):
+                found = hidden_states(model, batch)
+            assert [{*vars(module)} for module in model.modules()] == changed
+    added = [after - before for before, after in zip(attributes, changed, strict=True) if before != after]
+    assert added == [{"project"}] and len(seen) == 2
+    assert difference(found, expected) < 1e-12
+    assert [{*vars(module)} for module in model.modules()] == attributes
+
+
 def test_what_is_changed_or_watched_is_not_packed() -> None:
     """A subclass and a hook used to be passed over; nested blocks and autocast used to end in an error."""
 
@@ -270,35 +292,34 @@ def test_what_is_changed_or_watched_is_not_packed() -> None:
 # ---- the cache ----
 
 
-class RecordedOnCPU(NamedTuple):
-    """In place of a CUDA graph: it computes again."""
+class RecordedOnCPU:
+    """In place of a CUDA graph: it computes the step again, in the memory of the first time."""
 
-    step: Callable[[], Tensor]
-    logits: Tensor
+    def __init__(self, model: OPT, cache: KVCache, inputs: Tensor, groups: list[Group]) -> None:
+        self.cache, self.groups, self.memory = cache, groups, self.addresses(cache)
+        self.step = partial(replay.decode_step, model, cache, inputs, groups)
+        self.logits = torch.full((inputs.shape[1], model.config.vocab_size), math.nan)
+
+    @staticmethod
+    def addresses(cache: KVCache) -> list[int]:
+        return [layer.data_ptr() for layer in cache.shared + cache.own]
 
     def replay(self) -> None:
+        assert self.addresses(self.cache) == self.memory
         self.logits.copy_(self.step())
 
 
-def record_on_cpu(model: OPT, cache: KVCache) -> Recording:
-    slots = cache.num_prompts * cache.rows_per_prompt
-    inputs, logits = torch.zeros(3, slots, dtype=torch.long), torch.empty(slots, model.config.vocab_size)
-    room = cache.room
-    graph = RecordedOnCPU(lambda: replay.decode_step(model, cache, inputs, room), logits)
-    return Recording(graph, inputs, logits, room)
-
-
 @pytest.fixture
-def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[RecordedOnCPU]:
     """Record decode steps as on a GPU, and list them."""
-    made: list[Recording] = []
+    made: list[RecordedOnCPU] = []
 
-    def record(model: OPT, cache: KVCache) -> Recording:
-        made.append(record_on_cpu(model, cache))
-        return made[-1]
+    def capture(*about: Any) -> tuple[RecordedOnCPU, Tensor]:
+        made.append(RecordedOnCPU(*about))
+        return made[-1], made[-1].logits
 
     monkeypatch.setattr(replay, "can_record", lambda weight: True)
-    monkeypatch.setattr(replay, "record", record)
+    monkeypatch.setattr(replay, "capture", capture)
     return made
 
 
@@ -318,6 +339,7 @@ def test_cached_logits_are_those_of_the_whole_row(
 ) -> None:  # fmt: skip
     """Let prompts enter, each for one row or for two, copy slots and grow buffers, and compare after each step."""
     monkeypatch.setattr("minift.cache.MIN_ROOM", 4)
+    monkeypatch.setattr("minift.cache.MIN_DIVIDED", 8)
     recordings = request.getfixturevalue("recordings") if is_recorded else []
     _, model = varied_twins(architecture, torch.float64)
     generator = torch.Generator().manual_seed(4)
@@ -336,8 +358,9 @@ def test_cached_logits_are_those_of_the_whole_row(
         cache.copy_slots(parents)
         active = [list(active[parent]) for parent in parents]
     assert len(active) == len(moves[9]) + 3 * rows_per_prompt
-    # Each step in which the new tokens' buffers grow, as at the start, is run instead.
-    assert [recording.room[1] for recording in recordings] == ([4, 8, 16, 32] if is_recorded else [])
+    # A step is recorded anew when a row has outgrown its group, not in each of the 29 decode steps.
+    assert len(recordings) == ({1: 4, 2: 5}[rows_per_prompt] if is_recorded else 0)
+    assert all(len(recording.groups) == (2 if rows_per_prompt == 1 else 1) for recording in recordings)
 
 
 @both_architectures
@@ -345,13 +368,59 @@ def test_recorded_steps_generate_the_same(architecture: str, request: pytest.Fix
     """All slots take part in a recorded step: those never used, those left, and those with new rows."""
     _, model = varied_twins(architecture, torch.float64)
     prompts = ragged_prompts(each=8)
-    settings = [{}, {"num_beams": 3}, {"temperature": 1.0, "num_samples": 3}, {"repetition_penalty": 1.3}]
-    options = [make_options(eos_token_id=frequent_token(model, prompts), batch_size=7, **some) for some in settings]
+    settings = [{"batch_size": 17}, {}, {"num_beams": 3}, {"temperature": 1.0, "num_samples": 3, "batch_size": 20}]
+    settings += [{"repetition_penalty": 1.3}]
+    end = frequent_token(model, prompts)
+    options = [make_options(**{"eos_token_id": end, "batch_size": 7} | some) for some in settings]
     searches = [beam_search if some.num_beams > 1 else generate for some in options]
     expected = [search(model, prompts, some) for search, some in zip(searches, options, strict=True)]
     recordings = request.getfixturevalue("recordings")
     assert [search(model, prompts, some) for search, some in zip(searches, options, strict=True)] == expected
-    assert len(recordings) >= len(settings)
+    assert len(recordings) == len(settings)  # MIN_ROOM is more than all new tokens, and later prompts are shorter
+    assert {len(recording.groups) for recording in recordings} == {1, 2}
+
+
+@torch.no_grad()
+def test_a_recording_does_not_outlive_the_buffers(
+    recordings: list[RecordedOnCPU], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt makes them grow and leaves at once, so that the recorded groups would still fit."""
+    _, model = varied_twins(PRE_LN, torch.float64)
+    monkeypatch.setattr("minift.cache.MIN_ROOM", 4)
+    cache = KVCache(2)
+    next_logits(model, cache, [], [[2, 5, 9]])
+    next_logits(model, cache, [7], [])
+    next_logits(model, cache, [4], [[2] * 30])
+    cache.copy_slots([0])
+    [found] = next_logits(model, cache, [8], [])
+    whole = model.logits(hidden_states(model, pack([[2, 5, 9, 7, 4, 8]]))[-1:])
+    torch.testing.assert_close(found.double(), whole[0], rtol=1e-6, atol=1e-6)
+    assert len(recordings) == 2
+
+
+def test_steps_are_recorded_as_seldom_as_possible(
+    recordings: list[RecordedOnCPU], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first step of a kind is run once before it is recorded. No other step is computed twice."""
+    _, model = varied_twins(POST_LN)
+    monkeypatch.setattr(replay, "_run_before", set())
+    monkeypatch.setattr("minift.cache.MIN_ROOM", 4)
+    steps: list[int] = []
+    forward = model.forward
+
+    def counted(input_ids: Tensor, positions: Tensor, rows: Tensor, cache: Cache, **options: Any) -> Tensor:
+        if isinstance(cache, DecodeStep):
+            steps.append(len(rows))
+        return forward(input_ids, positions, rows, cache, **options)
+
+    monkeypatch.setattr(model, "forward", counted)
+    prompts = ragged_prompts(each=8)
+    for number_of_steps in (MAX_NEW, MAX_NEW - 1):
+        generate(model, prompts, make_options(batch_size=24))
+        assert steps == [24] * number_of_steps
+        assert [[group.own for group in recording.groups] for recording in recordings] == [[16, 16], [24, 24]]
+        steps.clear()
+        recordings.clear()
 
 
 @torch.no_grad()
