@@ -7,8 +7,9 @@ Two rows, "A B C" and "D E":
     rows (R = 2, T = 3)    [[0, 1,  2],       where the tokens of each row are in the list, -1 past a row's end.
                             [3, 4, -1]]       A prefix that rows share is in the list once
     attention sees         [[A, B, C],        q, k and v, gathered. Pads are on the right, so causal attention never
-                            [D, E, ·]]        looks at one. A row never sees another row. On a CPU, rows are sorted by
-                                              length and divided into groups; each is padded to its own longest row
+                            [D, E, ·]]        looks at one. A row never sees another row. Rows are sorted by length
+                                              and divided into groups, each padded to its own longest row. In 16 bits
+                                              on a GPU rows lie end to end instead: FlashAttention needs no padding
     back in the list       A  B  C  D  E      scattered; what was computed for the pads is dropped
     wanted (M = 2)         C  E               the loss may need few tokens: the last layer computes only these
 
@@ -59,7 +60,7 @@ class OPTConfig:
 
 
 class RowLayout(NamedTuple):
-    """Index lists that gather the flat list into padded rows and scatter it back, computed once per forward pass."""
+    """Index lists that gather the flat list into attention's rows and scatter it back, made once per forward pass."""
 
     gather: Tensor  # (cells,) the token in each cell of the padded rows; cells past a row's end repeat token 0
     scatter: Tensor  # (N,) one cell of each token
@@ -67,14 +68,14 @@ class RowLayout(NamedTuple):
     shared: Tensor  # (U,) these tokens
     sharer: Tensor  # (K,) which of the U tokens is in each of these cells
     groups: list[tuple[int, int]]  # (R, T) of each group of rows; a group's cells follow those of the one before
+    offsets: Tensor  # (R + 1,) int32: without padding, the cell in which each row starts, and the number of cells
+    longest: int  # T of the longest row
     is_flat: bool  # the cells are the tokens in their order, as in a decode step: nothing needs to be moved
     wanted: Tensor | None = None  # (M,) the tokens that a layer returns; None: all
 
     def to(self, device: torch.device) -> "RowLayout":
-        """Return the layout with its lists on a device; those of a flat one are not read."""
-        if self.is_flat:
-            return self
-        names = ("gather", "scatter", "repeats", "shared", "sharer")
+        """Return the layout with the lists that are read on a device."""
+        names = ("offsets",) if self.is_flat else ("gather", "scatter", "repeats", "shared", "sharer", "offsets")
         return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
@@ -91,16 +92,17 @@ def row_layout(rows: Tensor, num_tokens: int, max_groups: int = MAX_GROUPS) -> R
     """Turn `rows (R, T)`, -1 past each row's end, into the index lists that attention needs.
 
     Rows are sorted by length, longest first, and divided into groups; each group is padded only to its longest row. A
-    single group keeps the rows' order. A token that several rows share, as in a pair's prompt, is read back from one of
-    them: its value is the same in all.
+    single group keeps the rows' order. With no groups at all, rows lie end to end and nothing is padded. A token that
+    several rows share, as in a pair's prompt, is read back from one of them: its value is the same in all.
     """
-    groups = [rows]
+    groups, lengths = [rows], (rows >= 0).sum(1)
     num_groups = min(max_groups, -(-len(rows) // 2))
     if num_groups > 1:
-        lengths = (rows >= 0).sum(1)
         order = lengths.argsort(descending=True, stable=True)
         groups = [rows[part, : int(lengths[part[0]])] for part in order.chunk(num_groups)]
     flat = torch.cat([group.flatten() for group in groups])  # (cells,)
+    if not num_groups:
+        groups, flat = [], flat[flat >= 0]
     cells = (flat >= 0).nonzero().squeeze(1)
     scatter = torch.zeros(num_tokens, dtype=torch.long)
     # Take the smallest cell: with plain assignment the winner, and so the rounding, would depend on threads.
@@ -108,8 +110,9 @@ def row_layout(rows: Tensor, num_tokens: int, max_groups: int = MAX_GROUPS) -> R
     repeats = cells[scatter[flat[cells]] != cells]
     shared, sharer = flat[repeats].unique(return_inverse=True)
     shapes = [(group.shape[0], group.shape[1]) for group in groups]
+    offsets = F.pad(lengths.cumsum(0), (1, 0)).int()
     is_flat = torch.equal(flat, torch.arange(num_tokens))
-    return RowLayout(flat.clamp(min=0), scatter, repeats, shared, sharer, shapes, is_flat)
+    return RowLayout(flat.clamp(min=0), scatter, repeats, shared, sharer, shapes, offsets, rows.shape[1], is_flat)
 
 
 class _Gather(torch.autograd.Function):
@@ -165,13 +168,22 @@ def last_tokens(rows: Tensor) -> Tensor:
     return rows.gather(1, lengths - 1).squeeze(1)
 
 
+def attend_end_to_end(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    """Return causal attention `(cells, H, D)` of rows that lie end to end, by FlashAttention (arXiv 2307.08691)."""
+    from torch.nn.attention.varlen import varlen_attn  # takes 0.9 s, for which only runs on a GPU need to wait
+
+    attention = varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=(-1, 0))
+    assert isinstance(attention, Tensor)  # a tuple only if more is asked for
+    return attention
+
+
 class Attention(nn.Module):
     """Causal multi-head attention of packed tokens: the only module with rows, and so with padding."""
 
     def __init__(self, config: OPTConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.num_heads = config.num_attention_heads
+        self.num_heads, self.head_width = config.num_attention_heads, width // config.num_attention_heads
         self.dropout = config.attention_dropout
         self.q_proj = nn.Linear(width, width, bias=config.enable_bias)
         self.k_proj = nn.Linear(width, width, bias=config.enable_bias)
@@ -185,12 +197,17 @@ class Attention(nn.Module):
 
         `layer` is the layer's number in the cache.
         """
-        groups = [self._to_rows(flat, layout) for flat in (query, key, value)]  # 3 · groups · (R, H, T, D)
-        cells = [
-            self._mix(q, k, v, layer, cache).transpose(1, 2).reshape(-1, query.shape[1])  # (R * T, C)
-            for q, k, v in zip(*groups, strict=True)
-        ]
-        mixed = torch.cat(cells) if len(cells) > 1 else cells[0]
+        vectors = [flat if layout.is_flat else _Gather.apply(flat, layout) for flat in (query, key, value)]
+        if layout.groups:
+            rows = [self._to_rows(cells, layout) for cells in vectors]  # 3 · (cells, C) -> 3 · groups · (R, H, T, D)
+            groups = [
+                self._mix(q, k, v, layer, cache).transpose(1, 2).reshape(-1, query.shape[1])  # (R * T, C)
+                for q, k, v in zip(*rows, strict=True)
+            ]
+            mixed = torch.cat(groups) if len(groups) > 1 else groups[0]  # (cells, C)
+        else:
+            q, k, v = (cells.view(len(cells), self.num_heads, -1) for cells in vectors)  # (cells, H, D)
+            mixed = attend_end_to_end(q, k, v, layout.offsets, layout.longest).flatten(1)
         if layout.wanted is not None:
             return mixed.index_select(0, layout.wanted if layout.is_flat else layout.scatter[layout.wanted])  # (M, C)
         return mixed if layout.is_flat else _Scatter.apply(mixed, layout)  # (N, C)
@@ -199,9 +216,8 @@ class Attention(nn.Module):
         """Return the queries, keys and values `(N, C)` of tokens `(N, C)`."""
         return self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
 
-    def _to_rows(self, flat: Tensor, layout: RowLayout) -> list[Tensor]:
-        """Gather vectors `(N, C)` into the padded rows of each group, divided into heads: `(R, H, T, D)`."""
-        cells = flat if layout.is_flat else _Gather.apply(flat, layout)  # (cells, C)
+    def _to_rows(self, cells: Tensor, layout: RowLayout) -> list[Tensor]:
+        """Divide the vectors of cells `(cells, C)` into the padded rows of each group, and heads: `(R, H, T, D)`."""
         parts = cells.split([num_rows * length for num_rows, length in layout.groups])
         return [
             part.view(num_rows, length, self.num_heads, -1).transpose(1, 2)
@@ -283,7 +299,9 @@ class Decoder(nn.Module):
         """Return the last hidden states of packed tokens, `(N, E)`, or of the wanted ones; arguments as for `OPT`."""
         device = self.embed_tokens.weight.device
         max_groups = MAX_GROUPS if cache is None else cache.max_groups
-        if device.type != "cpu":  # which small groups would not fill
+        if cache is None and self.needs_no_padding():
+            max_groups = 0
+        elif device.type != "cpu":  # which small groups would not fill
             max_groups = min(max_groups, -(-len(rows) // GPU_ROWS))
         layout = row_layout(rows, input_ids.shape[0], max_groups).to(device)
         input_ids, positions = input_ids.to(device, non_blocking=True), positions.to(device, non_blocking=True)
@@ -298,6 +316,17 @@ class Decoder(nn.Module):
             else:
                 hidden = layer(*arguments)
         return self.project_out(self.final_layer_norm(hidden))  # (N, E) or (M, E)
+
+    def needs_no_padding(self) -> bool:
+        """Return whether rows can lie end to end in attention: in 16 bits, on an NVIDIA GPU since Ampere."""
+        weight, attention = self.embed_tokens.weight, self.layers[0].self_attn
+        assert isinstance(attention, Attention)
+        if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 0):
+            return False
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+        has_dropout = self.training and attention.dropout > 0  # torch's function has none
+        fits = attention.head_width % 8 == 0 and attention.head_width <= 256
+        return dtype in (torch.bfloat16, torch.float16) and fits and not has_dropout
 
 
 class OPT(nn.Module):

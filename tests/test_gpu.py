@@ -35,7 +35,7 @@ from minift.files.weights import save_model
 from minift.generate import Completions, Options
 from minift.generate import generate as greedy_or_sampled
 from minift.lora import add_lora, merge
-from minift.model import OPT, RewardModel
+from minift.model import OPT, Decoder, RewardModel
 from minift.pairs import PairBatch, Ranking, collate_rankings
 from minift.run.device import machine, pick_device, pick_dtype
 from minift.run.folder import Run
@@ -199,6 +199,34 @@ def test_rewards_loss_metrics_and_every_gradient(architecture, dtype, tolerance)
         found, expected = rewards_of(on_device(model), rows), rewards_of(model, rows)
     assert difference(found.cpu(), expected) < tolerance
     assert_losses_and_gradients_agree(model, partial(rm_loss, center=0.25), collate_rankings(ranked), tolerance)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="FlashAttention needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@every_architecture
+def test_rows_end_to_end_are_those_in_groups(architecture, dtype):
+    """Both round to 16 bits, so they are compared by what they differ from float64, where rows are in groups."""
+    model = small_model(architecture, torch.float64)
+    batch, half = collate(MANY_ROWS[:40]), on_device(model).to(dtype)
+    assert half.decoder.needs_no_padding() and not on_device(model).decoder.needs_no_padding()
+
+    def values_of(model: OPT) -> Tensor:
+        model.zero_grad()
+        total, count, _ = sft_loss(model)(batch)
+        (total / count).backward()
+        return torch.cat(
+            [
+                total.detach().cpu().double()[None] / count,
+                *(g.flatten().cpu().double() for g in gradients(model).values()),
+            ]
+        )
+
+    exact, end_to_end = values_of(model), values_of(half)
+    with mock.patch.object(Decoder, "needs_no_padding", lambda decoder: False):
+        in_groups = values_of(half)
+    errors = [((found - exact).norm() / exact.norm()).item() for found in (end_to_end, in_groups)]
+    assert errors[0] < 1.5 * errors[1] < 0.2, errors
+    assert not torch.equal(end_to_end, in_groups)
 
 
 # ------------------------------------------------------------------------------------------------ waiting for the GPU

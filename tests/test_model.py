@@ -14,7 +14,7 @@ from minift.batching import collate
 from minift.encode import IGNORE_INDEX, Example
 from minift.files.weights import parse_config
 from minift.losses import bradley_terry, preference_metrics
-from minift.model import OPT, _Gather, eval_mode, last_tokens, row_layout
+from minift.model import OPT, Decoder, _Gather, eval_mode, last_tokens, row_layout
 from minift.pairs import Ranking, collate_rankings
 from minift.run.setup import compile_layers
 from tests.compare.model import largest, run_minift, run_reference
@@ -201,6 +201,41 @@ def test_gradient_checkpointing_changes_no_bit(name):
     assert not torch.equal(plain[0], evaluated[0])
     for ours, theirs in ((checkpointed, plain), (evaluated_too, evaluated)):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def one_row_at_a_time(query, key, value, offsets, longest):
+    """In place of FlashAttention, which a CPU lacks: the rows are those that `attend_end_to_end` is given."""
+    lengths = offsets.diff()
+    assert offsets.dtype == torch.int32 and longest == lengths.max() and offsets[-1] == len(query)
+    rows = zip(*(heads.split(lengths.tolist()) for heads in (query, key, value)), strict=True)  # (T, H, D)
+    return torch.cat([
+        F.scaled_dot_product_attention(*(heads.transpose(0, 1) for heads in row), is_causal=True).transpose(0, 1)
+        for row in rows
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("shares", [False, True])
+@every_architecture
+def test_rows_end_to_end_are_those_in_groups(name, shares, monkeypatch):
+    examples = [
+        Example([2, 7, 8, *ids], [IGNORE_INDEX] * 3 + labels) for ids, labels in random_examples((7, 1, 15, 12))
+    ]
+    model, batch = our_model(name, torch.float64), collate(examples if shares else EXAMPLES)
+    assert (len(batch.input_ids) < (batch.rows >= 0).sum()) == shares
+
+    def values_of() -> list[torch.Tensor]:
+        model.zero_grad()
+        value, *_ = sft_loss(model)(batch)
+        value.backward()
+        return [value.detach(), hidden_states(model, batch).detach(), *gradients(model).values()]
+
+    expected = values_of()
+    monkeypatch.setattr("minift.model.attend_end_to_end", one_row_at_a_time)
+    monkeypatch.setattr(Decoder, "needs_no_padding", lambda decoder: True)
+    for ours, theirs in zip(values_of(), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    layout = row_layout(batch.rows, len(batch.input_ids), 0)
+    assert len(layout.gather) == (batch.rows >= 0).sum() and layout.is_flat == (not shares)
 
 
 @pytest.mark.parametrize(("name", "is_checkpointed"), [(PRE_LN, False), (POST_LN, False), (POST_LN, True)])

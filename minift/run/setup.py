@@ -1,8 +1,6 @@
 """Steps of both scripts around the training loop: load and split rows, prepare the model, export it."""
 
-import importlib.util
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +96,8 @@ def prepare(model: Model, run: Run) -> Model:
         set_dropout(model, config.dropout)
     model.decoder.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
-        check_compiler(run.device)
+        if run.device.type != "cuda":
+            raise UserError(f"--compile: pays on an NVIDIA GPU only, this run is on {run.device.type}: leave it out")
         compile_layers(model)
     if config.lora_rank:
         torch.manual_seed(config.seed)
@@ -131,14 +130,6 @@ def compile_layers(model: OPT | RewardModel, backend: str = "inductor") -> None:
 def _compiled_in_training(layer: Layer, method: Callable[..., Any], backend: str) -> Callable[..., Any]:
     compiled = torch.compile(method, dynamic=True, backend=backend)
     return lambda *tensors: (compiled if layer.training else method)(*tensors)
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raise UserError if torch.compile does not pay on the device, or cannot work here."""
-    if device.type != "cuda":
-        raise UserError(f"--compile: pays on an NVIDIA GPU only, and this run is on {device.type}: leave it out")
-    if importlib.util.find_spec("triton") is None or not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        raise UserError("--compile: needs the package triton and a C compiler: install both, or leave it out")
 
 
 def set_dropout(model: nn.Module, dropout: float) -> None:
