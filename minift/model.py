@@ -74,8 +74,9 @@ class RowLayout(NamedTuple):
     wanted: Tensor | None = None  # (M,) the tokens that a layer returns; None: all
 
     def to(self, device: torch.device) -> "RowLayout":
-        """Return the layout with the lists that are read on a device."""
-        names = ("offsets",) if self.is_flat else ("gather", "scatter", "repeats", "shared", "sharer", "offsets")
+        """Return the layout with the lists that are read on a device: none in a decode step, as it may be recorded."""
+        names = () if self.is_flat else ("gather", "scatter", "repeats", "shared", "sharer")
+        names += () if self.groups else ("offsets",)
         return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.generation import logits_process
 
 from minift import processors, replay
@@ -307,6 +309,33 @@ class RecordedOnCPU:
     def replay(self) -> None:
         assert self.addresses(self.cache) == self.memory
         self.logits.copy_(self.step())
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuse operations that copy between devices, which no recorded step may do. On meta, reading is an error too."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = operation(*arguments, **(options or {}))
+        devices = {found.device.type for found in tree_leaves((arguments, result)) if isinstance(found, Tensor)}
+        assert len(devices) < 2, operation
+        return result
+
+
+@both_architectures
+@pytest.mark.parametrize("rows_per_prompt", [1, 3])
+@torch.no_grad()
+def test_a_decode_step_stays_on_its_device(architecture: str, rows_per_prompt: int) -> None:
+    """Let torch trace it on its meta device, which computes no values."""
+    model = varied_twins(architecture)[1].to("meta")
+    cache, prompts = KVCache(20, rows_per_prompt), sorted(ragged_prompts(each=6), key=len, reverse=True)
+    next_logits(model, cache, [], prompts)
+    cache.reserve()
+    inputs = torch.zeros(3, 20 * rows_per_prompt, dtype=torch.long, device="meta")
+    with OneDevice():
+        logits = replay.decode_step(model, cache, inputs, cache.groups_with_room())
+    assert logits.shape == (20 * rows_per_prompt, VOCAB) and logits.device.type == "meta"
+    with pytest.raises(AssertionError), OneDevice():
+        torch.zeros(2).to("meta")
 
 
 @pytest.fixture
