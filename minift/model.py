@@ -75,7 +75,7 @@ class RowLayout(NamedTuple):
 
     def to(self, device: torch.device) -> "RowLayout":
         """Return the layout with the lists that are read on a device: none in a decode step, as it may be recorded."""
-        names = () if self.is_flat else ("gather", "scatter", "repeats", "shared", "sharer")
+        names: tuple[str, ...] = () if self.is_flat else ("gather", "scatter", "repeats", "shared", "sharer")
         names += () if self.groups else ("offsets",)
         return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
