@@ -102,7 +102,7 @@ def pad_rows(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def to_tensor(numbers: Sequence[int]) -> Tensor:
-    """Return whole numbers as an int64 tensor; torch.tensor would take four times as long."""
+    """Return whole numbers as an int64 tensor; torch.tensor would take several times as long."""
     return torch.from_numpy(np.array(numbers, dtype=np.int64))
 
 
@@ -130,7 +130,9 @@ class Loader(Generic[AnyBatch]):
     grad_accum: int = 1
     seed: int = 0
     order: Literal["shuffled", "sequential"] = "sequential"
-    _ready: dict[tuple[int, int, int], list[AnyBatch]] = field(default_factory=dict, init=False, repr=False)
+    _ready: dict[tuple[int, int, int], list[AnyBatch]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def steps_per_epoch(self) -> int:

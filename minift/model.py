@@ -65,8 +65,8 @@ class RowLayout(NamedTuple):
     gather: Tensor  # (cells,) the token in each cell of the padded rows; cells past a row's end repeat token 0
     scatter: Tensor  # (N,) one cell of each token
     repeats: Tensor  # (K,) the other cells of tokens that several rows share
-    shared: Tensor  # (U,) these tokens
-    sharer: Tensor  # (K,) which of the U tokens is in each of these cells
+    shared: Tensor  # (U,) these tokens, each once
+    shared_index: Tensor  # (K,) for each of these cells, the index of its token in `shared`
     groups: list[tuple[int, int]]  # (R, T) of each group of rows; a group's cells follow those of the one before
     offsets: Tensor  # (R + 1,) int32: without padding, the cell in which each row starts, and the number of cells
     longest: int  # T of the longest row
@@ -75,7 +75,7 @@ class RowLayout(NamedTuple):
 
     def to(self, device: torch.device) -> "RowLayout":
         """Return the layout with the lists that are read on a device: none in a decode step, as it may be recorded."""
-        names: tuple[str, ...] = () if self.is_flat else ("gather", "scatter", "repeats", "shared", "sharer")
+        names: tuple[str, ...] = () if self.is_flat else ("gather", "scatter", "repeats", "shared", "shared_index")
         names += () if self.groups else ("offsets",)
         return self._replace(**{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
@@ -109,11 +109,11 @@ def row_layout(rows: Tensor, num_tokens: int, max_groups: int = MAX_GROUPS) -> R
     # Take the smallest cell: with plain assignment the winner, and so the rounding, would depend on threads.
     scatter.scatter_reduce_(0, flat[cells], cells, "amin", include_self=False)
     repeats = cells[scatter[flat[cells]] != cells]
-    shared, sharer = flat[repeats].unique(return_inverse=True)
+    shared, shared_index = flat[repeats].unique(return_inverse=True)
     shapes = [(group.shape[0], group.shape[1]) for group in groups]
     offsets = F.pad(lengths.cumsum(0), (1, 0)).int()
     is_flat = torch.equal(flat, torch.arange(num_tokens))
-    return RowLayout(flat.clamp(min=0), scatter, repeats, shared, sharer, shapes, offsets, rows.shape[1], is_flat)
+    return RowLayout(flat.clamp(min=0), scatter, repeats, shared, shared_index, shapes, offsets, rows.shape[1], is_flat)
 
 
 class _Gather(torch.autograd.Function):
@@ -135,9 +135,9 @@ class _Gather(torch.autograd.Function):
         """Return the gradient `(N, C)`, given that of the cells; a pad's is zero, as nothing is computed from it."""
         layout: RowLayout = ctx.layout
         grad = grad_cells.index_select(0, layout.scatter)
-        if len(layout.repeats):  # hundreds of rows may share a token: a sum in bfloat16 would lose most of them
+        if len(layout.repeats):  # hundreds of rows may share a token: in bfloat16 most of the sum would be lost
             sums = grad.index_select(0, layout.shared).to(torch.promote_types(grad.dtype, torch.float32))  # (U, C)
-            sums.index_add_(0, layout.sharer, grad_cells.index_select(0, layout.repeats).to(sums.dtype))
+            sums.index_add_(0, layout.shared_index, grad_cells.index_select(0, layout.repeats).to(sums.dtype))
             grad.index_copy_(0, layout.shared, sums.to(grad.dtype))
         return grad, None
 
@@ -171,7 +171,7 @@ def last_tokens(rows: Tensor) -> Tensor:
 
 def attend_end_to_end(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """Return causal attention `(cells, H, D)` of rows that lie end to end, by FlashAttention (arXiv 2307.08691)."""
-    from torch.nn.attention.varlen import varlen_attn  # takes 0.9 s, for which only runs on a GPU need to wait
+    from torch.nn.attention.varlen import varlen_attn  # importing it takes 0.9 s, which only a run on a GPU needs
 
     attention = varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=(-1, 0))
     assert isinstance(attention, Tensor)  # a tuple only if more is asked for
@@ -194,9 +194,9 @@ class Attention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, layer: int, cache: Cache | None
     ) -> Tensor:
-        """Mix the values `(N, C)` of each token and those before it in its row: `(N, C)`, in the last layer `(M, C)`.
+        """Return the causal attention of tokens `(N, C)`, or of the wanted ones, `(M, C)`.
 
-        `layer` is the layer's number in the cache.
+        `Layer` applies the projections, so that they can be compiled. `layer` is the layer's number in the cache.
         """
         vectors = [flat if layout.is_flat else _Gather.apply(flat, layout) for flat in (query, key, value)]
         if layout.groups:
@@ -262,7 +262,7 @@ class Layer(nn.Module):
         return self.self_attn.project(self.self_attn_layer_norm(hidden) if self.norm_before else hidden)
 
     def after_attention(self, hidden: Tensor, mixed: Tensor) -> Tensor:
-        """Return what the layer makes of tokens `(N, C)` and the mixed values, `(N, C)`."""
+        """Project the mixed values, add them, apply the feed-forward: two times `(N, C)` → `(N, C)`."""
         hidden = hidden + F.dropout(self.self_attn.out_proj(mixed), self.dropout, self.training)
         if not self.norm_before:
             hidden = self.self_attn_layer_norm(hidden)
@@ -302,7 +302,7 @@ class Decoder(nn.Module):
         max_groups = MAX_GROUPS if cache is None else cache.max_groups
         if cache is None and self.needs_no_padding():
             max_groups = 0
-        elif device.type != "cpu":  # which small groups would not fill
+        elif device.type != "cpu":  # a small group of rows would not fill a GPU
             max_groups = min(max_groups, -(-len(rows) // GPU_ROWS))
         layout = row_layout(rows, input_ids.shape[0], max_groups).to(device)
         input_ids, positions = input_ids.to(device, non_blocking=True), positions.to(device, non_blocking=True)
@@ -325,7 +325,7 @@ class Decoder(nn.Module):
         if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (8, 0):
             return False
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
-        has_dropout = self.training and attention.dropout > 0  # torch's function has none
+        has_dropout = self.training and attention.dropout > 0  # which varlen_attn does not have
         fits = attention.head_width % 8 == 0 and attention.head_width <= 256
         return dtype in (torch.bfloat16, torch.float16) and fits and not has_dropout
 

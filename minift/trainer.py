@@ -185,18 +185,21 @@ def accumulate_gradient(task: Task, seed: int, step: int) -> dict[str, float]:
     with task.ranks.summed_gradients(task.model, len(batches)):
         for index, batch in enumerate(batches):
             number = step * task.train_batches.grad_accum + rank + index * world_size  # of all micro-batches of the run
-            torch.manual_seed(_mixed(seed, number))  # dropout, whichever rank computes it
+            torch.manual_seed(micro_batch_seed(seed, number))  # dropout, whichever rank computes it
             loss, values = _losses_of(task, batch)
             loss.backward()
             # Tensors are added, not floats: a float would make the loop wait for the device in every micro-batch.
             _add(sums, {**values, "tokens": (batch.rows >= 0).sum()})  # a shared one counts in each row
-    if sums["loss"].device.type != "cpu":  # the next batches are made while the device still computes
+    if next(task.model.parameters()).device.type != "cpu":  # the next batches are made while the device still computes
         task.train_batches.make_ready(step + 1, rank, world_size)
     return task.ranks.sum_values({name: float(value) for name, value in sums.items()})
 
 
-def _mixed(seed: int, number: int) -> int:
-    """Return a seed that depends on both. On a CPU torch reads its low 32 bits only, so these cannot just be joined."""
+def micro_batch_seed(seed: int, number: int) -> int:
+    """Return a seed made of the run's seed and a micro-batch's number.
+
+    On a CPU torch reads its low 32 bits only, and those of `(seed << 32) + number` do not depend on the run's seed.
+    """
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0])
 
 

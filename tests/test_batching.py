@@ -106,6 +106,23 @@ def epoch_of(loader: Loader, epoch: int) -> list[int]:
     return [number for step in range(first, first + loader.steps_per_epoch) for number in seen(loader, step)]
 
 
+def test_batches_that_were_made_earlier_are_used_once_and_for_their_step_only():
+    made: list[list[int]] = []
+    loader = Loader(range(20), lambda numbers: made.append(list(numbers)) or list(numbers), 2, 4, order="shuffled")
+    expected = {(step, *part): list(loader.micro_batches(step, *part)) for step in (1, 2) for part in ((0, 1), (1, 2))}
+    made.clear()
+    loader.make_ready(1, 1, 2)
+    assert made == expected[1, 1, 2] and loader == dataclasses.replace(loader)
+    for step, collated in (((1, 0, 1), True), ((2, 1, 2), True), ((1, 1, 2), False), ((1, 1, 2), True)):
+        made.clear()
+        assert list(loader.micro_batches(*step)) == expected[step] and bool(made) == collated, step
+    loader.make_ready(1, 0, 1)
+    loader.make_ready(2, 0, 1)  # only one step is kept
+    made.clear()
+    assert list(loader.micro_batches(2)) == expected[2, 0, 1] and not made
+    assert list(loader.micro_batches(1)) == made == expected[1, 0, 1]
+
+
 def test_examples_are_collated_and_an_evaluation_reads_all_in_order():
     examples = random_examples((3, 1, 8, 8, 2))
     loader = Loader(examples, collate, 2, grad_accum=2, order="shuffled")

@@ -328,14 +328,7 @@ def test_one_process_cannot_share_its_weights():
     assert "--fsdp: there is only one process: start two or more, torchrun" in refusal(["--fsdp"])
 
 
-def test_what_compile_needs(monkeypatch):
-    monkeypatch.setattr("minift.commands.flags.find_spec", lambda name: None)
-    assert "--compile: needs the package triton and a C compiler" in refusal(["--compile"])
-    monkeypatch.setattr("minift.commands.flags.find_spec", lambda name: name)
-    monkeypatch.setattr("minift.commands.flags.which", lambda name: name == "gcc")
-    assert parse("sft", ["--compile"]).compile
-    monkeypatch.setattr("minift.commands.flags.which", lambda name: None)
-    assert "--compile: needs the package triton and a C compiler" in refusal(["--compile"])
+def test_sharded_weights_are_not_compiled(monkeypatch):
     monkeypatch.setattr("minift.commands.flags.WORLD_SIZE", 2)
     assert "--compile: does not work with sharded weights" in refusal(["--compile", "--fsdp"])
 

@@ -70,6 +70,8 @@ both_precisions = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float6
 def one_thread_and_full_precision() -> Iterator[None]:
     """Compute with one thread, as the matrices are small, and without TF32, which some images turn on."""
     threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    if torch.cuda.is_available():
+        pick_device(DEVICE)  # before the first tensor is there
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     yield

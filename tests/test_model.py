@@ -1,7 +1,9 @@
 """OPT against transformers' forward and backward passes, and against itself where two ways must agree."""
 
+import copy
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,35 @@ def test_gradient_checkpointing_changes_no_bit(name):
     assert not torch.equal(plain[0], evaluated[0])
     for ours, theirs in ((checkpointed, plain), (evaluated_too, evaluated)):
         assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_layers_are_compiled_for_training_only():
+    model, batch, calls = our_model(POST_LN), collate(EXAMPLES), []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> Callable:
+        return lambda *inputs: calls.append(1) or graph(*inputs)
+
+    compile_layers(model, backend)
+    layers = model.config.num_hidden_layers
+    for is_training in (True, False, True):
+        calls.clear()
+        hidden_states(model.train(is_training), batch)
+        assert len(calls) == 2 * layers * is_training
+    other = copy.deepcopy(model.eval())
+    for parameter in other.parameters():
+        parameter.data.mul_(2)
+    assert not torch.equal(hidden_states(other, batch), hidden_states(model, batch))
+    first, second = (each.decoder.layers[0].before_attention.__self__ for each in (model, other))
+    assert first is model.decoder.layers[0] and second is other.decoder.layers[0]
+
+
+@pytest.mark.parametrize(("num_rows", "expected"), [(1, 1), (32, 1), (33, 2), (65, 3), (300, 8)])
+def test_groups_of_rows_fill_a_gpu(num_rows, expected, monkeypatch):
+    """On torch's meta device, which has no values: what is not a CPU is taken for a GPU."""
+    model, asked = our_model(PRE_LN).to("meta"), []
+    monkeypatch.setattr("minift.model.row_layout", lambda *given: asked.append(given[2]) or row_layout(*given))
+    hidden_states(model, collate([Example([2, 3], [IGNORE_INDEX, 3])] * num_rows))
+    assert asked == [expected]
 
 
 def one_row_at_a_time(query, key, value, offsets, longest):

@@ -23,10 +23,10 @@ from minift.files.weights import load_model, save_model
 from minift.model import OPT
 from minift.progress import progress_bar
 from minift.run import checkpoint
-from minift.run.device import machine, pick_device, pick_dtype, placement, set_allocator, weights_dtype
+from minift.run.device import check_compiler, machine, pick_device, pick_dtype, placement, set_allocator, weights_dtype
 from minift.run.folder import Run
 from minift.run.setup import set_dropout
-from minift.trainer import Ranks, Task, train
+from minift.trainer import Ranks, Task, micro_batch_seed, train
 from tests.loop import MemoryRecorder, sft_loss
 from tests.reference import POST_LN, mean_loss, random_examples, reference_loss, twins
 
@@ -197,6 +197,12 @@ def test_dropout_depends_on_seed_and_step_alone():
     other, _ = run(dropout=0.1, order="sequential", seed=43)
     assert largest_difference(first, again) == 0.0
     assert largest_difference(first, other) > 1e-5
+
+
+def test_each_micro_batch_of_each_run_has_a_seed_of_its_own():
+    """On a CPU torch reads 32 bits of a seed."""
+    seeds = {micro_batch_seed(seed, number) % 2**32 for seed in (0, 1, 42, 2**32 - 1) for number in range(100)}
+    assert len(seeds) == 400
 
 
 def test_evaluation_is_a_mean_over_tokens():
@@ -582,6 +588,39 @@ def test_the_device_that_is_chosen(cuda, mps, auto, monkeypatch):
             expected = "cpu, mps or" if mps else "cpu or"
             with pytest.raises(UserError, match=f"--device {name}: expected auto, {expected} one of the {cuda} GPUs"):
                 pick_device(name)
+
+
+def test_cuda_is_set_up_for_changing_shapes(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    uses_cudnn: list[bool] = []
+    monkeypatch.setattr("torch.backends.cuda.enable_cudnn_sdp", uses_cudnn.append)
+    for earlier, expected in (
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ):
+        monkeypatch.setattr("os.environ", earlier)
+        pick_device("cpu")
+        assert earlier.get("PYTORCH_ALLOC_CONF") != "expandable_segments:True"
+        pick_device("cuda")
+        assert earlier.get("PYTORCH_ALLOC_CONF") == expected
+    assert uses_cudnn == [False] * 3
+
+
+def test_what_compile_needs(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    for found, is_enough in (({"gcc"}, True), ({"clang"}, True), (set(), False)):
+        monkeypatch.setattr("shutil.which", lambda name, found=found: name if name in found else None)
+        if is_enough:
+            check_compiler(torch.device("cuda"))
+        else:
+            with pytest.raises(UserError, match="--compile: needs a C compiler"):
+                check_compiler(torch.device("cuda"))
+    with pytest.raises(UserError, match="--compile: it is for NVIDIA GPUs only, and this run is on cpu"):
+        check_compiler(torch.device("cpu"))
+    monkeypatch.setenv("CC", "cc")
+    check_compiler(torch.device("cuda:1"))
 
 
 def test_apple_s_gpu_has_no_float64(monkeypatch):

@@ -4,9 +4,7 @@ import argparse
 import reprlib
 from dataclasses import Field, replace
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 from minift.commands.cli import CommandParser
@@ -70,8 +68,6 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
          "--fsdp: there is only one process: start two or more, torchrun --nproc-per-node=2 " + SCRIPTS[script]),
         (config.fsdp and config.compile,
          "--compile: does not work with sharded weights: leave it or --fsdp out"),
-        (config.compile and not (find_spec("triton") and any(map(which, ("cc", "gcc", "clang")))),
-         "--compile: needs the package triton and a C compiler: install both, or leave it out"),
     ):  # fmt: skip
         if is_wrong:
             raise UserError(problem)

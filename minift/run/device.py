@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,17 +34,25 @@ def pick_device(name: str) -> torch.device:
         others = "cpu, mps" if has_mps else "cpu"
         raise UserError(f"--device {name}: expected auto, {others} or one of the {len(gpus)} GPUs here, as in cuda:0")
     if name.startswith("cuda"):
-        _suit_changing_shapes()
+        _set_up_cuda()
     return torch.device(name)
 
 
-def _suit_changing_shapes() -> None:
+def _set_up_cuda() -> None:
     """Set up CUDA for batches of which no two are alike."""
     # cuDNN's attention makes a plan for each new shape, which takes longer than a step.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # Memory that is free again serves tensors of any size. torch reads this when the first tensor is put on a GPU.
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    # Freed memory can then serve tensors of any size. torch reads this at the first tensor on a GPU.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which the user may have set
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError if --compile does not pay on the device, or if torch.compile would not find a C compiler."""
+    if device.type != "cuda":
+        raise UserError(f"--compile: it is for NVIDIA GPUs only, and this run is on {device.type}: leave it out")
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise UserError("--compile: needs a C compiler, gcc or clang: install one, or leave it out")
 
 
 def placement(device: str, dtype: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy
@@ -25,7 +26,7 @@ from minift.model import OPT, Layer, Model, RewardModel
 from minift.pairs import Ranking
 from minift.prompts import Template
 from minift.remarks import Encoded
-from minift.run.device import set_allocator
+from minift.run.device import check_compiler, set_allocator
 from minift.run.distributed import is_sharded, join
 from minift.run.folder import Run
 from minift.run.ranks import LOCAL_RANK, RANK
@@ -96,8 +97,7 @@ def prepare(model: Model, run: Run) -> Model:
         set_dropout(model, config.dropout)
     model.decoder.gradient_checkpointing = config.gradient_checkpointing
     if config.compile:
-        if run.device.type != "cuda":
-            raise UserError(f"--compile: pays on an NVIDIA GPU only, this run is on {run.device.type}: leave it out")
+        check_compiler(run.device)
         compile_layers(model)
     if config.lora_rank:
         torch.manual_seed(config.seed)
@@ -117,19 +117,21 @@ def prepare(model: Model, run: Run) -> Model:
 
 
 def compile_layers(model: OPT | RewardModel, backend: str = "inductor") -> None:
-    """Let torch.compile fuse what each layer does before and after attention; in training only.
+    """Let torch.compile fuse what each layer does before and after attention.
 
-    Sizes are variables of the compiled code, since each batch has another number of tokens.
+    Attention is left out: it is one kernel, with lists of another length in each batch. So are evaluation and
+    generation, for which the compiler would start again.
     """
-    for layer in model.modules():
-        if isinstance(layer, Layer):
-            for name in ("before_attention", "after_attention"):
-                setattr(layer, name, _compiled_in_training(layer, getattr(layer, name), backend))
+    for name in ("before_attention", "after_attention"):
+        method = _compiled_in_training(getattr(Layer, name), backend)
+        for layer in model.modules():
+            if isinstance(layer, Layer):
+                setattr(layer, name, MethodType(method, layer))
 
 
-def _compiled_in_training(layer: Layer, method: Callable[..., Any], backend: str) -> Callable[..., Any]:
+def _compiled_in_training(method: Callable[..., Any], backend: str) -> Callable[..., Any]:
     compiled = torch.compile(method, dynamic=True, backend=backend)
-    return lambda *tensors: (compiled if layer.training else method)(*tensors)
+    return lambda layer, *tensors: (compiled if layer.training else method)(layer, *tensors)
 
 
 def set_dropout(model: nn.Module, dropout: float) -> None:
