@@ -125,8 +125,8 @@ class Config:
                                     "attention dropout is at most this")
     gradient_checkpointing: bool = _option(False, SWITCH, OPTIMISER, "keep only each layer's input for the backward "
                                            "pass, and compute the rest again: slower, but in less memory")
-    compile: bool = _option(False, SWITCH, OPTIMISER, "on an NVIDIA GPU: fuse operations with torch.compile; faster "
-                            "after a minute or so of compiling")
+    compile: bool = _option(False, SWITCH, OPTIMISER, "on an NVIDIA GPU: let torch.compile fuse operations; the first "
+                            "step then takes about 15 seconds")
     fsdp: bool = _option(False, SWITCH, OPTIMISER, "with torchrun: each process keeps only a part of the weights, "
                          "gradients and moments, for models that do not fit; slower")
 
