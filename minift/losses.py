@@ -63,13 +63,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.zeros_like(hidden) if keep_gradient else None
         grad_head: Tensor | None = None
+        dtype = F.linear(hidden[:0], head).dtype  # of products: autocast's, if it is on
         for start in range(0, hidden.shape[0], CHUNK):
             chunk = hidden[start : start + CHUNK]  # (M', E)
             target = targets[start : start + CHUNK, None]  # (M', 1)
-            logits = F.linear(chunk, head)  # (M', V)
-            dtype = logits.dtype  # of products: autocast's, if it is on
-            log_probabilities = logits.log_softmax(1, dtype=total.dtype)
-            del logits  # its memory is free again before the head's gradient needs some
+            # The logits have no name, so their memory is free again before the head's gradient needs some.
+            log_probabilities = F.linear(chunk, head).log_softmax(1, dtype=total.dtype)  # (M', V)
             total -= log_probabilities.gather(1, target).sum()
             if grad_hidden is not None:
                 grad_logits = log_probabilities.exp_()
