@@ -1,5 +1,6 @@
 """The time at which a device has done its work, and the time that optimiser steps take."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from tests.bench import Timing, Work
 
 
 def now(device: str) -> float:
-    """Return the time in seconds, on a GPU when it has done all that it was given."""
+    """Return the time in seconds, on a GPU after all that it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.time()
@@ -20,10 +21,10 @@ def now(device: str) -> float:
 
 @contextmanager
 def step_ends(work: Work) -> Iterator[list[float]]:
-    """Yield the times at which the steps of any optimiser end."""
+    """Yield the times at which the steps of any optimiser end; on a GPU only those of two steps, which are read."""
     ends: list[float] = []
     # To wait for a GPU after each step would leave it idle until the next batch is there.
-    read = (work.warm_up, -(-len(work.counts[: work.limit]) // work.batch_size))
+    read = (work.warm_up, math.ceil(len(work.counts[: work.limit]) / work.batch_size))
 
     def note(*_: Any) -> None:
         ends.append(now(work.device if len(ends) + 1 in read else "cpu"))
@@ -38,5 +39,5 @@ def step_ends(work: Work) -> Iterator[list[float]]:
 def time_of_steps(work: Work, ends: list[float]) -> Timing:
     """Return the time of an epoch's steps after the warm-up, in which memory is allocated and layers are compiled."""
     later = work.counts[work.warm_up * work.batch_size : work.limit]
-    assert len(ends) == work.warm_up - (-len(later) // work.batch_size)  # one hook for each step
+    assert len(ends) == work.warm_up + math.ceil(len(later) / work.batch_size)  # each step was noted once
     return Timing(ends[-1] - ends[work.warm_up - 1], sum(later))
