@@ -18,11 +18,13 @@ import train_rm
 import train_sft
 from data.make.pretrain import initialise
 from minift.commands.cli import run_command
+from minift.config import Config, to_dict
 from minift.errors import UserError
-from minift.files.text import sha256
+from minift.files.text import sha256, write_json
 from minift.files.tokenizer import save_tokenizer
 from minift.files.weights import save_model
 from minift.model import OPTConfig
+from minift.run.folder import Run
 from minift.trainer import Task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,15 @@ SMALL_OPT = OPTConfig(vocab_size=480, max_position_embeddings=64, do_layer_norm_
 
 class Reached(Exception):
     """Training would begin here."""
+
+
+def opened_run(folder: Path, config: Config) -> Run:
+    """Return a run of train_sft.py in a folder, with the least that resuming it needs."""
+    folder.mkdir(exist_ok=True)
+    write_json(
+        folder / "run.json", {"task": "sft", "values": to_dict(config, "sft"), "fingerprints": {}, "template": {}}
+    )
+    return Run("sft", config)
 
 
 def saved(model_class: type, folder: Path, seed: int, tokenizer, **changes: int) -> Path:

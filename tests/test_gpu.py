@@ -28,9 +28,8 @@ from minift.batching import Batch, Loader, collate
 from minift.beam import beam_search
 from minift.commands import chat, generate, score
 from minift.commands.cli import run_command
-from minift.config import Config, to_dict
+from minift.config import Config
 from minift.encode import IGNORE_INDEX, Example
-from minift.files.text import write_json
 from minift.files.weights import save_model
 from minift.generate import Completions, Options
 from minift.generate import generate as greedy_or_sampled
@@ -57,7 +56,7 @@ from tests.reference import (
     twins,
     varied_twins,
 )
-from tests.runs import few_rows, read_lines, run, task_of, write_lines
+from tests.runs import few_rows, opened_run, read_lines, run, task_of, write_lines
 
 DEVICE = os.environ.get("MINIFT_TEST_DEVICE", "cuda")
 IS_GPU = DEVICE != "cpu"
@@ -322,12 +321,7 @@ def train_small(
     if variant == "LoRA":
         torch.manual_seed(0)  # draws the adapters
         add_lora(model, rank=2, alpha=4.0, dropout=dropout, targets=["q_proj", "v_proj", "fc1"])
-    recorder = MemoryRecorder()
-    if folder is not None:
-        folder.mkdir(exist_ok=True)
-        record = {"task": "sft", "values": to_dict(config, "sft"), "fingerprints": {}, "template": {}}
-        write_json(folder / "run.json", record)
-        recorder = Run("sft", config)
+    recorder = MemoryRecorder() if folder is None else opened_run(folder, config)
     collated = collate_rankings if is_reward else collate
     rows, held_out = (rankings(20), rankings(5, seed=1)) if is_reward else (ROWS + ROWS, examples(9, 20, 4, seed=1))
     task = Task(

@@ -15,20 +15,19 @@ from transformers import OPTForCausalLM, get_linear_schedule_with_warmup
 
 from minift import trainer
 from minift.batching import Loader, collate
-from minift.config import Config, to_dict
+from minift.config import Config
 from minift.encode import IGNORE_INDEX
 from minift.errors import UserError
-from minift.files.text import write_json
 from minift.files.weights import load_model, save_model
 from minift.model import OPT
 from minift.progress import progress_bar
 from minift.run import checkpoint
 from minift.run.device import check_compiler, machine, pick_device, pick_dtype, placement, set_allocator, weights_dtype
-from minift.run.folder import Run
 from minift.run.setup import set_dropout
 from minift.trainer import Ranks, Task, micro_batch_seed, train
 from tests.loop import MemoryRecorder, sft_loss
 from tests.reference import POST_LN, mean_loss, random_examples, reference_loss, twins
+from tests.runs import opened_run
 
 # Rows of 2 to 64 tokens: the mean of micro-batch means would be far off. No batch size below divides 19. Every other
 # row begins as in a template; a batch has this start once.
@@ -70,12 +69,7 @@ def run(
     device = pick_device(config.device)
     model = small_models(dtype)[1].to(device)
     set_dropout(model, dropout)
-    recorder = MemoryRecorder()
-    if folder is not None:
-        folder.mkdir(exist_ok=True)
-        record = {"task": "sft", "values": to_dict(config, "sft"), "fingerprints": {}, "template": {}}
-        write_json(folder / "run.json", record)
-        recorder = Run("sft", config)
+    recorder = MemoryRecorder() if folder is None else opened_run(folder, config)
     task = Task(
         model=model,
         loss=sft_loss(model),
