@@ -31,7 +31,7 @@ from minift.pairs import encode_rankings
 from minift.prompts import TEMPLATES, Template
 from minift.remarks import Encoded
 from minift.run.folder import Run
-from tests.runs import TINY, assert_same_run, few_rows, refused, run, task_of, user_error, write_lines
+from tests.runs import TINY, assert_same_run, few_rows, refused, run, snapshot, task_of, user_error, write_lines
 
 COUNT = 2 * encoded.CHUNK + 9  # rows of several chunks, the last one short
 
@@ -208,6 +208,25 @@ def test_nothing_else_is_ever_taken_for_a_data_set(tmp_path, encode, tokenizer, 
         assert made(data, encode) == 1
         path.write_text("2\n")
         assert made(data, encode) == 1
+
+
+def test_other_data_sets_of_the_same_file_are_named_and_kept(tmp_path, encode, capsys):
+    """A folder grew for ever, and nothing said so."""
+    cache = tmp_path / "cache"
+    data = write_lines(tmp_path / "rows.jsonl", instructions(9))
+    build(cache, write_lines(tmp_path / "heldout.jsonl", instructions(3)), encode)  # of another file: not named
+    build(cache, data, encode)
+    assert " other encoding" not in capsys.readouterr().err
+    [first] = [path for path in cache.iterdir() if b"rows.jsonl" in (path / "about.json").read_bytes()]
+    before = snapshot(cache)
+    write_lines(data, instructions(10))
+    build(cache, data, encode)
+    size = sum(path.stat().st_size for path in first.iterdir()) / 1e6
+    said = capsys.readouterr().err
+    assert f"\n{cache}: 1 other encoding of rows.jsonl here, {size:.1f} MB: " in said and f": {first.name}\n" in said
+    assert before.items() <= snapshot(cache).items()
+    build(cache, data, encode)  # only opened
+    assert " other encoding" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [*encoded.FILES, "about.json"])

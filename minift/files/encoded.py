@@ -4,7 +4,7 @@ The folder of --encoded-cache has a folder for each data set and way to encode i
 the ids depend on. It is made whole or not at all, and then only read:
 
 index.bin     an INDEX record for each row of the data, in its order
-tokens.bin    the ids of each kept row, as int32 (`_pack`)
+tokens.bin    the ids of each kept row, as int32 (`_ids_as_bytes`)
 rows.bin      the location and the fields of each row, as JSON
 remarks.json  the different sets of remarks about a row; the index has their numbers
 about.json    what the name is a hash of, and the hashes of the files above
@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from minift.files.text import append_bytes, fsync, name_errors, read_json, say, 
 from minift.pairs import Ranking, encode_rankings
 from minift.progress import progress_bar
 from minift.prompts import Template
-from minift.remarks import NAMED_LOCATIONS, UNMARKED, Encoded
+from minift.remarks import NAMED_LOCATIONS, UNMARKED, Encoded, name_first
 from minift.tokenizer import Tokenizer
 
 try:
@@ -198,9 +198,28 @@ def encoded_file(
                 if not folder.is_dir():  # else made meanwhile, where folders cannot be locked
                     unfinished.rename(folder)
                     fsync(cache)
+                    _print_others(folder, data, identity["names"])
     file = EncodedFile(folder, encode)
     file.print_notes(data)
     return file
+
+
+def _print_others(made: Path, data: str, names: list[str]) -> None:
+    """Print which other data sets of files with these names are in the folder of --encoded-cache, and their size.
+
+    They are not deleted: a run with other options, or of another version of minift, may need one, even now.
+    """
+    others, size = [], 0
+    for about in sorted(made.parent.glob("*/about.json")):
+        with suppress(UserError, OSError):  # damaged, or deleted meanwhile
+            if about.parent != made and read_json(about, "that of an encoded data set").get("names") == names:
+                size += sum(path.stat().st_size for path in about.parent.iterdir())
+                others.append(about.parent.name)
+    if others:
+        noun = "encoding" + ("s" if len(others) > 1 else "")
+        found = f"{len(others)} other {noun} of {Path(data).name} here, {size / 1e6:,.1f} MB"
+        way = "delete those that no run needs (about.json in each says what it is of)"
+        say(f"{made.parent}: {found}: {way}: {name_first(others)}", sys.stderr, wraps=True)
 
 
 def _describe(option: object) -> Any:
@@ -291,7 +310,7 @@ def _encode_chunk(encode: Encode, data: str, without_input: bool, rows: list[Not
         is_used = not (without_input and has_input(row))
         encoded = encode([row] if is_used else [], source=data, may_be_empty=True)
         [item] = encoded.examples or [None]
-        tokens.append(_pack(item) if item else b"")
+        tokens.append(_ids_as_bytes(item) if item else b"")
         lines.append(json.dumps([row.location, row]).encode() + b"\n")
         remarks.append((tuple(notes), tuple(encoded.remarks)))
         record["ends"] = len(tokens[-1]), len(lines[-1])
@@ -301,7 +320,7 @@ def _encode_chunk(encode: Encode, data: str, without_input: bool, rows: list[Not
     return Chunk(records, b"".join(tokens), b"".join(lines), remarks)
 
 
-def _pack(item: Example | Ranking) -> bytes:
+def _ids_as_bytes(item: Example | Ranking) -> bytes:
     """Return ids as int32, with ~id (a negative number) for one that is not supervised, or ends a response."""
     if isinstance(item, Example):
         pairs = zip(item.input_ids, item.labels, strict=True)
