@@ -4,6 +4,7 @@ from minift.commands.cli import leave_on_signals, run_command
 
 if __name__ == "__main__":  # Ctrl-C while torch is imported ends in one line
     leave_on_signals()
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from minift.files.templates import load_template
 from minift.lora import merge
 from minift.losses import bradley_terry, completion_cross_entropy, next_token_targets, preference_metrics
 from minift.model import last_tokens
-from minift.pairs import PairBatch, collate_rankings, encode_rankings, group_by_chosen
+from minift.pairs import PairBatch, Ranking, collate_rankings, encode_rankings, group_by_chosen
 from minift.run.distributed import RANKS, deal
 from minift.run.exam import compare_rewards, ranking_as_seen, ranking_sample
 from minift.run.folder import Run
@@ -48,7 +49,7 @@ def main() -> None:
     # 3. Pairs to train on, and pairs held out.
     train_set, eval_set = load_splits(run, PAIR_SCHEMAS, encode)
     terminal.print_summaries(train_set, eval_set)
-    rankings = train_set.examples
+    rankings: Sequence[Ranking] = train_set.examples
     if config.shuffle_labels:  # the control experiment: half of the pairs change sides
         rankings = swap_half(rankings, train_set.categories, config.seed)
     elif config.group_prompts:

@@ -2,10 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import Any, Generic, Literal, TypeVar
+
+import numpy
 
 from minift.errors import UserError
 from minift.prompts import Template, is_text_row, question_fields, question_of, uses_template
@@ -20,12 +22,27 @@ MAX_CATEGORIES = 20  # with more distinct values, the field is not a category
 Item = TypeVar("Item")
 
 
+@dataclass(frozen=True)
+class Mapped(Sequence[Any]):
+    """The items with some numbers; an item is made when it is asked for, so that only those in use take memory."""
+
+    make: Callable[[int], Any]
+    numbers: Sequence[int] | numpy.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        found: Any = self.numbers[index]
+        return [self.make(int(number)) for number in found] if isinstance(index, slice) else self.make(int(found))
+
+
 @dataclass
 class Encoded(Generic[Item]):
     """One encoded data set: examples or rankings, the rows they come from, and remarks about rows.
 
     `source` is what messages call the data set, usually its file. `remarks` maps a remark to the locations ("line 17")
-    of the rows it applies to. The lists are read-only sequences in a data set that `files.encoded` maps.
+    of the rows it applies to. The lists are `Mapped` in a data set that `files.encoded` maps.
     """
 
     source: str
@@ -41,8 +58,9 @@ class Encoded(Generic[Item]):
 
     @property
     def categories(self) -> list[str | None]:
-        """Return the category of each kept row."""
-        return [category_of(row) for row in self.rows]
+        """Return the category of each kept row. Equal ones are one object: rows read from disk have one each."""
+        distinct: dict[str | None, str | None] = {}
+        return [distinct.setdefault(category, category) for category in map(category_of, self.rows)]
 
     @property
     def summary(self) -> str:

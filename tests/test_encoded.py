@@ -27,10 +27,11 @@ from minift.files.datasets import PAIR_SCHEMAS, TRAINING_SCHEMAS, load_rows, spl
 from minift.files.encoded import Encode, EncodedFile, encoded_file
 from minift.files.text import sha256
 from minift.files.tokenizer import load_tokenizer
-from minift.pairs import encode_rankings
+from minift.pairs import encode_rankings, group_by_chosen
 from minift.prompts import TEMPLATES, Template
 from minift.remarks import Encoded
 from minift.run.folder import Run
+from minift.run.setup import swap_half
 from tests.runs import TINY, assert_same_run, few_rows, refused, run, snapshot, task_of, user_error, write_lines
 
 COUNT = 2 * encoded.CHUNK + 9  # rows of several chunks, the last one short
@@ -419,6 +420,33 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
 
     few, many = peak(300), peak(900)
     assert many - few < 600 * 500 and (tmp_path / "900.jsonl").stat().st_size > 18_000_000
+
+
+def test_grouping_and_swapping_pairs_take_no_memory_for_them(tmp_path, tokenizer):
+    """Both once read all pairs into a list."""
+    encode = partial(encode_rankings, tokenizer=tokenizer, template=TEMPLATES["dialogue"], max_length=2000)
+
+    def peak(count: int) -> int:
+        """Return the most bytes that grouping, swapping and reading `count` pairs takes."""
+        rows = [
+            {"prompt": f"Say {n // 3}", "chosen": "yes " * 200, "rejected": f"{n} " * 200, "kind": f"kind {n % 5}"}
+            for n in range(count)
+        ]
+        part = build(tmp_path / "cache", write_lines(tmp_path / f"{count}.jsonl", rows), encode, PAIR_SCHEMAS).part(
+            numpy.arange(count), "s"
+        )
+        tracemalloc.start()
+        try:
+            grouped = group_by_chosen(part.examples)
+            swapped = swap_half(part.examples, part.categories, 0)
+            assert len(grouped) == count // 3 and {len(each.responses) for each in grouped} == {4}
+            assert sum(a != b for a, b in zip(swapped, part.examples, strict=True)) == count // 2
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = peak(120), peak(360)
+    assert many - few < 240 * 150
 
 
 # ---- runs ----

@@ -17,9 +17,8 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from minift.files.text import append_bytes, fsync, name_errors, read_json, say, 
 from minift.pairs import Ranking, encode_rankings
 from minift.progress import progress_bar
 from minift.prompts import Template
-from minift.remarks import NAMED_LOCATIONS, UNMARKED, Encoded, name_first
+from minift.remarks import NAMED_LOCATIONS, UNMARKED, Encoded, Mapped, name_first
 from minift.tokenizer import Tokenizer
 
 try:
@@ -62,21 +61,6 @@ Noted = tuple[Row, list[str]]  # a row, and the remarks about how it is read
 
 
 # ---- a finished data set ----
-
-
-@dataclass(frozen=True)
-class Mapped(Sequence[Any]):
-    """The items of the rows with some numbers; an item is made when it is asked for."""
-
-    make: Callable[[int], Any]
-    numbers: numpy.ndarray
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: Any) -> Any:
-        found = self.numbers[index]
-        return [self.make(int(number)) for number in found] if isinstance(index, slice) else self.make(int(found))
 
 
 class EncodedFile:
@@ -179,7 +163,7 @@ def encoded_file(
     UserError like `datasets.load_rows` and `encode`, and if the folder cannot be written or a file in it is damaged.
     """
     minift = Path(__file__).parents[1]
-    identity = {
+    identity: dict[str, Any] = {
         "code": sha256(sorted([*minift.glob("*.py"), *minift.glob("files/*.py")])),  # so no change of it is forgotten
         "tokenizers": tokenizers.__version__,
         "data": fingerprint,

@@ -25,7 +25,7 @@ from minift.lora import adapters_of, add_lora, merge, unmerge
 from minift.model import OPT, Layer, Model, RewardModel
 from minift.pairs import Ranking
 from minift.prompts import Template
-from minift.remarks import Encoded
+from minift.remarks import Encoded, Mapped
 from minift.run.device import check_compiler, set_allocator
 from minift.run.distributed import is_sharded, join
 from minift.run.folder import Run
@@ -75,16 +75,20 @@ def check_max_length(max_length: int, max_positions: int) -> None:
         raise UserError(f"--max-length {max_length}: more than the model's {max_positions} positions")
 
 
-def swap_half(rankings: Sequence[Ranking], categories: Sequence[str | None], seed: int) -> list[Ranking]:
+def swap_half(rankings: Sequence[Ranking], categories: Sequence[str | None], seed: int) -> Sequence[Ranking]:
     """Flip the labels of half the pairs, about half in each category (seeded): nothing is left to learn."""
     generator = random.Random(seed)
     order = generator.sample(range(len(rankings)), len(rankings))
     order.sort(key=lambda index: str(categories[index]))  # random within a category
-    flipped = {generator.choice(two) for two in zip(order[::2], order[1::2], strict=False)}  # one of every two
-    return [
-        ranking._replace(responses=ranking.responses[::-1]) if index in flipped else ranking
-        for index, ranking in enumerate(rankings)
-    ]
+    is_flipped = numpy.zeros(len(rankings), bool)
+    for two in zip(order[::2], order[1::2], strict=False):
+        is_flipped[generator.choice(two)] = True
+
+    def swap(number: int) -> Ranking:
+        ranking = rankings[number]
+        return ranking._replace(responses=ranking.responses[::-1]) if is_flipped[number] else ranking
+
+    return Mapped(swap, range(len(rankings)))
 
 
 def prepare(model: Model, run: Run) -> Model:
