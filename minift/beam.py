@@ -3,11 +3,11 @@
 Each search keeps `num_beams` partial completions, its beams. A step extends all of them by every token and keeps the
 best. A finished completion is ranked by Σ log p / length^penalty.
 
-Two searches of two beams: A in slots 0 and 1, B in slots 2 and 3. A step finishes A; both new beams of B continue B1:
+Two searches of two beams: A in rows 0 and 1, B in rows 2 and 3. A step finishes A; both new beams of B continue B1:
 
     advance              A: []  B: [1, 1]    the beam that each new one continues; [] when the search is finished
     compact              [1]                 B moves to the front
-    copy_slots([3, 3])   B1  B1              slot of B1 = 1 · num_beams + 1; slots 2 and 3 are free
+    reorder([3, 3])      B1  B1              row of B1 = 1 · num_beams + 1; rows 2 and 3 are free
 """
 
 from collections import deque
@@ -56,8 +56,7 @@ class Search:
         del self.finished[options.num_beams :]
         if not running:
             return []
-        kept = in_place(running[: options.num_beams])
-        self.scores, parents, self.beams = map(list, zip(*kept, strict=True))
+        self.scores, parents, self.beams = map(list, zip(*running[: options.num_beams], strict=True))
         return parents if self._may_improve(options) else []
 
     def _may_improve(self, options: Options) -> bool:
@@ -105,20 +104,9 @@ def beam_search(
             stays = [bool(its_parents) for its_parents in parents]
             on_progress(options.num_samples * stays.count(False))
             kept = compact(stays)
-            cache.copy_slots([slot * num_beams + beam for slot in kept for beam in parents[slot]])
+            cache.reorder([slot * num_beams + beam for slot in kept for beam in parents[slot]])
             active = [active[slot] for slot in kept]
     return [[ids for _, ids in search.finished[: options.num_samples]] for search in searches]
-
-
-def in_place(beams: list[tuple[float, int, list[int]]]) -> list[tuple[float, int, list[int]]]:
-    """Order new beams (score, parent, ids) so that each parent's best one keeps its slot; only others are copied.
-
-    >>> in_place([(-1.0, 2, [7]), (-1.5, 2, [8]), (-2.0, 0, [9])])
-    [(-2.0, 0, [9]), (-1.5, 2, [8]), (-1.0, 2, [7])]
-    """
-    first = {parent: beam for beam in reversed(beams) for parent in [beam[1]]}
-    others = iter([beam for beam in beams if beam is not first[beam[1]]])
-    return [first[place] if place in first else next(others) for place in range(len(beams))]
 
 
 def check_beams(num_beams: int, vocab_size: int) -> None:

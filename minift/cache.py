@@ -1,16 +1,19 @@
-"""The keys and values of the tokens so far: those that several rows share, and each row's own.
+"""The keys and values of the tokens so far, and which of them each row sees.
 
-The rows that continue one prompt, as the beams of a search do, share its keys and values: they are stored and read
-once. Two prompts, "A B" and "C", with two rows each, after a few steps:
+A prompt has a slot, with a column for each token. Its rows (one, or the beams of a search) share the slot, and each row
+sees only the tokens that it consists of. The slot of prompt "A B" with two rows, before and after a step:
 
-    shared, a slot for each prompt    A B     C ·
-    own, a slot for each row          d e     d f     g h     g i
-    row 1 attends to                  A B d f
-    copy_slots([0, 0, 2, 3])          d e     d e     g h     g i     row 1 now continues row 0
+    slot          A B c d
+    row 0 sees    A B c
+    row 1 sees    A B   d
 
-With one row for each prompt nothing is shared. A row's new tokens follow its prompt:
+    reorder([1, 1])          both rows now continue row 1; nobody sees c any more, so its column is free
 
-    own                               A B d e     C g h ·
+    slot          A B e d f
+    row 0 sees    A B e d
+    row 1 sees    A B   d f
+
+The order of columns means nothing to attention: a token's position is part of its embedding.
 """
 
 from itertools import pairwise
@@ -22,21 +25,20 @@ from torch import Tensor
 
 from minift.model import MAX_GROUPS
 
-MIN_ROOM = 64  # tokens for which a row gets room at once
-MIN_DIVIDED = 16  # rows; fewer are one group
+MIN_ROOM = 64  # columns by which the slots grow at once
+MIN_DIVIDED = 16  # slots; fewer are one group
 
 
 class Group(NamedTuple):
-    """The rows `start` to `end` - 1, and how many tokens attention looks at in each of them."""
+    """The slots `start` to `end` - 1, and how many columns attention looks at in each of them."""
 
     start: int
     end: int
-    shared: int  # S₁
-    own: int  # S₂, the newest included
+    width: int  # S
 
     def fits(self, recorded: "Group") -> bool:
-        """Return whether a step that was recorded for another group of these slots looks at enough tokens."""
-        return self.shared <= recorded.shared and self.own <= recorded.own
+        """Return whether a step that was recorded for another group of these slots looks at enough columns."""
+        return self.width <= recorded.width
 
 
 class Recording(NamedTuple):
@@ -45,95 +47,98 @@ class Recording(NamedTuple):
     graph: torch.cuda.CUDAGraph
     logits: Tensor  # (R, V)
     inputs: Tensor  # (3, R)
+    is_seen: Tensor  # (slots, rows of each, room)
     groups: list[Group]  # of all slots
 
 
 class KVCache:
     """Keys and values of all tokens of each row but its newest.
 
-    The first slots are in use. Beyond the lengths, slots may hold values of rows that have left.
+    The first slots are in use. The others, and the columns that no row sees, may hold values of rows that have left.
     """
 
     recording: Recording | None = None
 
     def __init__(self, num_prompts: int, rows_per_prompt: int = 1) -> None:
         self.num_prompts, self.rows_per_prompt = num_prompts, rows_per_prompt
-        self.shared_lengths: list[int] = []  # tokens that the rows of each prompt in use share
-        self.own_lengths: list[int] = []  # the other tokens of each row in use; rows of one prompt are neighbours
-        self.shared: list[Tensor] = []  # of each layer, keys and values: (2, prompt slots, H, room, D)
-        self.own: list[Tensor] = []  # the same of the rows' own tokens: (2, row slots, H, room, D)
+        self.positions: list[int] = []  # of the newest token, in each slot in use; its rows are equally long
+        self.is_seen = torch.zeros(num_prompts, rows_per_prompt, 0, dtype=torch.bool)  # (slots, rows of each, room)
+        self.layers: list[Tensor] = []  # keys and values of each: (2, slots, H, room, D)
 
     def enter(self, lengths: list[int]) -> None:
         """Put prompts of these lengths in use, whose keys and values have been stored in the next free slots."""
-        is_shared = self.rows_per_prompt > 1
-        self.shared_lengths += lengths if is_shared else [0] * len(lengths)
-        self.own_lengths += [0] * (len(lengths) * self.rows_per_prompt) if is_shared else lengths
+        self.is_seen = F.pad(self.is_seen, (0, self.room - self.is_seen.shape[2]))
+        for slot, length in enumerate(lengths, len(self.positions)):
+            self.is_seen[slot] = torch.arange(self.room) < length
+        self.positions += lengths
 
-    def copy_slots(self, parents: list[int]) -> None:
-        """Copy row `parents[r]` to row r, for all r at once; other slots become free.
+    @property
+    def room(self) -> int:
+        """Return the number of columns."""
+        return self.layers[-1].shape[3]
+
+    def reorder(self, parents: list[int]) -> None:
+        """Let row r continue row `parents[r]`, for all r at once; other slots become free.
 
         The parents of rows that share a prompt must share one too.
         """
-        prompts = [parent // self.rows_per_prompt for parent in parents[:: self.rows_per_prompt]]
-        self.shared_lengths = _copy(self.shared, self.shared_lengths, prompts)
-        self.own_lengths = _copy(self.own, self.own_lengths, parents)
+        slots = [parent // self.rows_per_prompt for parent in parents[:: self.rows_per_prompt]]
+        moves = [(slot, origin) for slot, origin in enumerate(slots) if slot != origin]
+        if moves:
+            targets, origins = torch.tensor(moves, device=self.layers[0].device).T
+            width = max(self.widths())
+            for layer in self.layers:  # the right side is a copy, made before a slot is written
+                layer[:, targets, :, :width] = layer[:, origins, :, :width]
+        self.is_seen[: len(slots)] = self.is_seen.flatten(0, 1)[parents].unflatten(0, (-1, self.rows_per_prompt))
+        self.positions = [self.positions[slot] for slot in slots]
 
-    def groups(self, num_prompts: int) -> list[Group]:
-        """Return how attention divides the rows of the first prompts' slots, so that it pads little in a decode step.
+    def widths(self) -> list[int]:
+        """Return the number of columns of each slot in use up to the last one that a row sees."""
+        columns = torch.arange(1, self.room + 1)
+        return (self.is_seen[: len(self.positions)].any(1) * columns).amax(1).tolist()
 
-        Prompts enter sorted by length, longest first, so the first eighth is a group. Rows that share prompts are one
-        group: there is less to gain.
+    def place(self) -> Tensor:
+        """Choose the columns `(slots in use, rows of each)` of the rows' newest tokens, which the rows now see."""
+        num_slots, per_prompt = len(self.positions), self.rows_per_prompt
+        if max(self.is_seen[:num_slots].any(1).sum(1).tolist()) + per_prompt > self.room:
+            for layer in range(len(self.layers)):
+                self.grow(layer, self.room + per_prompt)
+            self.is_seen = F.pad(self.is_seen, (0, self.room - self.is_seen.shape[2]))
+        is_used = self.is_seen[:num_slots].any(1)  # (slots in use, room)
+        free = torch.arange(self.room).masked_fill(is_used, self.room)
+        columns = free.topk(per_prompt, largest=False).values  # the first free ones
+        self.is_seen[:num_slots].scatter_(2, columns[:, :, None], True)
+        return columns
+
+    def grow(self, layer: int, width: int) -> Tensor:
+        """Return a layer's keys and values; if it has not `width` columns, give it these and some more."""
+        room = self.layers[layer].shape[3]
+        if room < width:
+            self.recording = None  # it reads the old memory
+            # Zeros: a NaN in memory without values would spread even where it is masked.
+            self.layers[layer] = F.pad(self.layers[layer], (0, 0, 0, aligned(width + MIN_ROOM) - room))
+        return self.layers[layer]
+
+    def groups(self, num_slots: int) -> list[Group]:
+        """Return how attention divides the first slots in a decode step, so that it reads few columns in vain.
+
+        Prompts enter sorted by length, longest first, so the first eighth is a group.
         """
-        num_rows, starts = num_prompts * self.rows_per_prompt, [0]
-        if self.rows_per_prompt == 1 and num_rows >= MIN_DIVIDED:
-            starts.append(num_rows // 8)
-        shared = max(self.shared_lengths, default=0)
-        return [
-            Group(start, end, shared, max(self.own_lengths[start:end], default=0) + 1)
-            for start, end in pairwise([*starts, num_rows])
-        ]
+        starts = [0, num_slots // 8] if num_slots >= MIN_DIVIDED else [0]
+        widths = self.widths()
+        return [Group(start, end, max(widths[start:end], default=0)) for start, end in pairwise([*starts, num_slots])]
 
     def groups_with_room(self) -> list[Group]:
         """Return the groups of all slots, as wide as they will be in some steps."""
-        room = self.own[0].shape[3]
         return [
-            group._replace(shared=aligned(group.shared), own=min(aligned(group.own + MIN_ROOM - 1), room))
+            group._replace(width=min(aligned(group.width + MIN_ROOM - 1), self.room))
             for group in self.groups(self.num_prompts)
         ]
 
-    def reserve(self) -> None:
-        """Make room for another token of each row, and then for some more."""
-        if not self.own:  # all that has been stored is shared
-            num_rows = self.num_prompts * self.rows_per_prompt
-            self.own = [layer.new_zeros(2, num_rows, layer.shape[2], 0, layer.shape[4]) for layer in self.shared]
-        for layer in range(len(self.own)):
-            self.grow(self.own, layer, max(self.own_lengths) + 1, MIN_ROOM)
 
-    def grow(self, layers: list[Tensor], layer: int, length: int, spare: int) -> Tensor:
-        """Return a layer's buffer; if it has no room for `length` tokens, give it room for `spare` more than these."""
-        room = layers[layer].shape[3]
-        if room < length:
-            self.recording = None  # it reads the old buffer
-            # Zeros: a NaN in memory without values would spread even where it is masked.
-            layers[layer] = F.pad(layers[layer], (0, 0, 0, aligned(length + spare) - room))
-        return layers[layer]
-
-
-def aligned(length: int) -> int:
+def aligned(width: int) -> int:
     """Round up to a multiple of 8: on a GPU the masks of attention must be that wide, or each layer copies them."""
-    return -(-length // 8) * 8
-
-
-def _copy(layers: list[Tensor], lengths: list[int], parents: list[int]) -> list[int]:
-    """Copy slot `parents[s]` to slot s, for all s at once; return the new lengths."""
-    lengths = [lengths[parent] for parent in parents]
-    moves = [(slot, parent) for slot, parent in enumerate(parents) if slot != parent]
-    if moves and max(lengths) > 0:
-        targets, origins = torch.tensor(moves, device=layers[0].device).T
-        longest = max(lengths[slot] for slot, _ in moves)
-        for layer in layers:  # the right side is a copy, made before a slot is written
-            layer[:, targets, :, :longest] = layer[:, origins, :, :longest]
-    return lengths
+    return -(-width // 8) * 8
 
 
 class Prefill:
@@ -146,68 +151,39 @@ class Prefill:
         self.slots: dict[int, int] = {}  # for each layer, where its next group goes
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store keys and values `(R, H, T, D)` of a group; return causal attention among these tokens."""
-        cache, length = self.cache, key.shape[2]
-        first = self.slots.get(layer, len(cache.shared_lengths))
+        """Store keys and values `(slots, H, T, D)` of a group; return causal attention among these tokens."""
+        cache, width = self.cache, key.shape[2]
+        first = self.slots.get(layer, len(cache.positions))
         self.slots[layer] = first + len(key)
-        layers, spare = (cache.own, MIN_ROOM) if cache.rows_per_prompt == 1 else (cache.shared, 0)
-        if layer == len(layers):
-            layers.append(key.new_zeros(2, cache.num_prompts, key.shape[1], 0, key.shape[3]))
-        for part, new in zip(cache.grow(layers, layer, length, spare), (key, value), strict=True):
-            part[first : first + len(new), :, :length] = new
+        if layer == len(cache.layers):
+            cache.layers.append(key.new_zeros(2, cache.num_prompts, key.shape[1], 0, key.shape[3]))
+        for part, new in zip(cache.grow(layer, width), (key, value), strict=True):
+            part[first : first + len(new), :, :width] = new
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 class DecodeStep:
-    """A `model.Cache` for a forward pass of one token per row: it appends them to the rows' slots."""
+    """A `model.Cache` for a forward pass of one token per row: it stores them, and each row attends to what it sees."""
 
     max_groups = 1
 
-    def __init__(self, cache: KVCache, shared_lengths: Tensor, own_lengths: Tensor, groups: list[Group]) -> None:
-        """Take lengths `(R,)` without the new token, and how attention divides the rows."""
-        self.cache, self.groups = cache, groups
-        self.positions = shared_lengths + own_lengths  # (R,)
-        self.slots = torch.arange(len(own_lengths), device=own_lengths.device)  # (R,)
-        self.places = own_lengths  # (R,) of the newest tokens in their slots
-        self.masks = [
-            self._mask(shared_lengths[group.start : group.end], own_lengths[group.start : group.end], group)
-            for group in groups
-        ]
+    def __init__(self, cache: KVCache, columns: Tensor, is_seen: Tensor, groups: list[Group]) -> None:
+        """Take the tokens' columns `(slots, B)`, what B rows see `(slots, B, room)`, and how attention is divided."""
+        self.cache, self.groups, self.columns = cache, groups, columns
+        self.slots = torch.arange(len(columns), device=columns.device)[:, None]
+        self.masks = [self._mask(is_seen[group.start : group.end, :, : group.width]) for group in groups]
 
-    def _mask(self, shared_lengths: Tensor, own_lengths: Tensor, group: Group) -> Tensor:
-        """Return what is added to the scores of a group's rows, `(R, 1, 1, S₁ + S₂)`: 0, or -inf where nothing is."""
-        shared, own = (torch.arange(count, device=own_lengths.device) for count in (group.shared, group.own))
-        is_hidden = torch.cat((shared >= shared_lengths[:, None], own > own_lengths[:, None]), dim=1)
-        mask = torch.zeros(is_hidden.shape, dtype=self.cache.own[0].dtype, device=own_lengths.device)
-        return mask.masked_fill_(is_hidden, -torch.inf)[:, None, None]
+    def _mask(self, is_seen: Tensor) -> Tensor:
+        """Return what is added to a group's scores, `(slots, 1, B, S)`: 0 where something is seen, else -inf."""
+        mask = torch.zeros(is_seen.shape, dtype=self.cache.layers[0].dtype, device=is_seen.device)
+        return mask.masked_fill_(~is_seen, -torch.inf)[:, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Store keys and values `(R, H, 1, D)`; each row attends to what its prompt's rows share and to its own."""
-        for part, new in zip(self.cache.own[layer], (key, value), strict=True):
-            part[self.slots, :, self.places] = new.squeeze(2)
-        mixed = [
-            self._mix(layer, query[group.start : group.end], mask, group)
-            for group, mask in zip(self.groups, self.masks, strict=True)
-        ]
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)  # (R, H, 1, D)
-
-    def _mix(self, layer: int, query: Tensor, mask: Tensor, group: Group) -> Tensor:
-        """Return the attention of a group's rows, `(R, H, 1, D)` as `query`."""
-        keys, values = self.cache.own[layer][:, group.start : group.end, :, : group.own]  # (R, H, S₂, D)
-        per_prompt = self.cache.rows_per_prompt
-        if per_prompt == 1:
-            return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        num_rows, heads, _, width = query.shape
-        prompts = self.cache.shared[layer][:, : num_rows // per_prompt, :, : group.shared]
-        shared_keys, shared_values = prompts  # (prompts, H, S₁, D)
-
-        def by_prompt(rows: Tensor) -> Tensor:  # (R, H, 1, …) -> (prompts, H, rows of each, …)
-            return rows.view(-1, per_prompt, heads, rows.shape[3]).transpose(1, 2)
-
-        def by_row(prompts: Tensor) -> Tensor:  # and back
-            return prompts.transpose(1, 2).reshape(num_rows, heads, 1, prompts.shape[3])
-
-        query = query * width**-0.5
-        scores = torch.cat((by_row(by_prompt(query) @ shared_keys.mT), query @ keys.mT), dim=3)  # (R, H, 1, S₁ + S₂)
-        to_shared, to_own = (scores + mask).softmax(3).split((group.shared, group.own), dim=3)
-        return by_row(by_prompt(to_shared) @ shared_values) + to_own @ values  # (R, H, 1, D)
+        """Store keys and values `(slots, H, B, D)`; return each row's attention to the tokens that it sees."""
+        for part, new in zip(self.cache.layers[layer], (key, value), strict=True):
+            part[self.slots, :, self.columns] = new.transpose(1, 2)  # (slots, B, H, D)
+        mixed = []
+        for group, mask in zip(self.groups, self.masks, strict=True):
+            keys, values = self.cache.layers[layer][:, group.start : group.end, :, : group.width]  # (slots, H, S, D)
+            mixed.append(F.scaled_dot_product_attention(query[group.start : group.end], keys, values, attn_mask=mask))
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)  # (slots, H, B, D)

@@ -122,7 +122,7 @@ def generate(
             on_progress(stays.count(False))
             if not all(stays):
                 kept = compact(stays)
-                cache.copy_slots(kept)
+                cache.reorder(kept)
                 active = [active[slot] for slot in kept]
     new_ids = [row.ids[-row.num_new :] for row in decodings]
     return [new_ids[start : start + options.num_samples] for start in range(0, len(new_ids), options.num_samples)]
@@ -171,7 +171,7 @@ def next_logits(model: OPT, cache: KVCache, newest: list[int], entering: list[li
         hidden = model(input_ids, positions, rows, Prefill(cache), wanted=last_tokens(rows))  # (prompts, E)
         logits.append(model.logits(hidden).float().repeat_interleave(cache.rows_per_prompt, dim=0))
         cache.enter([len(ids) for ids in entering])
-    return torch.cat(logits)
+    return logits[0] if len(logits) == 1 else torch.cat(logits)
 
 
 def process_logits(scores: Tensor, rows: Sequence[Sequence[int]], num_new: Sequence[int], options: Options) -> Tensor:

@@ -22,26 +22,26 @@ def decode(model: OPT, cache: KVCache, newest: list[int]) -> Tensor:
 
     Afterwards the cache has them.
     """
-    shared_lengths = [length for length in cache.shared_lengths for _ in range(cache.rows_per_prompt)]
-    inputs = torch.tensor([newest, shared_lengths, cache.own_lengths])  # (3, R)
-    cache.reserve()
+    columns = cache.place().flatten()  # (R,)
+    positions = torch.tensor(cache.positions).repeat_interleave(cache.rows_per_prompt)
+    inputs = torch.stack((torch.tensor(newest), positions, columns))  # (3, R)
+    cache.positions = [position + 1 for position in cache.positions]
     if can_record(model.head):
-        logits = replay(model, cache, inputs)
-    else:
-        logits = decode_step(model, cache, inputs.to(model.head.device), cache.groups(len(cache.shared_lengths)))
-    cache.own_lengths = [length + 1 for length in cache.own_lengths]
-    return logits
+        return replay(model, cache, inputs)
+    device, num_slots = model.head.device, len(cache.positions)
+    is_seen = cache.is_seen[:num_slots]
+    return decode_step(model, cache, inputs.to(device), is_seen.to(device), cache.groups(num_slots))
 
 
-def decode_step(model: OPT, cache: KVCache, inputs: Tensor, groups: list[Group]) -> Tensor:
-    """Compute the logits `(R, V)` of rows with inputs `(3, R)`: newest id, number of shared and of own tokens.
+def decode_step(model: OPT, cache: KVCache, inputs: Tensor, is_seen: Tensor, groups: list[Group]) -> Tensor:
+    """Compute the logits `(R, V)` of rows with inputs `(3, R)`: newest id, its position, and its column in the cache.
 
-    Attention looks at as many tokens of a row as its group says.
+    `is_seen (slots, rows of each, room)` says which columns a row sees, and the groups, how many attention reads.
     """
-    newest, shared_lengths, own_lengths = inputs
-    step = DecodeStep(cache, shared_lengths, own_lengths, groups)
-    rows = torch.arange(len(newest))[:, None]  # row r is token r
-    return model.logits(model(newest, step.positions, rows, step)).float()
+    newest, positions, columns = inputs
+    step = DecodeStep(cache, columns.view(-1, cache.rows_per_prompt), is_seen, groups)
+    rows = torch.arange(len(newest)).view(-1, cache.rows_per_prompt)  # to attention, a slot is a row of new tokens
+    return model.logits(model(newest, positions, rows, step)).float()
 
 
 def can_record(weight: Tensor) -> bool:
@@ -51,34 +51,38 @@ def can_record(weight: Tensor) -> bool:
 
 def replay(model: OPT, cache: KVCache, inputs: Tensor) -> Tensor:
     """Compute the logits like `decode_step` by a recorded step, which is recorded first if there is none for them."""
-    num_rows, recording = inputs.shape[1], cache.recording
+    num_rows, num_slots, recording = inputs.shape[1], len(cache.positions), cache.recording
     if recording is None or not all(map(Group.fits, cache.groups(cache.num_prompts), recording.groups)):
         cache.recording = None  # its memory is free before the next one needs as much
         cache.recording = recording = record(model, cache, inputs)
     recording.inputs[:, :num_rows] = inputs
+    recording.is_seen[:num_slots] = cache.is_seen[:num_slots]
     recording.graph.replay()
     return recording.logits[:num_rows]
 
 
 def record(model: OPT, cache: KVCache, inputs: Tensor) -> Recording:
     """Record a decode step of all slots of the cache, whose rows have room to grow."""
-    groups = cache.groups_with_room()
-    static = torch.zeros(3, groups[-1].end, dtype=torch.long, device=model.head.device)
+    groups, device = cache.groups_with_room(), model.head.device
+    static = torch.zeros(3, cache.num_prompts * cache.rows_per_prompt, dtype=torch.long, device=device)
     static[:, : inputs.shape[1]] = inputs
+    is_seen = torch.ones(cache.is_seen.shape, dtype=torch.bool, device=device)  # a row that sees nothing would be NaN
     shapes = (static.shape, *((weight.shape, weight.dtype, weight.device) for weight in model.parameters()))
     # Libraries set themselves up in a first step. They may not do so while a graph is recorded, so cuDNN's attention,
     # which makes a plan for each new shape, is not used.
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         if shapes not in _run_before:
-            decode_step(model, cache, static, groups)
+            decode_step(model, cache, static, is_seen, groups)
             _run_before.add(shapes)
-        graph, logits = capture(model, cache, static, groups)
-    return Recording(graph, logits, static, groups)
+        graph, logits = capture(model, cache, static, is_seen, groups)
+    return Recording(graph, logits, static, is_seen, groups)
 
 
-def capture(model: OPT, cache: KVCache, inputs: Tensor, groups: list[Group]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def capture(
+    model: OPT, cache: KVCache, inputs: Tensor, is_seen: Tensor, groups: list[Group]
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Return a decode step as a graph, and the logits that it will compute; nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits = decode_step(model, cache, inputs, groups)
+        logits = decode_step(model, cache, inputs, is_seen, groups)
     return graph, logits

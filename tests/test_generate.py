@@ -297,14 +297,14 @@ def test_what_is_changed_or_watched_is_not_packed() -> None:
 class RecordedOnCPU:
     """In place of a CUDA graph: it computes the step again, in the memory of the first time."""
 
-    def __init__(self, model: OPT, cache: KVCache, inputs: Tensor, groups: list[Group]) -> None:
+    def __init__(self, model: OPT, cache: KVCache, inputs: Tensor, is_seen: Tensor, groups: list[Group]) -> None:
         self.cache, self.groups, self.memory = cache, groups, self.addresses(cache)
-        self.step = partial(replay.decode_step, model, cache, inputs, groups)
+        self.step = partial(replay.decode_step, model, cache, inputs, is_seen, groups)
         self.logits = torch.full((inputs.shape[1], model.config.vocab_size), math.nan)
 
     @staticmethod
     def addresses(cache: KVCache) -> list[int]:
-        return [layer.data_ptr() for layer in cache.shared + cache.own]
+        return [layer.data_ptr() for layer in cache.layers]
 
     def replay(self) -> None:
         assert self.addresses(self.cache) == self.memory
@@ -329,10 +329,10 @@ def test_a_decode_step_stays_on_its_device(architecture: str, rows_per_prompt: i
     model = varied_twins(architecture)[1].to("meta")
     cache, prompts = KVCache(20, rows_per_prompt), sorted(ragged_prompts(each=6), key=len, reverse=True)
     next_logits(model, cache, [], prompts)
-    cache.reserve()
     inputs = torch.zeros(3, 20 * rows_per_prompt, dtype=torch.long, device="meta")
+    is_seen = cache.is_seen.to("meta")
     with OneDevice():
-        logits = replay.decode_step(model, cache, inputs, cache.groups_with_room())
+        logits = replay.decode_step(model, cache, inputs, is_seen, cache.groups_with_room())
     assert logits.shape == (20 * rows_per_prompt, VOCAB) and logits.device.type == "meta"
     with pytest.raises(AssertionError), OneDevice():
         torch.zeros(2).to("meta")
@@ -366,7 +366,7 @@ def test_cached_logits_are_those_of_the_whole_row(
     architecture: str, is_recorded: bool, rows_per_prompt: int, moves: dict[int, list[int]],
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Let prompts enter, each for one row or for two, copy slots and grow buffers, and compare after each step."""
+    """Let prompts enter, each for one row or for two, reorder rows and grow buffers, and compare after each step."""
     monkeypatch.setattr("minift.cache.MIN_ROOM", 4)
     monkeypatch.setattr("minift.cache.MIN_DIVIDED", 8)
     recordings = request.getfixturevalue("recordings") if is_recorded else []
@@ -384,12 +384,32 @@ def test_cached_logits_are_those_of_the_whole_row(
             torch.testing.assert_close(logits[row].double(), whole[0], rtol=1e-6, atol=1e-6)
         active = [[*ids, int(torch.randint(0, VOCAB, (), generator=generator))] for ids in active]
         parents = moves.get(step, list(range(len(active))))
-        cache.copy_slots(parents)
+        cache.reorder(parents)
         active = [list(active[parent]) for parent in parents]
     assert len(active) == len(moves[9]) + 3 * rows_per_prompt
     # A step is recorded anew when a row has outgrown its group, not in each of the 29 decode steps.
-    assert len(recordings) == ({1: 4, 2: 5}[rows_per_prompt] if is_recorded else 0)
-    assert all(len(recording.groups) == (2 if rows_per_prompt == 1 else 1) for recording in recordings)
+    assert len(recordings) == ({1: 4, 2: 6}[rows_per_prompt] if is_recorded else 0)
+    assert all(len(recording.groups) == 2 for recording in recordings)
+
+
+@torch.no_grad()
+def test_columns_that_no_row_sees_are_used_again() -> None:
+    """Let three rows continue the same one in each step: one column is added in each, and two are used again."""
+    _, model = varied_twins(PRE_LN, torch.float64)
+    cache, prompt = KVCache(2, 3), [2, 5, 9]
+    logits = next_logits(model, cache, [], [prompt, prompt[:2]])
+    rows = [list(ids) for ids in (prompt, prompt[:2]) for _ in range(3)]
+    for step in range(1, 8):
+        tokens = logits.topk(3).indices[::3]  # (prompts, 3)
+        rows = [[*ids, token] for ids, token in zip(rows, tokens.flatten().tolist(), strict=True)]
+        logits = next_logits(model, cache, [ids[-1] for ids in rows], [])
+        for row, ids in enumerate(rows):
+            whole = model.logits(hidden_states(model, pack([ids]))[-1:])
+            torch.testing.assert_close(logits[row].double(), whole[0], rtol=1e-6, atol=1e-6)
+        assert cache.widths() == [len(prompt) + step + 2, len(prompt) - 1 + step + 2]
+        parents = [1, 1, 1, 5, 5, 5]
+        cache.reorder(parents)
+        rows, logits = [list(rows[parent]) for parent in parents], logits[parents]
 
 
 @both_architectures
@@ -420,7 +440,7 @@ def test_a_recording_does_not_outlive_the_buffers(
     next_logits(model, cache, [], [[2, 5, 9]])
     next_logits(model, cache, [7], [])
     next_logits(model, cache, [4], [[2] * 30])
-    cache.copy_slots([0])
+    cache.reorder([0])
     [found] = next_logits(model, cache, [8], [])
     whole = model.logits(hidden_states(model, pack([[2, 5, 9, 7, 4, 8]]))[-1:])
     torch.testing.assert_close(found.double(), whole[0], rtol=1e-6, atol=1e-6)
@@ -447,7 +467,7 @@ def test_steps_are_recorded_as_seldom_as_possible(
     for number_of_steps in (MAX_NEW, MAX_NEW - 1):
         generate(model, prompts, make_options(batch_size=24))
         assert steps == [24] * number_of_steps
-        assert [[group.own for group in recording.groups] for recording in recordings] == [[16, 16], [24, 24]]
+        assert [[group.width for group in recording.groups] for recording in recordings] == [[16, 16], [24, 24]]
         steps.clear()
         recordings.clear()
 

@@ -19,8 +19,9 @@ from minift.run.ranks import LOCAL_RANK, WORLD_SIZE
 def pick_device(name: str) -> torch.device:
     """Return the device with this name; `auto` is the GPU if there is one, CUDA's before Apple's (`mps`).
 
-    A CUDA device is also set up for batches of changing shapes. Started by torchrun, each process has a GPU of its own:
-    `cuda` is the one with its number. Raises UserError for a GPU that does not exist.
+    The device is also set up: CUDA for batches of changing shapes, the CPU's memory to be kept when it is freed.
+    Started by torchrun, each process has a GPU of its own: `cuda` is the one with its number. Raises UserError for a
+    GPU that does not exist.
     """
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
@@ -35,6 +36,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: expected auto, {others} or one of the {len(gpus)} GPUs here, as in cuda:0")
     if name.startswith("cuda"):
         _set_up_cuda()
+    set_allocator(save_memory=False)
     return torch.device(name)
 
 

@@ -94,7 +94,8 @@ def swap_half(rankings: Sequence[Ranking], categories: Sequence[str | None], see
 def prepare(model: Model, run: Run) -> Model:
     """Move a model to the run's device, set its dropout, add adapters, shard it; UserError if these do not suit it."""
     config = run.config
-    set_allocator(save_memory=config.gradient_checkpointing or config.fsdp)
+    if config.gradient_checkpointing or config.fsdp:
+        set_allocator(save_memory=True)
     if not config.fsdp:
         model = model.to(run.device)
     if config.dropout is not None:

@@ -22,7 +22,7 @@ from minift.generate import Options, generate
 from minift.model import OPT, RewardModel
 from minift.pairs import collate_rankings, encode_rankings
 from minift.prompts import TEMPLATES
-from minift.run.device import set_allocator
+from minift.run.device import pick_device
 from minift.run.setup import compile_layers, set_dropout
 from minift.trainer import LossFunction, Task, train
 from tests.bench import Timing, Work, read_ids
@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(work: Work) -> Timing:
+    pick_device(work.device)  # it sets up CUDA and the allocator, as in a run or command
     return SIDES[work.line](work)
 
 
@@ -54,8 +55,6 @@ def reward(work: Work) -> Timing:
 def time_training(model: OPT | RewardModel, loss: LossFunction, batches: Loader, work: Work) -> Timing:
     """Time the loop over the rows in order, without the first steps."""
     set_dropout(model, 0.0)
-    if work.device == "cpu":
-        set_allocator(save_memory=False)
     if work.is_compiled:
         compile_layers(model)
     no_rows = Loader([], batches.collate, 1)
