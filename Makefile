@@ -32,7 +32,7 @@ FLAGS = set --; \
 	if [ -n '$(DATA)' ]; then set -- "$$@" --data '$(DATA)'; fi; \
 	set -- "$$@" $(ARGS)
 PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check
-PATH_FILES = $(patsubst %,minift/%.py,prompts encode batching model losses optim trainer)
+PATH_FILES = $(patsubst %,minift/%.py,prompts encode batching rows model losses optim trainer)
 HEART_FILES = $(PATH_FILES) $(patsubst %,minift/%.py,generate cache replay packed processors beam bleu pairs scoring lora)
 
 .PHONY: help tour sft rm improve experiments compare bench test test-pages lines clean

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minift.model import MAX_GROUPS
+from minift.rows import MAX_GROUPS
 
 MIN_ROOM = 64  # columns by which the slots grow at once
 MIN_DIVIDED = 16  # slots; fewer are one group

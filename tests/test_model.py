@@ -16,8 +16,9 @@ from minift.batching import collate
 from minift.encode import IGNORE_INDEX, Example
 from minift.files.weights import parse_config
 from minift.losses import bradley_terry, preference_metrics
-from minift.model import OPT, Decoder, _Gather, eval_mode, last_tokens, row_layout
+from minift.model import OPT, eval_mode, last_tokens
 from minift.pairs import Ranking, collate_rankings
+from minift.rows import _Gather, row_layout
 from minift.run.setup import compile_layers
 from tests.compare.model import largest, run_minift, run_reference
 from tests.loop import sft_loss
@@ -234,15 +235,12 @@ def test_groups_of_rows_fill_a_gpu(num_rows, expected, monkeypatch):
     assert asked == [expected]
 
 
-def one_row_at_a_time(query, key, value, offsets, longest):
+def one_row_at_a_time(query, key, value, layout):
     """In place of FlashAttention, which a CPU lacks: the rows are those that `attend_end_to_end` is given."""
-    lengths = offsets.diff()
-    assert offsets.dtype == torch.int32 and longest == lengths.max() and offsets[-1] == len(query)
-    rows = zip(*(heads.split(lengths.tolist()) for heads in (query, key, value)), strict=True)  # (T, H, D)
-    return torch.cat([
-        F.scaled_dot_product_attention(*(heads.transpose(0, 1) for heads in row), is_causal=True).transpose(0, 1)
-        for row in rows
-    ])  # fmt: skip
+    offsets, lengths = layout.offsets, layout.offsets.diff()
+    assert offsets.dtype == torch.int32 and layout.longest == lengths.max() and offsets[-1] == query.shape[2]
+    rows = zip(*(heads.split(lengths.tolist(), dim=2) for heads in (query, key, value)), strict=True)  # (1, H, T, D)
+    return torch.cat([F.scaled_dot_product_attention(*row, is_causal=True) for row in rows], dim=2)
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -262,7 +260,7 @@ def test_rows_end_to_end_are_those_in_groups(name, shares, monkeypatch):
 
     expected = values_of()
     monkeypatch.setattr("minift.model.attend_end_to_end", one_row_at_a_time)
-    monkeypatch.setattr(Decoder, "needs_no_padding", lambda decoder: True)
+    monkeypatch.setattr("minift.model.can_lie_end_to_end", lambda weight, head_width, dropout: True)
     for ours, theirs in zip(values_of(), expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
     layout = row_layout(batch.rows, len(batch.input_ids), 0)

@@ -18,7 +18,7 @@ from minift.commands import notebook, tour
 from minift.commands.cli import run_command
 from minift.encode import IGNORE_INDEX, Example
 from minift.files import marks
-from minift.model import RowLayout
+from minift.rows import RowLayout
 from tests.runs import ROOT, mistake
 
 TITLES = [

@@ -29,10 +29,11 @@ from minift.files.pretrained import find_model, load_for_rm, load_language_model
 from minift.files.text import printable
 from minift.generate import Options, generate
 from minift.losses import bradley_terry, completion_cross_entropy, next_token_targets
-from minift.model import OPT, RewardModel, row_layout
+from minift.model import OPT, RewardModel
 from minift.optim import adamw, learning_rate
 from minift.pairs import PairBatch, collate_rankings, encode_rankings
 from minift.prompts import TEMPLATES, end_with_eos, render
+from minift.rows import row_layout
 from minift.run.setup import set_dropout
 from minift.scoring import Z_95, Judge, score_rankings, sigmoid, win_rate
 from minift.trainer import Task, evaluate, optimizer_step
