@@ -63,7 +63,8 @@ def main() -> None:
 
     def loss(batch: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the sum to minimise, the number of rankings, and metrics; the trainer divides once per step."""
-        last, (before, targets) = last_tokens(batch.rows), next_token_targets(batch.labels, batch.positions)
+        last = last_tokens(batch.rows)  # (R,) where the rewards are read
+        before, targets = next_token_targets(batch.labels, batch.positions)  # (M,), (M,) for --lm-weight
         wanted = torch.cat([last, before]) if config.lm_weight else last  # (R + M,) or (R,)
         hidden = model.decoder(batch.input_ids, batch.positions, batch.rows, wanted=wanted)
         rewards = model.rewards(hidden[: len(last)])  # (R,): with `last` alone, both lines together are model(...)

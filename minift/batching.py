@@ -40,8 +40,9 @@ def collate(examples: Sequence[Example]) -> Batch:
     tensor([[ 0,  1,  2,  3],
             [ 0,  4,  5, -1]])
     """
+    prompt_lengths = [sum(1 for _ in takewhile(lambda label: label == IGNORE_INDEX, labels)) for _, labels in examples]
     # A prompt's last token is not shared: `next_token_targets` expects the first supervised one right after it.
-    limits = [sum(1 for _ in takewhile(lambda label: label == IGNORE_INDEX, labels)) - 1 for _, labels in examples]
+    limits = [length - 1 for length in prompt_lengths]
     input_ids, positions, paths = share_prefixes([example.input_ids for example in examples], limits)
     labels = [IGNORE_INDEX] * len(input_ids)
     for example, path in zip(examples, paths, strict=True):
@@ -78,17 +79,14 @@ def share_prefixes(
     children: dict[tuple[int, int], int] = {}  # (index of the previous token, id) -> index of the token
     for sequence, limit in zip(sequences, limits, strict=True):
         path: list[int] = []
-        for position, token in enumerate(sequence[: max(limit, 0)]):
-            edge = (path[-1] if path else -1, token)
-            index = children.setdefault(edge, len(ids))
+        for position, token in enumerate(sequence):
+            index = len(ids)  # of a new token, unless the tree has it already
+            if position < limit:
+                index = children.setdefault((path[-1] if path else -1, token), index)
             if index == len(ids):
                 ids.append(token)
                 positions.append(position)
             path.append(index)
-        first = len(ids)
-        ids.extend(sequence[len(path) :])
-        positions.extend(range(len(path), len(sequence)))
-        path.extend(range(first, len(ids)))
         paths.append(path)
     return ids, positions, paths
 
@@ -130,9 +128,7 @@ class Loader(Generic[AnyBatch]):
     grad_accum: int = 1
     seed: int = 0
     order: Literal["shuffled", "sequential"] = "sequential"
-    _ready: dict[tuple[int, int, int], list[AnyBatch]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _ready: dict[tuple[int, int, int], list] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -59,8 +59,8 @@ def add_lora(
 
     A target is the last part of a linear's name: `q_proj`, `v_proj`, …. Adapters and a reward model's head are trained,
     in float32 at least; `dtype` is that of the frozen weights, by default as it is now. torch's global generator
-    initialises A. Raises ValueError, its message starting with `rank` or
-    `targets`, for a rank above a linear's width, a target that no linear has, and a model that already has adapters.
+    initialises A. Raises ValueError, its message starting with `rank` or `targets`, for a rank above a linear's width,
+    a target that no linear has, and a model that already has adapters.
     """
     linears = targeted(model, targets, rank)
     model.decoder.requires_grad_(False)

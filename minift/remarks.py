@@ -110,9 +110,8 @@ class Encoded(Generic[Item]):
         """Raise UserError if every row was dropped."""
         if self.num_rows and not self.examples:
             wanted = "has a supervised token" if self.noun == "row" else "can be learned from"
-            reasons = self.remark_lines[: len(self.remarks)] + self.causes[:1]
-            listed = "; ".join(reason.strip() for reason in reasons)
-            raise UserError(f"{self.source}: none of its {self.num_rows:,} {self.noun}s {wanted}: {listed}")
+            reasons = "; ".join(line.strip() for line in self.remark_lines[: len(self.remarks) + 1])  # and one cause
+            raise UserError(f"{self.source}: none of its {self.num_rows:,} {self.noun}s {wanted}: {reasons}")
 
 
 def name_first(locations: Sequence[str]) -> str:

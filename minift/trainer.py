@@ -104,9 +104,7 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
     total_steps = num_steps(config, task.train_batches)
     progress = recorder.restore(task.model, optimizer)
     if progress.step == 0:
-        means = evaluate(task)
-        _log(recorder, task, progress, "eval", means)
-        _print_means(0, means)
+        _log_evaluation(recorder, task, progress, evaluate(task))
 
     clock = time.perf_counter() - progress.seconds
     with progress_bar(total_steps, "training", "step", progress.step) as bar, recorder.guard() as signals:
@@ -118,9 +116,8 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
             progress.tokens += int(sums["tokens"])
             progress.items += int(sums["count"])
             progress.seconds = time.perf_counter() - clock
-            is_last = progress.step == total_steps
 
-            if is_last or _is_due(config.log_every, progress.step):
+            if _is_due(config.log_every, progress.step, total_steps):
                 means = _means(progress.sums)
                 _log(recorder, task, progress, "train", {**means, "lr": lr, "grad_norm": grad_norm})
                 rate = progress.tokens / progress.seconds
@@ -129,11 +126,10 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
             bar.update()
 
             is_best = False
-            if is_last or _is_due(config.eval_every, progress.step):
+            if _is_due(config.eval_every, progress.step, total_steps):
                 means = evaluate(task)
                 _check_finite(config, progress.step, means.get("loss", 0.0))
-                _log(recorder, task, progress, "eval", means)
-                _print_means(progress.step, means, bar)
+                _log_evaluation(recorder, task, progress, means, bar)
                 if means and (progress.best_loss is None or means["loss"] < progress.best_loss):
                     progress.best_loss, is_best = means["loss"], True
 
@@ -141,7 +137,7 @@ def train(task: Task, config: Config, recorder: Recorder) -> None:
             stop = task.ranks.sum_values({"signals": len(signals)})["signals"] > 0
             if stop and not signals:
                 signals.append(SIGTERM)
-            if stop or is_last or is_best or _is_due(config.save_every, progress.step):
+            if stop or is_best or _is_due(config.save_every, progress.step, total_steps):
                 _check_finite(config, progress.step, _loss_after(task, optimizer, step))
                 recorder.save(task, optimizer, progress, is_best=is_best)
             if stop:
@@ -253,22 +249,25 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _print_means(step: int, means: dict[str, float], bar: Any = None) -> None:
-    """Print what an evaluation found, above the bar if there is one; nothing if it had no batches."""
-    shown = ", ".join(f"{name} {means[name]:.3f}" for name in PRINTED if name in means)
-    if shown:
-        print_above(bar, f"step {step:,}: held-out {shown}")
+def _is_due(every: int, step: int, total_steps: int) -> bool:
+    """Return whether to do something after a step: after every so many steps, unless that is 0, and after the last."""
+    return step == total_steps or (every > 0 and step % every == 0)
 
 
-def _is_due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
+def _log_evaluation(
+    recorder: Recorder, task: Task, progress: Progress, means: dict[str, float], bar: Any = None
+) -> None:
+    """Log and print what an evaluation found, if it had batches; the printed line is above the bar if there is one."""
+    if means:
+        _log(recorder, task, progress, "eval", means)
+        shown = ", ".join(f"{name} {means[name]:.3f}" for name in PRINTED if name in means)
+        print_above(bar, f"step {progress.step:,}: held-out {shown}")
 
 
 def _log(recorder: Recorder, task: Task, progress: Progress, split: str, values: dict[str, float]) -> None:
-    """Log one line, if there are values; tokens, items and seconds count from the start of the run."""
-    if values:
-        counters = {"tokens": progress.tokens, task.unit: progress.items, "seconds": progress.seconds}
-        recorder.log({"step": progress.step, "split": split, **values, **counters})
+    """Log one line; tokens, items and seconds count from the start of the run."""
+    counters = {"tokens": progress.tokens, task.unit: progress.items, "seconds": progress.seconds}
+    recorder.log({"step": progress.step, "split": split, **values, **counters})
 
 
 def _check_finite(config: Config, steps: int, value: float) -> None:
