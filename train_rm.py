@@ -64,10 +64,10 @@ def main() -> None:
     def loss(batch: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the sum to minimise, the number of rankings, and metrics; the trainer divides once per step."""
         last = last_tokens(batch.rows)  # (R,) where the rewards are read
-        before, targets = next_token_targets(batch.labels, batch.positions)  # (M,), (M,) for --lm-weight
-        wanted = torch.cat([last, before]) if config.lm_weight else last  # (R + M,) or (R,)
+        lm_wanted, lm_targets = next_token_targets(batch.labels, batch.positions)  # (M,), (M,) for --lm-weight
+        wanted = torch.cat([last, lm_wanted]) if config.lm_weight else last  # (R + M,) or (R,)
         hidden = model.decoder(batch.input_ids, batch.positions, batch.rows, wanted=wanted)
-        rewards = model.rewards(hidden[: len(last)])  # (R,): with `last` alone, both lines together are model(...)
+        rewards = model.rewards(hidden[: len(last)])  # (R,); without --lm-weight: model(input_ids, positions, rows)
         batch = batch.to(rewards.device)
         chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]  # (P,), (P,)
         total, count = bradley_terry(chosen, rejected, batch.margins, batch.weights, config.center_rewards)  # scalars
@@ -75,7 +75,7 @@ def main() -> None:
         # Logged as `loss` in both splits: Bradley–Terry alone, ln 2 for equal rewards, whatever else is minimised.
         metrics["loss"], _ = bradley_terry(chosen.detach(), rejected.detach(), batch.margins, batch.weights)
         if config.lm_weight:  # -log p(prompt and best response) of the same body
-            lm_total, lm_count = completion_cross_entropy(hidden[len(last) :], model.head, targets)  # scalars
+            lm_total, lm_count = completion_cross_entropy(hidden[len(last) :], model.head, lm_targets)  # scalars
             total = total + config.lm_weight * lm_total
             metrics |= {"lm_loss": lm_total.detach(), "lm_loss_count": lm_count}  # logged as the mean per token
         return total, count, metrics

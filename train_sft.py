@@ -54,7 +54,8 @@ def main() -> None:
         """Return the summed loss, the number of supervised tokens, and metrics; the trainer divides once per step."""
         wanted, targets = next_token_targets(batch.labels, batch.positions)  # (M,), (M,)
         hidden = model(batch.input_ids, batch.positions, batch.rows, wanted=wanted)  # (M, E): the loss makes logits
-        return *completion_cross_entropy(hidden, model.head, targets), {}  # scalars
+        total, count = completion_cross_entropy(hidden, model.head, targets)  # scalars
+        return total, count, {}
 
     # 5. The examination: held-out prompts, answered greedily before and after; answers to rows with checks are run.
     questions = held_out_prompts(eval_set.rows, tokenizer, template, config, model.config.max_position_embeddings)

@@ -60,7 +60,7 @@ def encode_turns(row: Mapping[str, Any], tokenizer: Tokenizer, template: Templat
              labels=[-100, -100, -100, 60, 82, 2, -100, -100, -100, 50, 78, 2]), False)
     """
     whole, is_joined = Example([], []), False
-    before: list[str] = []  # the EOS of the turn before: BPE joins nothing across it
+    before: list[str] = []  # the EOS of the turn before; after it no BOS is added, and BPE joins nothing across it
     for turn in turns_of(row):
         prompt, completion = render(turn, template, tokenizer)
         example, joined = encode_completion([*before, *prompt], end_with_eos(completion, tokenizer), tokenizer)
