@@ -119,7 +119,7 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor, layout: RowLayout, cache: Cache | None, wanted: Tensor | None) -> Tensor:
         """Apply attention, then the feed-forward, each with a residual connection: `(N, C)` → `(N, C)`, or `(M, C)`.
 
-        What is before attention and what is after it are methods of their own, for torch.compile.
+        The parts before and after attention are methods of their own, so that torch.compile can fuse each.
         """
         mixed = self.self_attn(*self.before_attention(hidden), layout, cache)  # (N, C)
         if wanted is not None:
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         hidden = self.project_in(self.embed_tokens(input_ids))  # (N,) -> (N, C)
         hidden = hidden + self.embed_positions(positions + POSITION_OFFSET)
         for layer in self.layers:
-            # The last layer needs keys and values of all tokens, but what it computes of them only of the wanted ones.
+            # Other tokens still give the last layer keys and values, but nobody looks at what it would return for them.
             arguments = hidden, layout, cache, wanted if layer is self.layers[-1] else None
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(layer, *arguments, use_reentrant=False)
