@@ -19,11 +19,11 @@ from minift.files.templates import load_template
 from minift.lora import merge
 from minift.losses import bradley_terry, completion_cross_entropy, next_token_targets, preference_metrics
 from minift.model import last_tokens
-from minift.pairs import PairBatch, Ranking, collate_rankings, encode_rankings, group_by_chosen
+from minift.pairs import PairBatch, Ranking, collate_rankings, encode_rankings
 from minift.run.distributed import RANKS, deal
 from minift.run.exam import compare_rewards, ranking_as_seen, ranking_sample
 from minift.run.folder import Run
-from minift.run.setup import export, load_splits, max_length_for, prepare, swap_half
+from minift.run.setup import export, group_by_chosen, load_splits, max_length_for, prepare, swap_half
 from minift.scoring import score_rankings
 from minift.trainer import Task, train
 

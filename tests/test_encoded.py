@@ -27,11 +27,11 @@ from minift.files.datasets import PAIR_SCHEMAS, TRAINING_SCHEMAS, load_rows, spl
 from minift.files.encoded import Encode, EncodedFile, encoded_file
 from minift.files.text import sha256
 from minift.files.tokenizer import load_tokenizer
-from minift.pairs import encode_rankings, group_by_chosen
+from minift.pairs import encode_rankings
 from minift.prompts import TEMPLATES, Template
 from minift.remarks import Encoded
 from minift.run.folder import Run
-from minift.run.setup import swap_half
+from minift.run.setup import group_by_chosen, swap_half
 from tests.runs import TINY, assert_same_run, few_rows, refused, run, snapshot, task_of, user_error, write_lines
 
 COUNT = 2 * encoded.CHUNK + 9  # rows of several chunks, the last one short
