@@ -118,8 +118,8 @@ class Loader(Generic[AnyBatch]):
     """The batches of a data set: those of each optimiser step for training, or all of them in order for evaluation.
 
     The batches of a step depend only on the seed and the step, so resuming needs no loader state. An epoch is every
-    example once, in file order or in that of `torch.randperm` seeded with seed + epoch (as transformers'
-    Trainer). The last step of an epoch may have fewer micro-batches.
+    example once, in file order or in that of `torch.randperm` seeded with seed + epoch (as transformers' Trainer). The
+    last step of an epoch may have fewer micro-batches.
     """
 
     examples: Sequence[Any]
@@ -147,10 +147,10 @@ class Loader(Generic[AnyBatch]):
             return
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         per_step = self.batch_size * self.grad_accum
-        begin, end = step_in_epoch * per_step, min((step_in_epoch + 1) * per_step, len(self.examples))
-        indices: Sequence[int] = range(begin, end)
+        part = slice(step_in_epoch * per_step, (step_in_epoch + 1) * per_step)
+        indices: Sequence[int] = range(len(self.examples))[part]
         if self.order == "shuffled":
-            indices = epoch_order(len(self.examples), self.seed + epoch)[begin:end].tolist()
+            indices = epoch_order(len(self.examples), self.seed + epoch)[part].tolist()
         for start in range(first * self.batch_size, len(indices), every * self.batch_size):
             yield self.collate([self.examples[index] for index in indices[start : start + self.batch_size]])
 

@@ -58,9 +58,9 @@ def add_lora(
     """Freeze the model's `decoder` and add an adapter to each linear that `targets` name.
 
     A target is the last part of a linear's name: `q_proj`, `v_proj`, …. Adapters and a reward model's head are trained,
-    in float32 at least; `dtype` is that of the frozen weights, by default as it is now. torch's global generator
-    initialises A. Raises ValueError, its message starting with `rank` or `targets`, for a rank above a linear's width,
-    a target that no linear has, and a model that already has adapters.
+    in float32 at least. `dtype` is that of the frozen weights, if they are converted to it later, as --fsdp does.
+    torch's global generator initialises A. Raises ValueError, its message starting with `rank` or `targets`, for a rank
+    above a linear's width, a target that no linear has, and a model that already has adapters.
     """
     linears = targeted(model, targets, rank)
     model.decoder.requires_grad_(False)
