@@ -137,8 +137,8 @@ class Layer(nn.Module):
             hidden = self.self_attn_layer_norm(hidden)
 
         normed = self.final_layer_norm(hidden) if self.norm_before else hidden
-        mixed = self.fc2(self.activation(self.fc1(normed)))
-        hidden = hidden + F.dropout(mixed, self.dropout, self.training)
+        update = self.fc2(self.activation(self.fc1(normed)))  # (N, C) -> (N, ffn_dim) -> (N, C)
+        hidden = hidden + F.dropout(update, self.dropout, self.training)
         return hidden if self.norm_before else self.final_layer_norm(hidden)
 
 
