@@ -328,6 +328,34 @@ def test_a_mistake_is_one_line_and_a_run_is_resumed_by_as_many_micro_batches(tmp
         assert ("error: --resume: --grad-accum, times the number of ranks, was 2 in" in errors) == (not is_same)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "launcher", "note"),
+    [
+        ({}, "", ""),
+        (
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_MAX_RESTARTS": "3"},
+            " -m torch.distributed.run --standalone --nproc-per-node=4 --max-restarts=3",
+            "",
+        ),
+        (
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"},
+            " -m torch.distributed.run --nnodes=2 … --nproc-per-node=2",
+            " (on each machine; … is what torchrun was given there)",
+        ),
+    ],
+    ids=["one process", "one machine", "two machines"],
+)
+def test_the_command_that_resumes_a_run_starts_as_many_ranks(ranks: dict, launcher: str, note: str) -> None:
+    """Of two machines with two ranks each, it started four on one."""
+    code = "from minift.run import resume; print(resume.command('--lr', '1e-4'))"
+    environment = {name: value for name, value in os.environ.items() if "RANK" not in name} | ranks
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--out", "a b", "--resume"], cwd=ROOT, env=environment, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"{sys.executable}{launcher} -c --out 'a b' --resume --lr 1e-4{note}\n"
+
+
 @torchrun
 @pytest.mark.parametrize(
     ("script", "expected"), [(LATE, "rank 1: error: only here"), (ONE_SIGNAL, "terminated; all steps are saved")]

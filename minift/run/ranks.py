@@ -5,8 +5,11 @@ import re
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # the number among the ranks of this machine, and of its GPU
-IS_ONE_MACHINE = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == WORLD_SIZE
-NUM_RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # by torchrun --max-restarts, so far
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the number of ranks of this machine
+NUM_MACHINES = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+IS_ONE_MACHINE = LOCAL_WORLD_SIZE == WORLD_SIZE
+NUM_RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))  # so far
+MAX_RESTARTS = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))  # of torchrun --max-restarts
 
 
 def lost_rank(error: Exception) -> str:

@@ -14,7 +14,7 @@ from minift.config import flag_of
 from minift.errors import UserError
 from minift.files.text import check_not_pointer, read_json
 from minift.run import checkpoint
-from minift.run.ranks import WORLD_SIZE
+from minift.run.ranks import IS_ONE_MACHINE, LOCAL_WORLD_SIZE, MAX_RESTARTS, NUM_MACHINES, WORLD_SIZE
 
 A_RUN = "the folder of a run, such as runs/sft"
 WITHOUT_EFFECT = {"recipe", "out", "resume", "device", "log_every", "eval_every", "save_every", "bleu_samples",
@@ -81,14 +81,21 @@ def recorded_commits(earlier: Mapping[str, Any], values: Mapping[str, Any]) -> d
 
 def command(*flags: str) -> str:
     """Return this process's command line with --resume and more flags. Of a flag given twice the last counts."""
-    return f"{command_of_run()} {shlex.join(['--resume', *flags])}"
+    note = "" if IS_ONE_MACHINE else " (on each machine; … is what torchrun was given there)"
+    return f"{command_of_run()} {shlex.join(['--resume', *flags])}{note}"
 
 
 def command_of_run() -> str:
-    """Return the command line of this process without --resume, or of torchrun, if that has started it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
-    start = [sys.orig_argv[0], *(launcher if WORLD_SIZE > 1 else [])]
-    return shlex.join([*start, *(word for word in sys.argv if word != "--resume")])
+    """Return the command line of this process without --resume, or of torchrun, if that has started it.
+
+    On several machines it has … for the arguments by which they find each other: torchrun does not pass these on.
+    """
+    launcher = ""
+    if WORLD_SIZE > 1:
+        machines = "--standalone" if IS_ONE_MACHINE else f"--nnodes={NUM_MACHINES} …"
+        restarts = f" --max-restarts={MAX_RESTARTS}" if MAX_RESTARTS else ""
+        launcher = f" -m torch.distributed.run {machines} --nproc-per-node={LOCAL_WORLD_SIZE}{restarts}"
+    return f"{shlex.quote(sys.orig_argv[0])}{launcher} {shlex.join(word for word in sys.argv if word != '--resume')}"
 
 
 def _check_equal(folder: Path, subject: str, earlier: object, now: object) -> None:
