@@ -44,6 +44,7 @@ from minift import trainer
 from minift.commands.cli import run_command
 from minift.run import sharding
 sharding.FILE_SIZE = 10**7  # bytes: several files of each rank
+sharding.ROOM = float("inf")  # no memory for plain copies
 accumulate_gradient = trainer.accumulate_gradient
 def killed(task, seed, step):
     if step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -228,6 +229,33 @@ def test_no_rank_ever_has_all_weights(four_ranks: None, monkeypatch: pytest.Monk
         assert "logits" not in vars(model)
 
 
+def test_answers_come_from_a_plain_copy_if_all_ranks_have_memory_for_it(
+    four_ranks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A decode step of a sharded model gathers all weights: three times as slow, for the shipped model on two ranks."""
+    plain, _ = load_for_sft(find_model(SHIPPED))
+    model, _ = load_for_sft(find_model(SHIPPED), mapped=True)
+    sharding.shard(model, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(sharding, "whole", lambda model, device: plain)
+    size = bytes_of(plain)
+    for free, others, expected in ((2.6, True, plain), (2.4, True, model), (2.6, False, model)):
+        monkeypatch.setattr(sharding, "_free_memory", lambda device, free=free: free * size)
+        monkeypatch.setattr(sharding, "gather", lambda part, others=others: [*part, others])
+        assert sharding.for_generation(model) is expected
+
+
+def test_a_rank_s_memory_is_its_share_and_at_most_the_container_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "LOCAL_WORLD_SIZE", 2)
+    limit, used = tmp_path / "max", tmp_path / "current"
+    monkeypatch.setattr(sharding, "CONTAINER_MEMORY", [(limit, used)])
+    used.write_text("1000\n")
+    for text, is_limited in (("max\n", False), ("3000\n", True)):
+        limit.write_text(text)
+        assert (sharding._free_memory(torch.device("cpu")) == 1000) == is_limited or sys.platform != "linux"
+
+
 def test_a_sharded_model_takes_its_parts_of_a_whole_checkpoint(four_ranks: None, tmp_path: Path) -> None:
     """And nothing of the model beside it, which each rank read too."""
     plain, _ = load_for_sft(find_model(SHIPPED))
@@ -283,6 +311,9 @@ def test_a_sharded_run_is_resumed_by_another_number_of_ranks(tmp_path: Path) -> 
     for name in range(2):
         assert losses[name] == pytest.approx(losses[2], abs=1e-10) and len(losses[2]) > 6
         assert max(difference(tensor, weights[2][key]) for key, tensor in weights[name].items()) < 1e-9
+    # The answers before training are the killed run's, without a plain copy; those after it are of a copy.
+    ours, theirs = (tmp_path / name / "samples.jsonl" for name in ("three", "undisturbed"))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def join(rank: int) -> None:

@@ -20,8 +20,9 @@ from minift.pairs import Ranking, responses_of
 from minift.progress import progress_bar
 from minift.prompts import Template, blanks_of, is_text_row, question_of
 from minift.remarks import by_category, category_of, likely_cause, location_of
-from minift.run.distributed import deal
+from minift.run.distributed import deal, is_sharded
 from minift.run.sandbox import Check, check_answers, checks_of
+from minift.run.sharding import for_generation
 from minift.scoring import examine, score_rankings, wilson_interval
 from minift.tokenizer import Special, Tokenizer
 
@@ -114,6 +115,7 @@ def complete_greedily(
     # A limit for each question: one long prompt must not shorten the answers to all others.
     limits = [min(longest, max_positions - len(prompt)) for prompt in prompts]
     options = Options(max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id)
+    model = for_generation(model) if is_sharded(model) else model
 
     def answer(numbers: Sequence[int]) -> Completions:
         with progress_bar(len(numbers), description, "answer") as bar:

@@ -184,7 +184,7 @@ def set_dropout(model: nn.Module, dropout: float) -> None:
             module.self_attn.dropout = min(dropout, module.self_attn.dropout)
 
 
-def export(model: OPT | RewardModel, tokenizer: Tokenizer, template: Template, base: ModelFiles, folder: Path) -> None:
+def export(model: Model, tokenizer: Tokenizer, template: Template, base: ModelFiles, folder: Path) -> None:
     """Write a model into a folder as transformers reads it, with its tokenizer and template; only rank 0 does.
 
     Adapters are merged into the model. They are also written to `adapter/`, as peft reads them, with the name of

@@ -5,6 +5,8 @@ each rank gets its part of the sums (ZeRO stage 3: Rajbhandari et al. 2020, arXi
 Zhao et al. 2023, arXiv 2304.11277). So all ranks must run the same number of passes: see `InStep`.
 """
 
+import os
+import sys
 import warnings
 from itertools import accumulate
 from pathlib import Path
@@ -15,12 +17,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minift.files.weights import to_dtype
-from minift.lora import adapters_of, add_lora, last_name
-from minift.model import OPT, Decoder, RewardModel
-from minift.run.distributed import before_gather, named_errors
-from minift.run.ranks import RANK, WORLD_SIZE
+from minift.lora import adapters_of, add_lora, last_name, merge
+from minift.model import OPT, Decoder, Model, RewardModel
+from minift.run.distributed import before_gather, gather, named_errors
+from minift.run.ranks import LOCAL_WORLD_SIZE, RANK, WORLD_SIZE
 
 FILE_SIZE = 2**28  # bytes of all ranks together; a file is in memory once more while it is written
+ROOM = 2.5  # times the size of a copy must be free for it: the cache takes memory too, and on a CPU packed weights
+CONTAINER_MEMORY = [  # the limit of a container and what it uses, in Linux's control groups of version 2 and 1
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+]
 WAITS, FORWARD, BACKWARD = range(3)  # what a rank does next; BACKWARD is both passes
 
 
@@ -89,25 +96,52 @@ class InStep:
         return int(number)
 
 
-def whole(model: OPT | RewardModel) -> OPT | RewardModel:
-    """Return a plain model on the CPU with all weights on rank 0, without values on the others.
+def whole(model: Model, device: torch.device | None = None) -> Model:
+    """Return a plain copy of a sharded model: on each rank's `device`, or without one only on rank 0, on its CPU.
 
-    The weights are gathered one at a time. All ranks must call it.
+    Then the copies of the others have no values. The weights are gathered one at a time. All ranks must call it.
     """
     state = {}
     for name, part in model.state_dict().items():
         with named_errors():
             tensor = part.full_tensor()
-        if RANK == 0:
-            state[name] = tensor.cpu()
+        if device is not None or RANK == 0:
+            state[name] = tensor.to(device or "cpu")
     with torch.device("meta"):
         plain = type(model)(model.config)
         if adapters := adapters_of(model):
             first = next(iter(adapters.values()))
             targets = sorted({last_name(name) for name in adapters})
             add_lora(plain, first.lora_A.out_features, first.alpha, first.dropout, targets)
-    plain.load_state_dict(state, assign=True, strict=RANK == 0)
+    plain.load_state_dict(state, assign=True, strict=bool(state))
     return plain
+
+
+def for_generation(model: Model) -> Model:
+    """Return a plain copy of a sharded model if there is memory for it on all ranks, else the model itself.
+
+    A sharded model gathers all its weights again for each token. All ranks must call it.
+    """
+    device = model.head.device
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if not all(gather([ROOM * size <= _free_memory(device)])):
+        return model
+    plain = whole(model, device)
+    merge(plain)
+    return plain
+
+
+def _free_memory(device: torch.device) -> int:
+    """Return how many bytes a rank can take on its device; 0 if the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform != "linux":
+        return 0
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit, used in CONTAINER_MEMORY:
+        if limit.exists() and (most := limit.read_text().strip()) != "max":
+            free.append(int(most) - int(used.read_text()))
+    return min(free) // LOCAL_WORLD_SIZE
 
 
 def write_parts(tensors: dict[str, Tensor], folder: Path) -> None:
