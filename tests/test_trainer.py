@@ -544,7 +544,7 @@ def test_the_allocator_is_set_again_by_each_run_in_a_process(monkeypatch):
     monkeypatch.setattr("ctypes.CDLL", lambda name: library)
     set_allocator(save_memory=True)
     given_back = {**library.options}
-    pick_device("cpu")  # as each run and command does first
+    placement("cpu", "float32")  # as each command that loads a model does
     assert library.options == given_back | {-1: -1, -4: 0}  # never trim the heap, never map memory
     set_allocator(save_memory=True)
     assert library.options == given_back

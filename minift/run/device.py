@@ -19,9 +19,8 @@ from minift.run.ranks import LOCAL_RANK, WORLD_SIZE
 def pick_device(name: str) -> torch.device:
     """Return the device with this name; `auto` is the GPU if there is one, CUDA's before Apple's (`mps`).
 
-    The device is also set up: CUDA for batches of changing shapes, the CPU's memory to be kept when it is freed.
-    Started by torchrun, each process has a GPU of its own: `cuda` is the one with its number. Raises UserError for a
-    GPU that does not exist.
+    A CUDA device is also set up for batches of changing shapes. Started by torchrun, each process has a GPU of its own:
+    `cuda` is the one with its number. Raises UserError for a GPU that does not exist.
     """
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
@@ -36,7 +35,6 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: expected auto, {others} or one of the {len(gpus)} GPUs here, as in cuda:0")
     if name.startswith("cuda"):
         _set_up_cuda()
-    set_allocator(save_memory=False)
     return torch.device(name)
 
 
@@ -58,12 +56,13 @@ def check_compiler(device: torch.device) -> None:
 
 
 def placement(device: str, dtype: str) -> dict[str, Any]:
-    """Return the `device` and `dtype` that a command's flags choose.
+    """Return the `device` and `dtype` that a command's flags choose; from now on, freed memory is kept.
 
     Raises UserError like `pick_device` and `check_dtype`.
     """
     picked = pick_device(device)
     check_dtype(picked, dtype)
+    set_allocator(save_memory=False)
     return {"device": picked, "dtype": getattr(torch, dtype)}
 
 
@@ -96,7 +95,7 @@ def set_allocator(save_memory: bool) -> None:
     """Tell glibc what to do with the memory that a step frees: keep it for the next step, or give it back at once.
 
     By default it gives large blocks back, and the system must clear them again in each step. That takes up to a tenth
-    of a step's time. Other C libraries are left as they are.
+    of a step's time, and a twentieth of generation's. Other C libraries are left as they are.
     """
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of glibc's malloc.h
     keep = {trim_threshold: -1, mmap_max: 0}

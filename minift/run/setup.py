@@ -128,8 +128,7 @@ def _hash_of_group(ranking: Ranking, index: int) -> bytes:
 def prepare(model: Model, run: Run) -> Model:
     """Move a model to the run's device, set its dropout, add adapters, shard it; UserError if these do not suit it."""
     config = run.config
-    if config.gradient_checkpointing or config.fsdp:
-        set_allocator(save_memory=True)
+    set_allocator(save_memory=config.gradient_checkpointing or config.fsdp)
     if not config.fsdp:
         model = model.to(run.device)
     if config.dropout is not None:

@@ -22,7 +22,7 @@ from minift.generate import Options, generate
 from minift.model import OPT, RewardModel
 from minift.pairs import collate_rankings, encode_rankings
 from minift.prompts import TEMPLATES
-from minift.run.device import pick_device
+from minift.run.device import set_allocator
 from minift.run.setup import compile_layers, set_dropout
 from minift.trainer import LossFunction, Task, train
 from tests.bench import Timing, Work, read_ids
@@ -34,7 +34,6 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(work: Work) -> Timing:
-    pick_device(work.device)  # it sets up CUDA and the allocator, as in a run or command
     return SIDES[work.line](work)
 
 
@@ -55,6 +54,7 @@ def reward(work: Work) -> Timing:
 def time_training(model: OPT | RewardModel, loss: LossFunction, batches: Loader, work: Work) -> Timing:
     """Time the loop over the rows in order, without the first steps."""
     set_dropout(model, 0.0)
+    set_allocator(save_memory=False)
     if work.is_compiled:
         compile_layers(model)
     no_rows = Loader([], batches.collate, 1)
@@ -66,6 +66,7 @@ def time_training(model: OPT | RewardModel, loss: LossFunction, batches: Loader,
 
 def generation(work: Work) -> Timing:
     model, prompts = load_model(Path(work.folder), dtype=getattr(torch, work.dtype)).to(work.device), read_ids(work)
+    set_allocator(save_memory=False)
     options = Options(
         max_new_tokens=work.new_tokens, num_beams=work.num_beams, eos_token_id=work.eos,
         batch_size=work.batch_size * work.num_beams,
