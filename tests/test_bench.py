@@ -21,10 +21,12 @@ from minift.files.datasets import load_rows
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model
 from minift.model import OPT, RewardModel, last_tokens
+from minift.packed import product
 from minift.pairs import Ranking, collate_rankings
 from minift.prompts import TEMPLATES
 from tests.bench import Timing, Work, ours, peak_memory, trl_side
 from tests.bench import __main__ as bench
+from tests.bench.alone import Products
 from tests.bench.clock import step_ends, time_of_steps
 from tests.loop import rm_loss, sft_loss
 from tests.reference import random_examples
@@ -106,6 +108,7 @@ def test_every_line_is_printed_and_written(flags, tmp_path, monkeypatch, capsys)
     for side in results["greedy"]["rounds"].values():
         assert all(tokens < 8 * 3 for _, tokens in side)  # the EOS occurs, and what pads a row after it does not count
     assert results["sft"]["share_of"] == "matrix rate" and results["single"]["share_of"] == "memory rate"
+    assert {name for name, result in results.items() if "alone" in result} == {"sft", "reward", "greedy", "beam"}
     first = next(result for result in written["lines"] if result["line"] == "startup")
     assert first["memory"]["minift"] > 2**26  # of a process that has imported torch
 
@@ -253,6 +256,21 @@ def test_products_are_those_that_torch_counts():
     score = 6 * 2 * judge.score.weight.numel()
     counted = products_of(lambda: rm_loss(judge)(pairs)[0].backward())
     assert counted == 7 * for_all + 2 * late + score
+
+
+def test_products_alone_are_all_of_them():
+    model, batch = OPT(SMALL_OPT), collate(random_examples((9, 5, 12)))
+    with Products() as products, torch.no_grad():
+        product(torch.ones(5, 3), torch.ones(5))(torch.ones(7, 3))  # by a packed copy
+    assert [cost * count for _, cost, count in products.found.values()] == [2 * 7 * 5 * 3]
+    with Products() as products:
+        sft_loss(model)(batch)[0].backward()
+    assert sum(cost * count for _, cost, count in products.found.values()) == products_of(
+        lambda: sft_loss(model)(batch)[0].backward()
+    )
+    assert sum(count for *_, count in products.found.values()) > len(products.found)
+    for call, cost, _ in products.found.values():
+        assert cost % (2 * call().numel()) == 0
 
 
 def test_the_share_of_the_matrix_rate_counts_a_shared_prefix_once(flags, tmp_path):

@@ -47,6 +47,7 @@ from minift.prompts import TEMPLATES
 from minift.run.device import machine, pick_device
 from minift.tokenizer import Tokenizer
 from tests.bench import Timing, Work, read_ids
+from tests.bench.alone import products_alone
 from tests.bench.clock import now
 from tests.compare.training import quiet
 
@@ -95,7 +96,9 @@ class Line(NamedTuple):
     work: Work
     others: tuple[str, ...]  # sides beside minift's
     bound: str = ""  # "matrix" or "memory": the rate that the share is of
-    per_item: Callable[[int], float] = lambda _: 0.0  # operations of matrix products, or bytes, by minift's batch size
+    per_item: Callable[[int], float] | None = (
+        None  # operations or bytes, by minift's batch size; None: they are counted
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -108,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         matrix, memory = (f"{about[f'{bound}_rate'] / 1e9:,.0f}" for bound in ("matrix", "memory"))
         print(f"{args.shape} shape, {args.dtype}, {about['machine']}, {matrix} GFLOP/s of matrix")
         print(f"products, {memory} GB/s; {', '.join(map(' '.join, about['versions'].items()))}", flush=True)
-        head = ["a second", "minift", "other", "ratio", "of a round", "GiB", "other", "ratio", "share"]
+        head = ["a second", "minift", "other", "ratio", "of a round", "GiB", "other", "ratio", "of the matrix rate"]
         if args.profile:
             for line in bench.lines():
                 work, _ = bench.fastest("ours", line.work)
@@ -263,7 +266,10 @@ class Bench:
                     line=name, folder=str(folder), data=str(path), new_tokens=self.args.new_tokens, num_beams=beams,
                     eos=eos, batch_size=1 if name == "single" else max(self.sizes) // beams,
                 )  # fmt: skip
-                yield Line(name, work, others, *(("memory", lambda _: read) if name == "single" else ()))
+                if name == "single":
+                    yield Line(name, work, others, "memory", lambda _: read)
+                else:
+                    yield Line(name, work, others, "" if self.on_gpu else "matrix")
 
     def has_ctranslate2(self) -> bool:
         """Return whether CTranslate2 is installed and computes in the dtype on this processor; a GPU is not tried."""
@@ -308,9 +314,11 @@ class Bench:
             result |= {"median": {NAMES[s]: median[s] for s in both}, "ratio": median["ours"] / median[side]}
             result |= {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)}
             if line.bound and side == line.others[0]:
-                cost = line.per_item(works["ours"].batch_size)
+                counted, alone = self.products_alone(works["ours"]) if line.bound == "matrix" else (0, None)
+                cost = line.per_item(works["ours"].batch_size) if line.per_item else counted / rounds[0]["ours"].items
                 shares = [rate * cost / bound for rate, bound in zip(rates["ours"], bounds, strict=True)]
                 result |= {"share": statistics.median(shares), "share_of": f"{line.bound} rate", "bounds": bounds}
+                result |= {"alone": alone} if alone else {}
             if line.name != "bleu":
                 result |= {"batch_size": {NAMES[s]: works[s].batch_size for s in both}}
                 result |= {"tried": {NAMES[s]: tried[s] for s in both}}
@@ -321,6 +329,19 @@ class Bench:
                 equal = sum(a == b for a, b in zip(mine, its, strict=True))
                 result |= {"prompts": len(mine), "equal_completions": equal}
             yield result | {"rounds": {NAMES[s]: [[done[s].seconds, done[s].items] for done in rounds] for s in both}}
+
+    def products_alone(self, work: Work) -> tuple[int, float | None]:
+        """Return the operations of minift's matrix products, and the share of the matrix rate that they reach alone.
+
+        In training they are those of two steps. On a GPU nothing is measured.
+        """
+        if self.on_gpu:
+            return 0, None
+        if work.line in TRAINING:
+            work = work._replace(limit=2 * work.batch_size, warm_up=1)
+        with quiet():
+            operations, seconds = products_alone(work)
+        return operations, operations / seconds / self.rate("matrix")
 
     def rate(self, bound: str) -> float:
         """Measure the rate of matrix products, in operations a second, or of reading memory, in bytes a second."""
@@ -541,7 +562,8 @@ def _row(result: dict[str, Any]) -> str:
     memory = result.get("memory", {})
     cells += [f"{memory[name] / 2**30:.2f}" if name in memory else "" for name in ("minift", against)]
     cells.append(f"{memory['minift'] / memory[against]:.2f}x" if len(memory) == 2 else "")
-    cells.append(f"{result['share']:.0%} of the {result['share_of']}" if "share" in result else "")
+    beside = f", alone {result['alone']:.0%}" if "alone" in result else f" of the {result.get('share_of')}"
+    cells.append(f"{result['share']:.0%}{beside}" if "share" in result else "")
     return _columns(cells)
 
 
