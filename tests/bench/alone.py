@@ -23,7 +23,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operation(*args, **(kwargs or {}))
-        if operation.overloadpacket in LEFT:
+        if operation.overloadpacket in LEFT and result.numel():
             left, right = args[LEFT[operation.overloadpacket] :][:2]
             kind = (operation, left.shape, left.stride(), right.shape, right.is_contiguous())
             _, _, count = self.found.get(kind, (None, 0, 0))
