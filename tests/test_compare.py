@@ -10,6 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+from torch import nn
 
 from minift.files.adapters import save_adapters
 from minift.files.pretrained import find_model, load_for_sft
@@ -67,6 +69,28 @@ def test_deliberate_differences_are_measured(setting: Setting) -> None:
     for difference in differences:
         assert difference.minift != difference.reference
         assert any(character.isdigit() for character in difference.minift + difference.reference)
+
+
+def test_norm_of_the_reference_is_that_of_the_whole_gradient_in_float64() -> None:
+    model = nn.Linear(30, 20)  # no gradient in its bias
+    model.weight.grad = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
+
+    norm = importlib.import_module("tests.compare.training").float64_norm(model)
+
+    squares = [value * value for value in model.weight.grad.flatten().tolist()]
+    assert norm == pytest.approx(math.sqrt(math.fsum(squares)), rel=1e-12)
+
+
+def test_norm_of_the_reference_is_taken_before_clipping(setting: Setting) -> None:
+    sft, training = (importlib.import_module(f"tests.compare.{name}") for name in ("sft", "training"))
+    examples, texts = sft.encode_for_both(setting)
+    plan = training.plans(len(examples), sft.LR, quick=True)[0]
+    outcome, _ = sft.remembered(setting.model, texts, plan, training.length_limit(setting))
+
+    assert plan.dtype == "float64"
+    for step in outcome.steps:
+        assert step["grad_norm"] > 1.5  # clipping would change it
+        assert step["grad_norm"] == pytest.approx(step["logged_grad_norm"], rel=1e-12)
 
 
 def test_ten_faults_are_planted() -> None:

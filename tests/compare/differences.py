@@ -27,8 +27,17 @@ from minift.scoring import win_rate
 from minift.tokenizer import Tokenizer
 from minift.trainer import Task, evaluate
 from tests.compare import Difference, Setting
-from tests.compare.sft import TEMPLATE, texts_of, trl_rows
-from tests.compare.training import make_trainer, quiet, reference_model, reference_tokenizer
+from tests.compare.sft import TEMPLATE, encode_for_both, texts_of, train_trl, trl_rows
+from tests.compare.training import (
+    ONE_EPOCH,
+    largest_relative,
+    length_limit,
+    make_trainer,
+    quiet,
+    reference_model,
+    reference_tokenizer,
+    train_minift,
+)
 from tests.loop import sft_loss, write_nothing
 from tests.reference import hidden_states, logits_of
 
@@ -51,6 +60,7 @@ def compare(setting: Setting) -> Iterator[Difference]:
         partial(evaluation_loss, setting, model, tokenizer, rows, examples),
         partial(special_tokens_in_text, setting, tokenizer),
         partial(margins),
+        partial(logged_norm, setting),
         partial(norm_of_the_gradient),
     ):
         setting.progress(f"differences: {measure.func.__name__.replace('_', ' ')}")
@@ -197,6 +207,27 @@ def margins() -> Difference:
         f"trl 0.11's formula gives {float(broadcast.mean()):.4f}, over {broadcast.numel()} pairs of a reward and a "
         "margin; trl 1.16 agrees with minift",
         "each pair has its own margin",
+    )
+
+
+def logged_norm(setting: Setting) -> Difference:
+    """Train both sides in float32; compare the norms that they log with the float64 norm of trl's gradient."""
+    examples, texts = encode_for_both(setting)
+    theirs, _ = train_trl(setting.model, texts, ONE_EPOCH, length_limit(setting))
+    model = load_model(setting.model)
+    ours = train_minift(model, ONE_EPOCH, examples, collate, sft_loss(model), "supervised_tokens")
+    exact, logged = ([step[name] for step in theirs.steps] for name in ("grad_norm", "logged_grad_norm"))
+    errors = [norm / true - 1 for norm, true in zip(logged, exact, strict=True)]
+    worst = max(range(len(errors)), key=lambda step: abs(errors[step]))
+    own = [step["grad_norm"] for step in ours.steps]
+    return Difference(
+        "the gradient norm in the log, float32",
+        f"{own[worst]:.6f} in step {worst + 1} of {len(own)}; at most {largest_relative(own, exact)[0]:.1e} from the "
+        "float64 norm of trl's gradient in any step",
+        f"{logged[worst]:.6f} in that step, where the float64 norm of the same gradient is {exact[worst]:.6f}: "
+        f"{errors[worst]:+.1e}, the largest of all steps",
+        "trl logs, and clips by, torch's clip_grad_norm_, which adds up in float32. So the sections above compare "
+        "minift's norm with the float64 norm of trl's gradient, taken before clipping",
     )
 
 

@@ -37,6 +37,10 @@ In the table, "largest" is the largest difference: relative for losses and norms
 number of those that are not. Where float32 runs disagree, the note gives each side's distance from float64: a ReLU's
 gradient jumps at 0, so on some machines rounding alone can move the final weights by more than 1e-5.
 
+minift's gradient norm is compared with the float64 norm of trl's own gradient, taken before trl clips it. It is not
+compared with the norm that trl logs, which is torch's: in float32 that has an error of its own. The note says how large
+it is, and the deliberate differences show the numbers.
+
 {facts}
 
 ```
