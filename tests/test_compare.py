@@ -20,6 +20,7 @@ from tests.compare import Check, Difference, Setting
 from tests.compare import __main__ as command
 from tests.compare.faults import FAULTS, Fault
 from tests.compare.page import page
+from tests.reference import PRE_LN, hidden_states, pack, padded, twins
 from tests.runs import mistake
 
 DATA = Path(__file__).parents[1] / "data"
@@ -91,6 +92,53 @@ def test_norm_of_the_reference_is_taken_before_clipping(setting: Setting) -> Non
     for step in outcome.steps:
         assert step["grad_norm"] > 1.5  # clipping would change it
         assert step["grad_norm"] == pytest.approx(step["logged_grad_norm"], rel=1e-12)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("ours, theirs, jumps", [(1e-6, -1e-6, [0]), (1e-6, 2e-6, []), (1e-6, -1e-3, [])])
+def test_inputs_of_a_relu_on_different_sides_are_found(
+    layer: int, ours: float, theirs: float, jumps: list[int]
+) -> None:
+    """Put the same input of both models near 0: that of the third token of the second row, in one unit."""
+    relu = importlib.import_module("tests.compare.relu")
+    reference, model = twins(PRE_LN, torch.float64)
+    rows = [[2, 5, 6], [2, 5, 7, 8], [2, 9]]
+    batch = pack(rows)  # two tokens are shared
+    names = [f"{prefix}decoder.layers.{layer}.fc1" for prefix in ("", "model.")]
+    with torch.no_grad():
+        for owner, name, value in ((model, names[0], ours), (reference, names[1], theirs)):
+            linear, inputs = owner.get_submodule(name), []
+            hook = linear.register_forward_hook(lambda module, args, output, found=inputs: found.append(output.clone()))
+            if owner is model:
+                hidden_states(model, batch)
+                token = int(batch.rows[1, 2])
+            else:
+                owner(**padded(rows[::-1]))
+                token = 6  # of 3 rows of 4, in the other order
+            hook.remove()
+            linear.bias[3] += value - inputs[0].flatten(0, -2)[token, 3]
+
+        with relu.watch(model, []) as own:
+            model(batch.input_ids, batch.positions, batch.rows, wanted=batch.rows[1, 2:])
+        with relu.watch(reference, []) as other:
+            reference(**padded(rows[::-1]))
+
+    assert relu.steps_that_jump(own, other) == jumps
+    assert len(own[0]) == 1
+
+
+@pytest.mark.parametrize("differs, agrees", [(1, True), (2, False)])
+def test_only_a_step_that_jumps_is_left_out_of_the_norms(differs: int, agrees: bool) -> None:
+    training = importlib.import_module("tests.compare.training")
+    steps = [{"grad_norm": 4.0, "logged_grad_norm": 3.0} for _ in range(3)]
+    theirs = training.Outcome(steps, {}, {}, {1: {(0, "layers.0.fc1", 7): True}})
+    ours = theirs._replace(steps=[*map(dict, steps)], sides={1: {(0, "layers.0.fc1", 7): False}})
+    ours.steps[differs]["grad_norm"] = 4.1
+
+    check = training.compare_norms("sft", training.ONE_EPOCH, "3 steps", ours, theirs)
+
+    assert check.agrees == agrees
+    assert check.on == "2 of 3 steps" and "step 2 (" in check.note and "2.5e-01 from it" in check.note
 
 
 def test_ten_faults_are_planted() -> None:

@@ -1,7 +1,7 @@
 """minift and the packages it replaces (the reference), side by side: `make compare`.
 
-Each module here is a section, except `__main__`, `page`, `training`, `faults` and `record_old_collator`. A section's
-`compare(setting)` yields what was compared, on how much, and the largest difference.
+Each module here is a section, except `__main__`, `page`, `training`, `relu`, `faults` and `record_old_collator`. A
+section's `compare(setting)` yields what was compared, on how much, and the largest difference.
 """
 
 import hashlib
