@@ -325,15 +325,15 @@ def test_the_control_experiment_changes_only_the_labels():
 
 
 def test_one_process_cannot_share_its_weights():
-    assert "--fsdp: there is only one process: start two or more, torchrun" in refusal(["--fsdp"])
+    assert "--fsdp: there is only one process: start two or more by torchrun" in refusal(["--fsdp"])
 
 
 def test_sharded_weights_are_not_compiled(monkeypatch):
     monkeypatch.setattr("minift.commands.flags.WORLD_SIZE", 2)
-    assert "--compile: does not work with sharded weights" in refusal(["--compile", "--fsdp"])
+    assert "--compile: does not work with the sharded weights of --fsdp" in refusal(["--compile", "--fsdp"])
 
 
 def test_only_frozen_weights_may_be_in_half_precision():
     assert "--lora-rank" in refusal(["--base-dtype", "float16"])
-    assert "so omit --dtype" in refusal(["--base-dtype", "float16", "--lora-rank", "4", "--dtype", "float64"])
+    assert "leave --dtype out" in refusal(["--base-dtype", "float16", "--lora-rank", "4", "--dtype", "float64"])
     assert parse("rm", ["--base-dtype", "bfloat16", "--recipe", "course"]).base_dtype == "bfloat16"

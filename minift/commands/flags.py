@@ -61,13 +61,13 @@ def parse(script: str, argv: list[str] | None = None) -> Config:
         (half and not config.lora_rank,
          f"{half}: only frozen weights can be in half precision: give --lora-rank"),
         (half and config.dtype != "auto",
-         f"{half}: it also sets the dtype of the forward pass, so omit --dtype"),
+         f"{half}: it also sets the dtype of the forward pass: leave --dtype out"),
         (config.shuffle_labels and config.group_prompts,
-         "--group-prompts: with --shuffle-labels no response is known to be the chosen one, leave one of the two out"),
+         "--group-prompts: pairs are grouped by their chosen response, and --shuffle-labels swaps that: leave one out"),
         (config.fsdp and WORLD_SIZE == 1,
-         "--fsdp: there is only one process: start two or more, torchrun --nproc-per-node=2 " + SCRIPTS[script]),
+         "--fsdp: there is only one process: start two or more by torchrun --nproc-per-node=2 " + SCRIPTS[script]),
         (config.fsdp and config.compile,
-         "--compile: does not work with sharded weights: leave it or --fsdp out"),
+         "--compile: does not work with the sharded weights of --fsdp: leave one of the two out"),
     ):  # fmt: skip
         if is_wrong:
             raise UserError(problem)

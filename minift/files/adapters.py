@@ -23,7 +23,7 @@ READ = ("peft_type", "use_rslora", "r", "lora_alpha", "lora_dropout", "target_mo
 # These do not change what the adapters compute. (The weights show which modules were trained as a whole.)
 WITHOUT_EFFECT = ("auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "modules_to_save",
     "peft_version", "qalora_group_size", "revision", "task_type")  # fmt: skip
-# These values do not change it either. Other initialisations alter the frozen weights. All other settings must be off.
+# Nor do these values. (Other initialisations change the frozen weights.) Any other setting must be off.
 PLAIN = (["bias", "none"], *(["init_lora_weights", start] for start in (True, "gaussian", "orthogonal")))
 
 
@@ -85,7 +85,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def pick_adapter_weights(names: Collection[str]) -> str:
-    """Return which of a folder's or repository's files holds the adapters' weights, or should."""
+    """Return which of a folder's or repository's files has the adapters' weights; without any, the name peft gives it."""
     return next((layout for layout in LAYOUTS if layout in names), ADAPTER_WEIGHTS)
 
 

@@ -64,11 +64,10 @@ class Row(dict[str, Any]):
 def load_rows(data: str | Path | None, schemas: Schemas = TRAINING_SCHEMAS, *, mixed: bool = False) -> list[Row]:
     """Return the rows of a JSON, JSONL, CSV or parquet file, or of a hub data set (`hub.data_files`), in order.
 
-    None is standard input, in JSON or JSONL.
-    All rows follow one schema of `schemas`, unless `mixed`, once conversations and names of other data sets are
-    replaced (`layouts.to_own_fields`), which a remark on stderr says. Null fields are dropped, nested ones too; the
-    others are kept unchanged. Raises UserError naming the file, the line or row, and the field if the data cannot be
-    read or is wrong, and like `hub.look_up`.
+    None is standard input, in JSON or JSONL. Conversations and the names of other data sets are replaced first
+    (`layouts.to_own_fields`); remarks on stderr say so. Then all rows must follow one schema of `schemas`, unless
+    `mixed`. Null fields are dropped, nested ones too; the others are kept unchanged. Raises UserError naming the file,
+    the line or row, and the field if the data cannot be read or is wrong, and like `hub.look_up`.
     """
     rows: list[Row] = []
     noted: Encoded[Row] = Encoded(str(data or STDIN), "row", 0)
@@ -87,10 +86,9 @@ def stream_rows(
     mixed: bool = False,
     on_read: Callable[[int], object] = lambda count: None,
 ) -> Iterator[tuple[Row, list[str]]]:
-    """Yield what `load_rows` returns, row by row, each with the remarks about it; `on_read` is given numbers of bytes.
+    """Yield the rows that `load_rows` returns, each with the remarks about it; call `on_read` with numbers of bytes.
 
-    Only one row is in memory, or of a JSON array all of its file. Raises like `load_rows`, where the reading comes to
-    the problem.
+    Only one row is in memory, but a JSON array is read whole. Raises like `load_rows`, at the row with the problem.
     """
     files = [Path(STDIN)] if data is None else data_files(data)
     first = None  # the fields of the first row's schema
@@ -272,13 +270,13 @@ def check_row(row: Mapping[str, Any], schemas: Schemas, where: str) -> tuple[str
     """
     begun = [name for name, fields in schemas.items() if any(field in row for field in fields)]
     # A "text" beside an "instruction" is a rendered copy: it does not make up for a missing "output".
-    open_to = begun if begun == ["text"] else [name for name in begun if name != "text"]
-    complete = [name for name in open_to if all(field in row for field in schemas[name])]
+    possible = begun if begun == ["text"] else [name for name in begun if name != "text"]
+    complete = [name for name in possible if all(field in row for field in schemas[name])]
     if not complete:
         raise UserError(f"{where}: {_missing(row, schemas, begun)}")
     question = question_fields(row)
-    passed_over = {"instruction", "prompt"} - {*question}
-    required = next(schemas[name] for name in complete if not passed_over & {*schemas[name]})
+    not_asked = {"instruction", "prompt"} - {*question}
+    required = next(schemas[name] for name in complete if not not_asked & {*schemas[name]})
     texts = [text for field in dict.fromkeys((*required, *question)) for text in _texts_in(row, field, where)]
     if required in PAIR_SCHEMAS.values() and not question:  # whole dialogues, which have their question in them
         for field in ALIASES["prompt"]:
@@ -310,11 +308,12 @@ def _texts_in(row: Mapping[str, Any], field: str, where: str) -> list[str]:
 
 
 def _missing(row: Mapping[str, Any], schemas: Schemas, begun: Sequence[str]) -> str:
-    """Return what a row lacks, what it has, and which of its fields to rename."""
+    """Return the end of a message: which field a row lacks, which ones it has, and which of them to rename."""
     renames, spelled = "", {name.lower(): name for name in row}
     for name in begun or schemas:
         optional = ("input",) if name == "instruction" else ()
         wanted = [field for field in (*schemas[name], *optional) if field not in row]
+        # Reversed: of several aliases in the row, the first counts.
         named = [(field, alias) for field in wanted for alias in reversed((field, *ALIASES.get(field, ())))]
         found = {field: spelled[alias] for field, alias in named if alias in spelled}
         if all(field in found for field in wanted if field not in optional):

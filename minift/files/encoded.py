@@ -57,14 +57,14 @@ CHUNK = 128  # rows that a process encodes at a time
 UNFINISHED = ".unfinished"  # ends the name of a folder that is being made
 
 Encode = partial[Encoded[Any]]  # `encode_rows` or `encode_rankings` with everything but the rows and their source
-Noted = tuple[Row, list[str]]  # a row, and the remarks about how it is read
+Noted = tuple[Row, list[str]]  # a row, and the remarks about how it was read
 
 
 # ---- a finished data set ----
 
 
 class EncodedFile:
-    """An encoded data set on disk. Its length is the number of rows, without those that --no-input-only leaves out."""
+    """An encoded data set on disk. Its length is its number of rows, without those that --no-input-only leaves out."""
 
     def __init__(self, folder: Path, encode: Encode) -> None:
         """Map the files in a folder; raise UserError if one of them is not as it was written, or if no row is left."""
@@ -95,7 +95,7 @@ class EncodedFile:
         numbers = self._used[indices]
         remarks = self._remarks_about(numbers, how="encoded")
         unmarked = [*map(self._row, remarks[UNMARKED].numbers[:NAMED_LOCATIONS])] if UNMARKED in remarks else []
-        # Usually of no rows: this finds the noun, and what `unmarked` says of the first rows without their marker.
+        # The noun, and `unmarked` of the first rows without their marker; most data sets have no such row.
         encoded: Any = self._encode(unmarked, source=source, may_be_empty=True)
         if self._index["is_ranking"][numbers].any():
             encoded.noun = "ranking"
@@ -127,8 +127,8 @@ class EncodedFile:
     def _read(self, name: str, number: int) -> numpy.ndarray:
         """Return a row's bytes in tokens.bin or rows.bin.
 
-        Only this part is mapped, and only while it is used: if the whole file were, what was read of it would count as
-        memory of this process, in the end all of it.
+        Only this part is mapped, and only while it is used. Of a file that is mapped whole, everything that was read
+        counts as memory of this process, in the end all of it.
         """
         column = PARTS.index(name)
         start, end = (int(self._index["ends"][row, column]) if row >= 0 else 0 for row in (number - 1, number))
@@ -233,7 +233,7 @@ def _unfinished_folder(cache: Path) -> Iterator[Path]:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Keep other processes from making data sets in a folder; yield False where that is not possible."""
+    """Lock a folder, so that other processes make no data sets in it; yield False if it cannot be locked."""
     if fcntl is None:
         yield False
         return

@@ -39,10 +39,10 @@ LAYOUTS = (
 def to_own_fields(
     row: dict[str, Any], schemas: Mapping[str, tuple[str, ...]], where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return a row with the fields that `schemas` name, and remarks about what is read as what.
+    """Return a row with the fields that `schemas` name, and remarks about fields that are read as others.
 
-    A conversation becomes its last turn as "instruction" and "output", with the turns before it as "history". It is not
-    read if the row asks a question in other fields and follows a schema. Raises UserError for a conversation in which
+    Of a conversation, the last turn becomes "instruction" and "output", and the turns before it "history". It is not
+    read if the row follows a schema without it and has a question there. Raises UserError for a conversation in which
     user and assistant do not take turns.
     """
     own = {field for fields in schemas.values() for field in fields}
@@ -68,30 +68,29 @@ def to_own_fields(
 
 
 def _after_system(system: str, question: str) -> str:
-    """Return a question with what the system says before it, as trl's chat template of Gemma has it."""
+    """Put the system's text before a question, as trl's chat template for Gemma does."""
     return f"{system}\n\n{question}" if system.strip() else question
 
 
 def _from_conversation(
     row: Mapping[str, Any], name: str, own: set[str], where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return a row in which the fields of its last turn replace the conversation in `name`, and remarks."""
-    texts, remarks = _texts_in(row[name], name, where)
+    """Return a row whose conversation, the field `name`, is replaced by the fields of its last turn; and remarks."""
+    texts, remarks = _texts_in(row[name], name, where)  # of user and assistant in turn
     if name != CONVERSATIONS[0]:
         remarks.append(f"whose '{name}' is read as '{CONVERSATIONS[0]}'")
     if "output" in own and len(texts) == 1:
         raise UserError(f"{where}: field '{name}' has no answer of the assistant, so there is nothing to learn")
-    if "output" in own and len(texts) % 2:
+    if "output" in own and len(texts) % 2 == 1:
         remarks.append("whose last message is the user's: it is left out")
         texts.pop()
-    answer = {}
-    if len(texts) % 2 == 0:
-        answer["response" if "response" in own else "output"] = texts.pop()
+    ends_with_answer = len(texts) % 2 == 0
+    answer = {"response" if "response" in own else "output": texts.pop()} if ends_with_answer else {}
     return _without(row, REPLACED) | _question(texts) | answer, remarks
 
 
 def _from_two_conversations(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
-    """Return a row whose sides are lists of messages, after those of "prompt" if that is a list, as a pair of texts.
+    """Return a row whose sides are lists of messages as a pair of texts; a "prompt" that is a list begins both sides.
 
     Raises UserError if the sides differ in more than their last messages, or these are not the assistant's.
     """
@@ -118,7 +117,7 @@ def _question(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _texts_in(messages: object, name: str, where: str) -> tuple[list[str], list[str]]:
-    """Return the texts of user and assistant in turn, and remarks; the system's text goes before the first one.
+    """Return the texts of user and assistant in turn, and remarks; the system's text becomes part of the first one.
 
     Raises UserError for anything but {"role", "content"} of user and assistant in turn, after the system's if there is
     one. {"from": "human" or "gpt", "value"}, as in ShareGPT, is the same.

@@ -48,8 +48,8 @@ def map_chunks(work: Callable[[list[Item]], Result], items: Iterator[Item], size
 def _submit_first(processes: ProcessPoolExecutor, chunk: list) -> Future:
     """Submit the first chunk, which forks all processes.
 
-    Signals wait meanwhile: Python loses an exception that a signal raises within a fork, and until `_start` has run, it
-    would end the new process.
+    Signals wait meanwhile: Python loses an exception that a signal raises within a fork, and a new process in which
+    `_start` has not run yet would be ended by the signal.
     """
     received: list[int] = []
     handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
@@ -66,7 +66,7 @@ _work: Callable[[list], Any]  # of a process that `map_chunks` started
 
 
 def _start(work: Callable[[list], Any]) -> None:
-    """Prepare a process: it gets its work by the fork, and ends with the process that started it."""
+    """Prepare a process: `work` came with the fork; the process must end with the one that started it."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes, and that one ends the others

@@ -35,7 +35,7 @@ def printable(text: str) -> str:
 
 
 def say(text: str, stream: TextIO | None = None, *, is_escaped: bool = False, wraps: bool = False) -> None:
-    """Print text, escaped unless it already is, by default to standard output. Everything is printed so.
+    """Print text, escaped unless it already is, by default to standard output. All of minift prints by this function.
 
     With `wraps`, lines that are too long for a terminal are broken between words; in a file or pipe they stay.
     """
@@ -89,7 +89,7 @@ def read_lines(path: Path, expected: str, newline: str, on_read: Callable[[int],
     """Yield a file's lines with their ends, decompressed if it is gzip: `read_text` for a file of any size.
 
     `newline` is that of `open`; `on_read` is called with the numbers of bytes read. Raises UserError like `read_text`,
-    where the reading comes to the problem.
+    at the line with the problem.
     """
     with _readable(path, expected):
         check_not_pointer(path)

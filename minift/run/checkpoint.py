@@ -188,7 +188,7 @@ def _read_steps(checkpoints: Path) -> dict[str, Path]:
         steps = _read_links(checkpoints)
     folders = {name: _step_folder(checkpoints, steps[name]) for name in NAMES if type(steps.get(name)) is int}
     existing = {name: folder for name, folder in folders.items() if folder.is_dir()}
-    newest = [checkpoints / "last", *_all_folders(checkpoints)][-1]
+    newest = [checkpoints / "last", *_all_folders(checkpoints)][-1]  # `last`: see `_read_links`
     return {"last": newest} | existing if newest.is_dir() else existing
 
 

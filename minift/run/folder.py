@@ -121,8 +121,8 @@ class Run:
             "machine": machine(self.device),
             "date": date.today().isoformat(),
         }
-        of_start = {name: self._earlier.get(name) for name in ("command", "date")}
-        self.record |= {name: value for name, value in of_start.items() if isinstance(value, str)}
+        first = {name: self._earlier.get(name) for name in ("command", "date")}  # those of the run's first start stay
+        self.record |= {name: value for name, value in first.items() if isinstance(value, str)}
         if self.config.resume:
             resume.check_contents(self.folder, self._earlier, fingerprints, asdict(template))
             with name_errors(f"--resume: {self.folder}", "expected a folder that can be written"):

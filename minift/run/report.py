@@ -150,7 +150,7 @@ def _leaves(value: object, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, .
 
 
 def _text(value: object, measure: str | None = None) -> str:
-    """Return a value exactly, or as a result: rates in percent, BLEU with one decimal, others with three digits."""
+    """Return a value as text; one of a measure is rounded: rates in percent, BLEU to a decimal, others to 3 digits."""
     if isinstance(value, list):
         return ", ".join(_text(item, measure) for item in value)
     if measure is None or not _is_number(value):
@@ -402,7 +402,7 @@ h3, h4 { font-size: 1em; margin: .6rem 0 0; color: var(--dim); font-weight: norm
 h3::first-letter, h4::first-letter, summary::first-letter, figcaption b::first-letter { text-transform: uppercase; }
 .facts span { display: inline-block; margin-right: 1.2em; } .command span { display: inline-block; max-width: 100%; }
 p { color: var(--dim); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; }
+table { border-collapse: collapse; }
 th, td { padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; font-weight: normal; } th { color: var(--dim); }
 .numbers td, .numbers tr:first-child th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap;
