@@ -85,7 +85,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def pick_adapter_weights(names: Collection[str]) -> str:
-    """Return which of a folder's or repository's files has the adapters' weights; without any, the name peft gives it."""
+    """Return which of a folder's or repository's files has the adapters' weights; without any, peft's name for it."""
     return next((layout for layout in LAYOUTS if layout in names), ADAPTER_WEIGHTS)
 
 

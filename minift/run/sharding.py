@@ -97,9 +97,9 @@ class InStep:
 
 
 def whole(model: Model, device: torch.device | None = None) -> Model:
-    """Return a plain copy of a sharded model: on each rank's `device`, or without one only on rank 0, on its CPU.
+    """Return a plain copy of a sharded model on each rank's `device`; without one, on the CPU of rank 0 only.
 
-    Then the copies of the others have no values. The weights are gathered one at a time. All ranks must call it.
+    Then the copies of the other ranks have no values. The weights are gathered one at a time. All ranks must call it.
     """
     state = {}
     for name, part in model.state_dict().items():
