@@ -21,7 +21,7 @@ from torch import Tensor
 from minift.cache import KVCache
 from minift.generate import Completions, Options, admit, check_prompt, compact, next_logits, process_logits
 from minift.model import OPT, eval_mode
-from minift.packed import packed
+from minift.prepacked import prepacked
 from minift.processors import check_scores
 
 Candidate = tuple[float, int, int]  # Σ log p, the beam, and the token that continues it
@@ -90,7 +90,7 @@ def beam_search(
     active: list[Search] = []
     capacity = min(max(options.batch_size // num_beams, 1), len(searches))
     cache = KVCache(capacity, num_beams)
-    with eval_mode(model), packed(model, capacity * num_beams):
+    with eval_mode(model), prepacked(model, capacity * num_beams):
         while active or waiting:
             entering = admit(waiting, capacity, len(active))
             newest = [beam[-1] for search in active for beam in search.beams]

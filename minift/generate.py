@@ -20,7 +20,7 @@ from minift import processors
 from minift.batching import pack
 from minift.cache import KVCache, Prefill
 from minift.model import OPT, eval_mode, last_tokens
-from minift.packed import packed
+from minift.prepacked import prepacked
 from minift.replay import decode
 
 Completions = list[list[list[int]]]  # for each prompt, the new ids of each of its samples
@@ -105,7 +105,7 @@ def generate(
     waiting = deque(sorted(decodings, key=lambda row: len(row.ids), reverse=True))
     active: list[Decoding] = []
     cache = KVCache(min(options.batch_size, len(decodings)))
-    with eval_mode(model), packed(model, cache.num_prompts):
+    with eval_mode(model), prepacked(model, cache.num_prompts):
         while active or waiting:
             entering = admit(waiting, cache.num_prompts, len(active))
             logits = next_logits(model, cache, [row.ids[-1] for row in active], [row.ids for row in entering])  # (R, V)

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minift.cache import DecodeStep, Group, KVCache, Recording
 from minift.model import OPT
-from minift.packed import is_on_gpu
+from minift.prepacked import is_on_gpu
 
 _run_before: set[object] = set()  # the shapes of the weights and rows of steps that have run in this process
 

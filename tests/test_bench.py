@@ -21,8 +21,8 @@ from minift.files.datasets import load_rows
 from minift.files.tokenizer import load_tokenizer
 from minift.files.weights import load_model
 from minift.model import OPT, RewardModel, last_tokens
-from minift.packed import product
 from minift.pairs import Ranking, collate_rankings
+from minift.prepacked import product
 from minift.prompts import TEMPLATES
 from tests.bench import Timing, Work, ours, peak_memory, trl_side
 from tests.bench import __main__ as bench
@@ -261,7 +261,7 @@ def test_products_are_those_that_torch_counts():
 def test_products_alone_are_all_of_them():
     model, batch = OPT(SMALL_OPT), collate(random_examples((9, 5, 12)))
     with Products() as products, torch.no_grad():
-        product(torch.ones(5, 3), torch.ones(5))(torch.ones(7, 3))  # by a packed copy
+        product(torch.ones(5, 3), torch.ones(5))(torch.ones(7, 3))  # by a prepacked copy
     assert [cost * count for _, cost, count in products.found.values()] == [2 * 7 * 5 * 3]
     with Products() as products:
         sft_loss(model)(batch)[0].backward()

@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from minift.errors import UserError
 from minift.files.pretrained import find_model, load_for_sft
 from minift.files.weights import save_model
-from minift.packed import packed
+from minift.prepacked import prepacked
 from minift.run import distributed, sharding
 from tests.reference import difference
 from tests.runs import ROOT, SHIPPED, few_rows, read_lines, refused, run
@@ -225,7 +225,7 @@ def test_no_rank_ever_has_all_weights(four_ranks: None, monkeypatch: pytest.Monk
     assert bytes_of(model) < bytes_of(plain) / 3.9
     for name, part in model.named_parameters():
         assert torch.equal(part.to_local(), plain.get_parameter(name).chunk(4)[0]), name
-    with packed(model, 64):
+    with prepacked(model, 64):
         assert "logits" not in vars(model)
 
 

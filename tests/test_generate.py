@@ -29,7 +29,7 @@ from minift.files.weights import save_model
 from minift.generate import Completions, Options, compact, generate, next_logits, process_logits
 from minift.lora import adapters_of, add_lora
 from minift.model import OPT, Cache, OPTConfig
-from minift.packed import can_pack, packed
+from minift.prepacked import can_prepack, prepacked
 from minift.prompts import Template
 from minift.tokenizer import Tokenizer
 from tests.compare.generation import PROCESSORS, SEARCHES, complete, reference_completions
@@ -205,15 +205,15 @@ def test_each_sample_has_a_generator_of_its_own() -> None:
     assert len({tuple(ids) for samples in same_prompt for ids in samples}) == 6
 
 
-# ---- packed weights ----
+# ---- prepacked weights ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("has_adapters", [False, True], ids=["plain", "LoRA"])
 @both_architectures
-def test_packed_weights_compute_the_same(architecture: str, has_adapters: bool, dtype: torch.dtype) -> None:
+def test_prepacked_weights_compute_the_same(architecture: str, has_adapters: bool, dtype: torch.dtype) -> None:
     """Within the block the products are oneDNN's; after it, also after an error, the model is as before."""
-    if not can_pack(torch.zeros(1, dtype=dtype)):
+    if not can_prepack(torch.zeros(1, dtype=dtype)):
         pytest.skip(f"oneDNN does not multiply {dtype} on this processor")
     _, model = varied_twins(architecture)
     model = model.to(dtype)
@@ -225,9 +225,9 @@ def test_packed_weights_compute_the_same(architecture: str, has_adapters: bool, 
     attributes = [{*vars(module)} for module in model.modules()]
     with torch.no_grad():
         expected = model.logits(hidden_states(model, batch))
-        with packed(model, 1 if dtype == torch.float32 else 0):  # too few rows
+        with prepacked(model, 1 if dtype == torch.float32 else 0):  # too few rows
             assert [{*vars(module)} for module in model.modules()] == attributes
-        with pytest.raises(KeyError), packed(model, 4):
+        with pytest.raises(KeyError), prepacked(model, 4):
             methods = [
                 name for module in model.modules() for name in ("logits", "project", "forward") if name in vars(module)
             ]
@@ -246,13 +246,13 @@ def test_on_a_gpu_queries_keys_and_values_are_joined(monkeypatch: pytest.MonkeyP
     seen: list[Tensor] = []
     watched = model.decoder.layers[1].self_attn.q_proj
     watched.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    monkeypatch.setattr("minift.packed.is_on_gpu", lambda weight: True)
+    monkeypatch.setattr("minift.prepacked.is_on_gpu", lambda weight: True)
     attributes = [{*vars(module)} for module in model.modules()]
     with torch.no_grad():
         expected = hidden_states(model, batch)
-        with packed(model, 1):
+        with prepacked(model, 1):
             changed = [{*vars(module)} for module in model.modules()]
-            with packed(model, 1):
+            with prepacked(model, 1):
                 found = hidden_states(model, batch)
             assert [{*vars(module)} for module in model.modules()] == changed
     added = [after - before for before, after in zip(attributes, changed, strict=True) if before != after]
@@ -261,7 +261,7 @@ def test_on_a_gpu_queries_keys_and_values_are_joined(monkeypatch: pytest.MonkeyP
     assert [{*vars(module)} for module in model.modules()] == attributes
 
 
-def test_what_is_changed_or_watched_is_not_packed() -> None:
+def test_what_is_changed_or_watched_is_not_prepacked() -> None:
     """A subclass and a hook used to be passed over; nested blocks and autocast used to end in an error."""
 
     class Doubled(torch.nn.Linear):
@@ -278,10 +278,10 @@ def test_what_is_changed_or_watched_is_not_packed() -> None:
     attributes = [{*vars(module)} for module in model.modules()]
     with torch.no_grad():
         expected = model.logits(hidden_states(model, batch))
-        with torch.autocast("cpu", dtype=torch.bfloat16), packed(model, 4):
+        with torch.autocast("cpu", dtype=torch.bfloat16), prepacked(model, 4):
             assert [{*vars(module)} for module in model.modules()] == attributes
-        with packed(model, 4):
-            with packed(model, 4):
+        with prepacked(model, 4):
+            with prepacked(model, 4):
                 inner = model.logits(hidden_states(model, batch))
             assert "forward" in vars(first.fc1)
             outer = model.logits(hidden_states(model, batch))

@@ -23,7 +23,7 @@ from minift.run.distributed import before_gather, gather, named_errors
 from minift.run.ranks import LOCAL_WORLD_SIZE, RANK, WORLD_SIZE
 
 FILE_SIZE = 2**28  # bytes of all ranks together; a file is in memory once more while it is written
-ROOM = 2.5  # times the size of a copy must be free for it: the cache takes memory too, and on a CPU packed weights
+ROOM = 2.5  # times the size of a copy must be free for it: the cache takes memory too, and on a CPU prepacked weights
 CONTAINER_MEMORY = [  # the limit of a container and what it uses, in Linux's control groups of version 2 and 1
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),

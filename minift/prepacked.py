@@ -1,10 +1,10 @@
-"""Matrix products of few rows, as in decoding: by weights that are packed once instead of at each product.
+"""Matrix products of few rows, as in decoding, by prepacked weights.
 
 To pack a weight is to copy it into blocks, in the order in which the processor reads them. `F.linear` does so in each
 product. With thousands of rows that hardly counts, but it takes as long as a product with eight rows. oneDNN, torch's
-library for products on a CPU, can keep the packed copy.
+library for products on a CPU, can keep the packed copy. The weight is then called prepacked.
 
-On a GPU nothing is packed. But one product with the weights of queries, keys and values is faster there than three.
+On a GPU nothing is prepacked. But one product with the weights of queries, keys and values is faster there than three.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 from minift.model import OPT, Attention
 
-MIN_ROWS = {torch.float32: 4, torch.bfloat16: 1}  # with fewer rows, packed weights are not faster
+MIN_ROWS = {torch.float32: 4, torch.bfloat16: 1}  # with fewer rows, prepacked weights are not faster
 EXPECTED_ROWS = 64  # the number of rows that oneDNN chooses the blocks for; products with any other are correct too
 
 
 @contextmanager
-def packed(model: OPT, num_rows: int) -> Iterator[None]:
-    """Let a model multiply by packed copies of its weights within the block, if that is faster for `num_rows` rows.
+def prepacked(model: OPT, num_rows: int) -> Iterator[None]:
+    """Let a model multiply by prepacked copies of its weights within the block, if that is faster for `num_rows` rows.
 
     Queries, keys and values become one product; on a GPU nothing else changes. The copies take as much memory as the
     weights. Under autocast and within another such block nothing changes.
     """
     only_joins = is_on_gpu(model.head)
-    is_fast = only_joins or (can_pack(model.head) and num_rows >= MIN_ROWS[model.head.dtype])
-    is_packed = "logits" in vars(model)
-    if not is_fast or is_packed or torch.is_autocast_enabled(model.head.device.type):
+    is_fast = only_joins or (can_prepack(model.head) and num_rows >= MIN_ROWS[model.head.dtype])
+    is_prepacked = "logits" in vars(model)
+    if not is_fast or is_prepacked or torch.is_autocast_enabled(model.head.device.type):
         yield
         return
     replaced: list[tuple[nn.Module, str]] = []
@@ -59,17 +59,17 @@ def packed(model: OPT, num_rows: int) -> Iterator[None]:
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Return whether a module is a linear whose weight can be packed or joined. Others are left as they are."""
+    """Return whether a module is a linear whose weight can be prepacked or joined. Others are left as they are."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     has_hooks = module._forward_hooks or module._forward_pre_hooks
-    return not has_hooks and (is_on_gpu(module.weight) or can_pack(module.weight))
+    return not has_hooks and (is_on_gpu(module.weight) or can_prepack(module.weight))
 
 
-def can_pack(weight: Tensor) -> bool:
+def can_prepack(weight: Tensor) -> bool:
     """Return whether oneDNN is in this build of torch and multiplies numbers of this dtype on this processor.
 
-    A sharded weight cannot be packed: all of it is here only while a pass needs it.
+    A sharded weight cannot be prepacked: all of it is here only while a pass needs it.
     """
     if weight.dtype not in MIN_ROWS or weight.device.type != "cpu" or hasattr(weight, "to_local"):
         return False
@@ -84,7 +84,7 @@ def is_on_gpu(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Return the function x `(N, in)` → x Wᵀ + b `(N, out)` with a packed copy of W, on a GPU with W."""
+    """Return the function x `(N, in)` → x Wᵀ + b `(N, out)` with a prepacked copy of W, on a GPU with W."""
     if is_on_gpu(weight):
         return lambda hidden: F.linear(hidden, weight, bias)
     # These operations of torch are not public. Its compiler, Inductor, calls them in the same way.
