@@ -20,11 +20,10 @@ from minift.lora import merge
 from minift.losses import bradley_terry, completion_cross_entropy, next_token_targets, preference_metrics
 from minift.model import last_tokens
 from minift.pairs import PairBatch, Ranking, collate_rankings, encode_rankings
-from minift.run.distributed import RANKS, deal
-from minift.run.exam import compare_rewards, ranking_as_seen, ranking_sample
+from minift.run.distributed import RANKS
+from minift.run.exam import compare_rewards, ranking_as_seen, ranking_sample, score_held_out
 from minift.run.folder import Run
 from minift.run.setup import export, group_by_chosen, load_splits, max_length_for, prepare, swap_half
-from minift.scoring import score_rankings
 from minift.trainer import Task, train
 
 
@@ -83,7 +82,7 @@ def main() -> None:
     # 5. The examination: does the better response of each held-out pair get the higher reward? A pair is two rows.
     run.open(template)  # run.json: values, template, versions, fingerprints, commits
     terminal.print_plan(train_batches, config)
-    score = partial(deal, partial(score_rankings, model, batch_size=2 * config.batch_size), eval_set.examples)
+    score = partial(score_held_out, model, eval_set.examples, 2 * config.batch_size)
     before = run.before_training(score, len(eval_set.examples))
 
     # 6. Train.

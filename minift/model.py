@@ -93,7 +93,7 @@ class Attention(nn.Module):
         """Return the causal attention of one group of rows: `(R, H, T, D)`, the shape of all three tensors."""
         if cache is not None:
             return cache.attend(self.layer, query, key, value)
-        if layout.offsets is not None:
+        if layout.offsets is not None:  # on a GPU in 16 bits
             return attend_end_to_end(query, key, value, layout)
         # Rows are padded on the right, so the causal mask alone hides the padding from every real query. Without a mask
         # tensor the fast kernels can be used.

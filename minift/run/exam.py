@@ -1,6 +1,7 @@
 """The examination of a tuned model: held-out prompts, greedy answers, BLEU and pass rate; and the samples of a run."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -202,6 +203,11 @@ def row_as_seen(model: OPT, tokenizer: Tokenizer, example: Example) -> dict[str,
     for index, loss in zip((wanted + 1).tolist(), losses.tolist(), strict=True):
         values[index] = loss
     return {"rows": [{"name": "row", "tokens": token_texts(example.input_ids, tokenizer), "values": values}]}
+
+
+def score_held_out(model: RewardModel, rankings: Sequence[Ranking], batch_size: int) -> list[list[float]]:
+    """Return the rewards of each ranking's responses, of which the ranks compute a part each."""
+    return deal(partial(score_rankings, model, batch_size=batch_size), rankings)
 
 
 def ranking_as_seen(model: RewardModel, tokenizer: Tokenizer, ranking: Ranking) -> dict[str, Any]:
