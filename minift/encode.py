@@ -10,14 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 from minift.errors import UserError
 from minift.prompts import Template, end_with_eos, is_text_row, render, render_prompt, trailing_blanks, turns_of
-from minift.remarks import Encoded, about_completion, location_of
+from minift.remarks import JOINED, Encoded, about_completion, location_of
 from minift.tokenizer import Special, Tokenizer
 
 IGNORE_INDEX = -100  # the label of a token that does not count in the loss
-JOINED = (
-    "where one token spans prompt and completion: answers get worse, as generation starts from ids that were not "
-    "trained on; move the blanks between the two to the completion's start"
-)
 
 
 class Example(NamedTuple):

@@ -152,7 +152,7 @@ def collate_rankings(rankings: Sequence[Ranking]) -> PairBatch:
             raise ValueError(f"a ranking whose rows have {lengths} tokens, expected two rows or more, none empty")
         limits = [len(row) - 1 for row in responses]  # the last token, where the reward is read, is not shared
         tree_ids, tree_positions, tree_rows = share_prefixes(responses, limits)
-        numbers = range(len(rows), len(rows) + len(responses))
+        numbers = range(len(rows), len(rows) + len(responses))  # of its rows in the batch
         its_pairs = [(numbers[0], other) for other in numbers[1:]] if best_only else [*combinations(numbers, 2)]
         pairs.extend((chosen, rejected, margin, 1 / len(its_pairs)) for chosen, rejected in its_pairs)
         rows += [[len(input_ids) + index for index in row] for row in tree_rows]

@@ -15,6 +15,10 @@ from minift.tokenizer import Special, Tokenizer
 
 NAMED_LOCATIONS = 5  # how many rows a message names
 UNMARKED = "dropped: the response template is not in the text"
+JOINED = (
+    "where one token spans prompt and completion: answers get worse, as generation starts from ids that were not "
+    "trained on; move the blanks between the two to the completion's start"
+)
 # Fields that often hold a part of the question and are not read. An "input" belongs to an instruction, not to a prompt.
 UNREAD = ("system", "system_prompt", "context", "question", "query", "history", "input", "messages", "conversations")
 MAX_CATEGORIES = 20  # with more distinct values, the field is not a category

@@ -8,12 +8,13 @@ from transformers import AutoTokenizer
 import minift
 from minift.commands import generate
 from minift.config import Config
-from minift.encode import IGNORE_INDEX, JOINED, encode_prompt, encode_rows, split_row
+from minift.encode import IGNORE_INDEX, encode_prompt, encode_rows, split_row
 from minift.errors import UserError
 from minift.files.datasets import PAIR_SCHEMAS, PROMPT_SCHEMAS, SCORE_SCHEMAS, TRAINING_SCHEMAS, load_rows
 from minift.files.tokenizer import load_tokenizer
 from minift.pairs import encode_rankings
 from minift.prompts import TEMPLATES, Template, question_of
+from minift.remarks import JOINED
 from minift.run.exam import held_out_prompts, prompt_and_reference, ranking_sample
 from tests.runs import SHIPPED, read_lines, user_error, write_lines
 
