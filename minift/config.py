@@ -22,7 +22,6 @@ LORA = "low-rank adapters"
 RECORD = "logging and evaluation"
 GROUPS = (DATA, ENCODING, PREFERENCES, LOOP, OPTIMISER, LORA, RECORD)
 
-
 MOST = 10**9  # of a whole number without a limit of its own
 
 
