@@ -104,13 +104,14 @@ def encode_rows(
         location = location_of(row, index)
         # "all" does not look for the response: with the marker "", a `text` row is cut at its end.
         marker = "" if supervise == "all" else marker_of(row, template, response_template)
-        try:
-            whole, remarks = encode_row(row, tokenizer, template, marker, supervise)
-        except ValueError as error:
-            raise UserError(f"{source}: {location}: {error}") from None
-        if whole is None:
+        pieces = split_row(row, tokenizer, template, marker)
+        if pieces is None:
             encoded.drop_unmarked(row["text"], marker, location)
             continue
+        try:
+            whole, remarks = encode_row(row, pieces, tokenizer, template, marker, supervise)
+        except ValueError as error:
+            raise UserError(f"{source}: {location}: {error}") from None
         example = Example(whole.input_ids[:max_length], whole.labels[:max_length])
         if count_supervised(example.labels) == 0:
             encoded.remark(f"dropped: no supervised token {within}", location)
@@ -126,15 +127,13 @@ def encode_rows(
 
 
 def encode_row(
-    row: Mapping[str, Any], tokenizer: Tokenizer, template: Template, marker: str, supervise: str
-) -> tuple[Example | None, list[str]]:
-    """Encode one whole row; return it with the remarks about it, or None if its text lacks the marker.
+    row: Mapping[str, Any], pieces: tuple[list[str], list[str]], tokenizer: Tokenizer, template: Template, marker: str,
+    supervise: str,
+) -> tuple[Example, list[str]]:  # fmt: skip
+    """Encode one whole row, given its pieces by `split_row`; return it with the remarks about it.
 
     Raises ValueError for text that cannot be encoded.
     """
-    pieces = split_row(row, tokenizer, template, marker)
-    if pieces is None:
-        return None, []
     if supervise == "all":
         example, is_joined = encode_all(*pieces, tokenizer)
     elif is_text_row(row):
