@@ -33,7 +33,7 @@ FLAGS = set --; \
 	set -- "$$@" $(ARGS)
 PIP_INSTALL = .venv/bin/python -m pip install -q --disable-pip-version-check
 PATH_FILES = $(patsubst %,minift/%.py,prompts encode batching rows model losses optim trainer)
-HEART_FILES = $(PATH_FILES) $(patsubst %,minift/%.py,generate cache replay packed processors beam bleu pairs scoring lora)
+HEART_FILES = $(PATH_FILES) $(patsubst %,minift/%.py,generate cache replay prepacked processors beam bleu pairs scoring lora)
 
 .PHONY: help tour sft rm improve experiments compare bench test test-pages lines clean
 
