@@ -85,14 +85,6 @@ class Recorder(Protocol):
         """Return a context for the loop; it yields a list, empty until the run must stop after its step."""
 
 
-class DivergedError(UserError):
-    """A loss or gradient that is not finite after some optimiser steps."""
-
-    def __init__(self, lr: float, value: float, steps: int) -> None:
-        self.problem, self.steps = f"the loss or its gradient is {value}", steps
-        super().__init__(f"--lr {lr}: {self.problem} after step {steps}, try a lower one")
-
-
 def train(task: Task, config: Config, recorder: Recorder) -> None:
     """Train `task.model` in place for `config.max_steps` optimiser steps, or `config.epochs` passes over the data.
 
@@ -270,7 +262,15 @@ def _log(recorder: Recorder, task: Task, progress: Progress, split: str, values:
     recorder.log({"step": progress.step, "split": split, **values, **counters})
 
 
+class DivergedError(UserError):
+    """A loss or gradient that is not finite after some optimiser steps."""
+
+    def __init__(self, lr: float, value: float, steps: int) -> None:
+        self.problem, self.steps = f"the loss or its gradient is {value}", steps
+        super().__init__(f"--lr {lr}: {self.problem} after step {steps}, try a lower one")
+
+
 def _check_finite(config: Config, steps: int, value: float) -> None:
-    # Checked before anything is written, so that the last checkpoint stays a good one.
+    """Raise DivergedError if a value is not: before anything is written, so that the last checkpoint stays good."""
     if not math.isfinite(value):
         raise DivergedError(config.lr, value, steps)
