@@ -32,6 +32,7 @@ from tests.loop import rm_loss, sft_loss
 from tests.reference import random_examples
 from tests.runs import SHIPPED, SMALL_OPT, user_error, write_lines
 
+MATRIX_RATE, MEMORY_RATE = bench.matrix_rate, bench.memory_rate
 ROWS = [dict(row) for row in load_rows(bench.DATA / "heldout.jsonl")[:8]]
 PAIRS = [{"prompt": f"Add {number}.", "chosen": f"x + {number}", "rejected": "x"} for number in range(4)]
 SIZES = ["--rounds", "2", "--steps", "2", "--batch-size", "4", "--prompts", "8", "--new-tokens", "3"]
@@ -286,6 +287,18 @@ def test_the_share_of_the_matrix_rate_counts_a_shared_prefix_once(flags, tmp_pat
 def test_the_end_token_ends_completions_at_even_lengths():
     completions = [[7, 9, 9, 9], [9, 7, 5, 5], [5, 5, 7, 9], [5, 9, 9, 9]]
     assert bench.end_token(completions, 4) == 7  # after 1, 2, 3 and 4 tokens; 9 would after 2, 1, 4 and 2
+
+
+def test_rates_count_operations_and_bytes_of_a_second(monkeypatch):
+    clock = iter([0.0, 0.0, 0.4, 0.8, 1.2, 1.6])
+    monkeypatch.setattr("time.time", lambda: next(clock))  # each work takes 0.4 s, and the last one ends at 1.6
+    assert bench.times_a_second(lambda: None, torch.device("cpu")) == pytest.approx(3 / 1.6)
+
+    done: list[torch.Tensor | float] = []
+    monkeypatch.setattr(bench, "times_a_second", lambda work, device: done.append(work()) or 10)
+    assert MATRIX_RATE(3, 5, torch.device("cpu"), torch.float64) == 10 * 2 * 3 * 5 * 5
+    assert MEMORY_RATE(7, torch.device("cpu")) == 10 * 4 * 7
+    assert done[0].shape == (3, 5) and done[0].dtype == torch.float64 and done[1] == 7
 
 
 def test_peak_memory_is_that_of_one_process():
