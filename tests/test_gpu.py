@@ -36,6 +36,7 @@ from minift.generate import generate as greedy_or_sampled
 from minift.lora import add_lora, merge
 from minift.model import OPT, RewardModel
 from minift.pairs import PairBatch, Ranking, collate_rankings
+from minift.rows import _Gather, row_layout
 from minift.run.device import machine, pick_device, pick_dtype
 from minift.run.folder import Run
 from minift.run.setup import set_dropout
@@ -228,6 +229,15 @@ def test_rows_end_to_end_are_those_in_groups(architecture, dtype):
     errors = [((found - exact).norm() / exact.norm()).item() for found in (end_to_end, in_groups)]
     assert errors[0] < 1.5 * errors[1] < 0.2, errors
     assert not torch.equal(end_to_end, in_groups)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU adds bfloat16 numbers in float32")
+def test_a_token_that_many_rows_share_gets_their_whole_gradient_in_bfloat16():
+    """bfloat16 has no number between 256 and 258: added one by one, the gradients of 300 rows would stop at 256."""
+    rows = torch.cat((torch.zeros(300, 1, dtype=torch.long), torch.arange(1, 301)[:, None]), dim=1)
+    flat = torch.zeros(301, 2, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    _Gather.apply(flat, row_layout(rows, 301).to(flat.device)).sum().backward()
+    assert flat.grad[0].tolist() == [300, 300] and torch.equal(flat.grad[1:], torch.ones_like(flat.grad[1:]))
 
 
 # ------------------------------------------------------------------------------------------------ waiting for the GPU

@@ -383,15 +383,6 @@ def test_the_gradient_of_gathering_is_that_of_index_select(max_groups):
     torch.testing.assert_close(found, expected, rtol=1e-15, atol=1e-15)
 
 
-def test_a_token_that_many_rows_share_gets_their_whole_gradient_in_bfloat16() -> None:
-    """bfloat16 has no number between 256 and 258: added one by one, the gradients of 300 rows would stop at 256."""
-    rows = torch.cat((torch.zeros(300, 1, dtype=torch.long), torch.arange(1, 301)[:, None]), dim=1)
-    flat = torch.zeros(301, 2, dtype=torch.bfloat16, requires_grad=True)
-    _Gather.apply(flat, row_layout(rows, 301)).sum().backward()
-    assert flat.grad is not None and flat.grad.dtype == torch.bfloat16
-    assert flat.grad[0].tolist() == [300, 300] and torch.equal(flat.grad[1:], torch.ones_like(flat.grad[1:]))
-
-
 def test_rows_of_similar_length_are_padded_together():
     rows = torch.tensor([[0, 1, 2, 3, 4], [5, 6, -1, -1, -1], [7, 8, 9, -1, -1], [10, 11, -1, -1, -1]])
     layout = row_layout(rows, 12)
