@@ -24,6 +24,7 @@ class Work(NamedTuple):
     limit: int | None = None  # only so many of the rows, pairs or prompts: a batch size is tried
     warm_up: int = 1  # first steps that are not timed
     is_compiled: bool = False  # minift's layers in training
+    keeps_little: bool = False  # minift trains with --gradient-checkpointing
     new_tokens: int = 0  # at most, for each prompt
     num_beams: int = 1
     eos: int = 0

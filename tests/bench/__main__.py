@@ -163,6 +163,7 @@ class Bench:
             line="", folder=str(scratch / "model"), data="", batch_size=self.batch_size, scratch=str(scratch),
             max_length=min(MAX_LENGTH, self.config.max_position_embeddings), threads=torch.get_num_threads(),
             device=self.device.type, dtype=args.dtype, warm_up=args.warm_up, is_compiled=args.compile,
+            keeps_little=args.gradient_checkpointing,
         )  # fmt: skip
 
     def about(self) -> dict[str, Any]:
@@ -591,6 +592,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--warm-up", type=whole_number(1), metavar="STEPS", default=1, help="the first of them, which are not timed "
         "(%(default)s)")  # fmt: skip
     add("--compile", action="store_true", help="compile minift's layers in training, which needs a longer --warm-up")
+    add("--gradient-checkpointing", action="store_true", help="train minift with this flag: less memory, more time")
     add("--batch-size", type=whole_number(1), metavar="ROWS", help="rows in a step; half as many pairs (8); on a GPU "
         f"minift's, in generation too (the fastest of {', '.join(map(str, GPU_BATCH_SIZES))})")  # fmt: skip
     add("--reference-batch", type=whole_number(1), metavar="ROWS", help="rows in a batch of the other sides of "

@@ -54,7 +54,8 @@ def reward(work: Work) -> Timing:
 def time_training(model: OPT | RewardModel, loss: LossFunction, batches: Loader, work: Work) -> Timing:
     """Time the loop over the rows in order, without the first steps."""
     set_dropout(model, 0.0)
-    set_allocator(save_memory=False)
+    set_allocator(save_memory=work.keeps_little)
+    model.decoder.gradient_checkpointing = work.keeps_little
     if work.is_compiled:
         compile_layers(model)
     no_rows = Loader([], batches.collate, 1)
