@@ -237,15 +237,17 @@ def _read_parquet(path: Path, on_read: Callable[[int], object]) -> Iterator[Any]
             for batch in file.iter_batches():
                 on_read(path.stat().st_size * batch.num_rows // file.metadata.num_rows)
                 for value in batch.to_pylist():
-                    # Bytes that are not UTF-8 become lone surrogates, which are refused. NaN and Infinity become null.
-                    text = json.dumps(
-                        value, default=lambda v: str(v, "utf-8", "surrogateescape") if isinstance(v, bytes) else str(v)
-                    )
+                    text = json.dumps(value, default=_as_text)  # may hold NaN and Infinity: they become null
                     yield json.loads(text, parse_constant=lambda _: None, object_hook=_without_nulls)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         if getattr(error, "errno", None) in MACHINE_ERRORS:
             raise
         raise UserError(f"{path}: unreadable, truncated or damaged parquet: download it again ({error})") from None
+
+
+def _as_text(value: object) -> str:
+    """Return a value that JSON lacks as text. Bytes that are not UTF-8 become lone surrogates, which are refused."""
+    return str(value, "utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def _without_nulls(fields: dict[str, Any]) -> dict[str, Any]:

@@ -166,5 +166,6 @@ def _find_folder(name: str | Path, revision: str | None, fetch_weights: bool) ->
 def _holds_adapters(folder: Path) -> bool:
     """Return whether a folder holds adapters and no model; the model's config.json may lie beside them."""
     names = {path.name for path in folder.iterdir()}
-    is_model = "config.json" in names and not {*adapters.LAYOUTS} & names
-    return ADAPTER_CONFIG in names and not is_model and not {*weights.LAYOUTS} & names
+    if ADAPTER_CONFIG not in names or {*weights.LAYOUTS} & names:
+        return False
+    return "config.json" not in names or bool({*adapters.LAYOUTS} & names)
