@@ -157,10 +157,10 @@ def _files_of_split(repository: Repository, split: str | None) -> list[str]:
     stems = {name: SHARD.sub("", name) for name in names}
     words = {name: [SPLITS[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLITS] for name in names}
     known = sorted({found[-1] for found in words.values() if found})  # the last such word in a path counts
-    files = [name for name in names if split in (stems[name], re.sub(r"\.\w+(\.gz)?$", "", name))]
-    if not files and not known and split in (None, "train"):
+    files = [name for name in names if split in (stems[name], re.sub(r"\.\w+(\.gz)?$", "", name))]  # given as a path
+    if not files and not known and split in (None, "train"):  # no path names a split
         files = names
-    elif not files:
+    elif not files:  # given as a word
         wanted = SPLITS.get(split, split) if split else "train"
         files = [name for name in names if words[name][-1:] == [wanted]]
         if not files:
