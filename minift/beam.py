@@ -7,7 +7,7 @@ Two searches of two beams: A in rows 0 and 1, B in rows 2 and 3. A step finishes
 
     advance              A: []  B: [1, 1]    the beam that each new one continues; [] when the search is finished
     compact              [1]                 B moves to the front
-    reorder([3, 3])      B1  B1              row of B1 = 1 · num_beams + 1; rows 2 and 3 are free
+    reorder([3, 3])      B1  B1              the row of a beam is slot · num_beams + beam; rows 2 and 3 are free
 """
 
 from collections import deque

@@ -1,7 +1,7 @@
 """The keys and values of the tokens so far, and which of them each row sees.
 
 A prompt has a slot, with a column for each token. Its rows (one, or the beams of a search) share the slot, and each row
-sees only the tokens that it consists of. The slot of prompt "A B" with two rows, before and after a step:
+sees only the tokens that it consists of. The slot of prompt "A B" with two rows:
 
     slot          A B c d
     row 0 sees    A B c
@@ -9,7 +9,7 @@ sees only the tokens that it consists of. The slot of prompt "A B" with two rows
 
     reorder([1, 1])          both rows now continue row 1; nobody sees c any more, so its column is free
 
-    slot          A B e d f
+    slot          A B e d f    the next tokens, e and f: one takes c's column, the other a new one
     row 0 sees    A B e d
     row 1 sees    A B   d f
 
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from minift.rows import MAX_GROUPS
 
-MIN_ROOM = 64  # columns by which the slots grow at once
-MIN_DIVIDED = 16  # slots; fewer are one group
+MIN_ROOM = 64  # columns by which the slots grow at once; 1 or more
+MIN_DIVIDED = 16  # from this many slots on, attention has two groups
 
 
 class Group(NamedTuple):
@@ -54,7 +54,8 @@ class Recording(NamedTuple):
 class KVCache:
     """Keys and values of all tokens of each row but its newest.
 
-    The first slots are in use. The others, and the columns that no row sees, may hold values of rows that have left.
+    Slots 0 to `len(positions)` - 1 are in use. The others, and columns that no row sees, may hold values of rows that
+    have left.
     """
 
     recording: Recording | None = None
@@ -67,7 +68,6 @@ class KVCache:
 
     def enter(self, lengths: list[int]) -> None:
         """Put prompts of these lengths in use, whose keys and values have been stored in the next free slots."""
-        self.is_seen = F.pad(self.is_seen, (0, self.room - self.is_seen.shape[2]))
         for slot, length in enumerate(lengths, len(self.positions)):
             self.is_seen[slot] = torch.arange(self.room) < length
         self.positions += lengths
@@ -75,18 +75,19 @@ class KVCache:
     @property
     def room(self) -> int:
         """Return the number of columns."""
-        return self.layers[-1].shape[3]
+        return self.is_seen.shape[2]
 
     def reorder(self, parents: list[int]) -> None:
         """Let row r continue row `parents[r]`, for all r at once; other slots become free.
 
-        The parents of rows that share a prompt must share one too.
+        The rows of a slot must have parents in one slot.
         """
         slots = [parent // self.rows_per_prompt for parent in parents[:: self.rows_per_prompt]]
         moves = [(slot, origin) for slot, origin in enumerate(slots) if slot != origin]
         if moves:
             targets, origins = torch.tensor(moves, device=self.layers[0].device).T
-            width = max(self.widths())
+            widths = self.widths()
+            width = max(widths[origin] for _, origin in moves)
             for layer in self.layers:  # the right side is a copy, made before a slot is written
                 layer[:, targets, :, :width] = layer[:, origins, :, :width]
         self.is_seen[: len(slots)] = self.is_seen.flatten(0, 1)[parents].unflatten(0, (-1, self.rows_per_prompt))
@@ -97,39 +98,39 @@ class KVCache:
         columns = torch.arange(1, self.room + 1)
         return (self.is_seen[: len(self.positions)].any(1) * columns).amax(1).tolist()
 
-    def place(self) -> Tensor:
-        """Choose the columns `(slots in use, rows of each)` of the rows' newest tokens, which the rows now see."""
+    def choose_columns(self) -> Tensor:
+        """Return the columns `(slots in use, rows of each)` for the rows' newest tokens, which the rows now see."""
         num_slots, per_prompt = len(self.positions), self.rows_per_prompt
-        if max(self.is_seen[:num_slots].any(1).sum(1).tolist()) + per_prompt > self.room:
-            for layer in range(len(self.layers)):
-                self.grow(layer, self.room + per_prompt)
-            self.is_seen = F.pad(self.is_seen, (0, self.room - self.is_seen.shape[2]))
+        num_used = self.is_seen[:num_slots].any(1).sum(1).max()
+        self.make_room(int(num_used) + per_prompt)
         is_used = self.is_seen[:num_slots].any(1)  # (slots in use, room)
         free = torch.arange(self.room).masked_fill(is_used, self.room)
         columns = free.topk(per_prompt, largest=False).values  # the first free ones
         self.is_seen[:num_slots].scatter_(2, columns[:, :, None], True)
         return columns
 
-    def grow(self, layer: int, width: int) -> Tensor:
-        """Return a layer's keys and values; if it has not `width` columns, give it these and some more."""
-        room = self.layers[layer].shape[3]
-        if room < width:
-            self.recording = None  # it reads the old memory
-            # Zeros: a NaN in memory without values would spread even where it is masked.
-            self.layers[layer] = F.pad(self.layers[layer], (0, 0, 0, aligned(width + MIN_ROOM) - room))
-        return self.layers[layer]
+    def make_room(self, width: int) -> None:
+        """Give the slots at least `width` columns; if they have fewer, some more at once."""
+        if self.room >= width:
+            return
+        self.recording = None  # it reads the old memory
+        new = aligned(width + MIN_ROOM) - self.room
+        self.is_seen = F.pad(self.is_seen, (0, new))
+        # Zeros: a NaN in memory without values would spread even where it is masked.
+        for index, layer in enumerate(self.layers):  # one at a time: the old memory is free before the next is taken
+            self.layers[index] = F.pad(layer, (0, 0, 0, new))
 
     def groups(self, num_slots: int) -> list[Group]:
-        """Return how attention divides the first slots in a decode step, so that it reads few columns in vain.
+        """Return how attention divides the first slots in a decode step, so that it reads few columns that nobody sees.
 
-        Prompts enter sorted by length, longest first, so the first eighth is a group.
+        Prompts enter sorted, so the first eighth has the longest ones: it is a group.
         """
         starts = [0, num_slots // 8] if num_slots >= MIN_DIVIDED else [0]
         widths = self.widths()
         return [Group(start, end, max(widths[start:end], default=0)) for start, end in pairwise([*starts, num_slots])]
 
     def groups_with_room(self) -> list[Group]:
-        """Return the groups of all slots, as wide as they will be in some steps."""
+        """Return the groups of all slots, each with columns for the next steps too."""
         return [
             group._replace(width=min(aligned(group.width + MIN_ROOM - 1), self.room))
             for group in self.groups(self.num_prompts)
@@ -155,9 +156,10 @@ class Prefill:
         cache, width = self.cache, key.shape[2]
         first = self.slots.get(layer, len(cache.positions))
         self.slots[layer] = first + len(key)
+        cache.make_room(width)  # the first group has the longest prompts
         if layer == len(cache.layers):
-            cache.layers.append(key.new_zeros(2, cache.num_prompts, key.shape[1], 0, key.shape[3]))
-        for part, new in zip(cache.grow(layer, width), (key, value), strict=True):
+            cache.layers.append(key.new_zeros(2, cache.num_prompts, key.shape[1], cache.room, key.shape[3]))
+        for part, new in zip(cache.layers[layer], (key, value), strict=True):
             part[first : first + len(new), :, :width] = new
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 

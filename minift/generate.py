@@ -24,7 +24,7 @@ from minift.prepacked import prepacked
 from minift.replay import decode
 
 Completions = list[list[list[int]]]  # for each prompt, the new ids of each of its samples
-MIN_FREE = 1 / 8  # of the batch, before prompts enter: a prefill reads all weights, too slow for a single prompt
+MIN_FREE = 1 / 8  # of the batch before prompts enter: a prefill reads all weights, too slow for a single prompt
 
 
 @dataclass(frozen=True)

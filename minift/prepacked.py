@@ -4,7 +4,7 @@ To pack a weight is to copy it into blocks, in the order in which the processor 
 product. With thousands of rows that hardly counts, but it takes as long as a product with eight rows. oneDNN, torch's
 library for products on a CPU, can keep the packed copy. The weight is then called prepacked.
 
-On a GPU nothing is prepacked. But one product with the weights of queries, keys and values is faster there than three.
+Queries, keys and values become one product, which is faster than three. On a GPU that is all: nothing is prepacked.
 """
 
 from collections.abc import Callable, Iterator
@@ -84,7 +84,7 @@ def is_on_gpu(weight: Tensor) -> bool:
 
 @torch.no_grad()
 def product(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """Return the function x `(N, in)` → x Wᵀ + b `(N, out)` with a prepacked copy of W, on a GPU with W."""
+    """Return the function x `(N, in)` → x Wᵀ + b `(N, out)` with a prepacked copy of W; on a GPU with W itself."""
     if is_on_gpu(weight):
         return lambda hidden: F.linear(hidden, weight, bias)
     # These operations of torch are not public. Its compiler, Inductor, calls them in the same way.

@@ -2,8 +2,8 @@
 
 A step starts hundreds of small kernels, and a GPU finishes each sooner than Python starts the next one. A graph starts
 all of them with one call. It repeats the same kernels on the same memory, so every slot of the cache takes part, in use
-or not, and every row of a group is as long as there is room; a mask hides what is not there. When the rows have become
-longer than that, the step is recorded anew.
+or not, and attention reads a fixed number of columns of each; a mask hides what a row does not see. When more columns
+are needed, the step is recorded anew.
 """
 
 import torch
@@ -22,7 +22,7 @@ def decode(model: OPT, cache: KVCache, newest: list[int]) -> Tensor:
 
     Afterwards the cache has them.
     """
-    columns = cache.place().flatten()  # (R,)
+    columns = cache.choose_columns().flatten()  # (R,)
     positions = torch.tensor(cache.positions).repeat_interleave(cache.rows_per_prompt)
     inputs = torch.stack((torch.tensor(newest), positions, columns))  # (3, R)
     cache.positions = [position + 1 for position in cache.positions]
@@ -40,12 +40,14 @@ def decode_step(model: OPT, cache: KVCache, inputs: Tensor, is_seen: Tensor, gro
     """
     newest, positions, columns = inputs
     step = DecodeStep(cache, columns.view(-1, cache.rows_per_prompt), is_seen, groups)
-    rows = torch.arange(len(newest)).view(-1, cache.rows_per_prompt)  # to attention, a slot is a row of new tokens
+    rows = torch.arange(len(newest)).view(
+        -1, cache.rows_per_prompt
+    )  # in attention a slot is one row, of the rows' newest tokens
     return model.logits(model(newest, positions, rows, step)).float()
 
 
 def can_record(weight: Tensor) -> bool:
-    """Return whether the decode steps of a model with this weight can be recorded: on CUDA, if it is not sharded."""
+    """Return whether the decode steps of a model with this weight can be recorded: on CUDA, whole, no autocast."""
     return is_on_gpu(weight) and not torch.is_autocast_enabled("cuda")
 
 

@@ -412,6 +412,19 @@ def test_columns_that_no_row_sees_are_used_again() -> None:
         rows, logits = [list(rows[parent]) for parent in parents], logits[parents]
 
 
+def test_a_move_copies_no_more_columns_than_the_moved_slot_has() -> None:
+    """A long prompt in another slot made each move copy as many columns as it has."""
+    cache = KVCache(3)
+    cache.make_room(50)
+    cache.layers = [torch.arange(2 * 3 * cache.room).double().view(2, 3, 1, cache.room, 1)]
+    cache.enter([50, 8, 6])
+    before = cache.layers[0].clone()
+    cache.reorder([0, 2])
+    assert torch.equal(cache.layers[0][:, 1, :, :6], before[:, 2, :, :6])
+    assert torch.equal(cache.layers[0][:, 1, :, 6:], before[:, 1, :, 6:])
+    assert cache.positions == [50, 6] and cache.widths() == [50, 6]
+
+
 @both_architectures
 def test_recorded_steps_generate_the_same(architecture: str, request: pytest.FixtureRequest) -> None:
     """All slots take part in a recorded step: those never used, those left, and those with new rows."""

@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         matrix, memory = (f"{about[f'{bound}_rate'] / 1e9:,.0f}" for bound in ("matrix", "memory"))
         print(f"{args.shape} shape, {args.dtype}, {about['machine']}, {matrix} GFLOP/s of matrix")
         print(f"products, {memory} GB/s; {', '.join(map(' '.join, about['versions'].items()))}", flush=True)
-        head = ["a second", "minift", "other", "ratio", "of a round", "GiB", "other", "ratio", "of the matrix rate"]
+        head = ["a second", "minift", "other", "ratio", "of a round", "GiB", "other", "ratio", "share"]
         if args.profile:
             for line in bench.lines():
                 work, _ = bench.fastest("ours", line.work)
@@ -334,7 +334,7 @@ class Bench:
     def products_alone(self, work: Work) -> tuple[int, float | None]:
         """Return the operations of minift's matrix products, and the share of the matrix rate that they reach alone.
 
-        In training they are those of two steps. On a GPU nothing is measured.
+        In training they are those of two steps and the evaluation after them. On a GPU nothing is measured.
         """
         if self.on_gpu:
             return 0, None
@@ -603,7 +603,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=whole_number(1), nargs="+", default=[REFERENCE_ROWS], help="sizes of the data up to the first "
         f"step; trl reads {REFERENCE_ROWS:,} at most (%(default)s)")  # fmt: skip
     add("--profile", action="store_true", help="print which operators minift's time goes to, instead of timing")
-    add("--no-memory", dest="memory", action="store_false", help="do not measure memory: a third less time")
+    add(
+        "--no-memory",
+        dest="memory",
+        action="store_false",
+        help="do not start processes of generation to measure their memory",
+    )
     add("--out", metavar="FILE", help="JSON (runs/bench/, named by date and shape)")
     return parser
 
