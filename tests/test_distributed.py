@@ -175,6 +175,12 @@ def test_a_rank_that_is_killed_ends_the_run_and_restarts_go_on_from_the_last_che
     assert ".cc:" not in lines[0]  # gloo's own source
     assert json.loads((tmp_path / "ended" / "checkpoints" / "steps.json").read_text())["last"] == 3
 
+    (tmp_path / "killed.py").write_text(KILLED.replace('"RANK"] == "1"', '"RANK"] == "0"'))
+    process = start(2, tmp_path / "killed.py", *flags, "--out", tmp_path / "ended-0")
+    _, errors = finish(process)
+    assert process.returncode == 1
+    lines = [line for line in errors.splitlines() if "error: the machine failed" in line]
+    assert len(lines) == 1 and lines[0].startswith("rank 1: error: the machine failed: another rank has ended"), errors
     process = start(2, tmp_path / "killed.py", *flags, "--out", tmp_path / "restarted", restarts=1)
     _, errors = finish(process)
     assert process.returncode == 0, errors[-3000:]

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from minift.errors import UserError
 from minift.files.text import say, target_of
+from minift.run import ranks
 from minift.run.interrupts import interrupt_with, leave, on_signals
 from minift.run.ranks import RANK, lost_rank
 
@@ -22,7 +23,7 @@ from minift.run.ranks import RANK, lost_rank
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 EXAMPLES = "examples:"
-SECONDS_FOR_RANK_0 = {"error": 5, "signal": 1}  # to print its line before other ranks end
+SECONDS_FOR_RANK_0 = {"error": 5, "signal": 1}  # to print its line before other ranks print theirs or end
 LONGEST_WORD = 340  # characters of a value or path in a message; of a longer one only the beginning is printed
 
 
@@ -136,7 +137,7 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as error:
         number, line = error.args or (signal.SIGINT, "interrupted")
         if RANK > 0:  # a signal ends all ranks, and rank 0 says so
-            _wait_for_rank_0("signal")
+            _wait_for_rank_0("signal", 128 + number)
             sys.exit(128 + number)
         _exit(128 + number, line)
     except BrokenPipeError:
@@ -149,6 +150,7 @@ def run_command(main: Callable[[], None]) -> None:
         if fault := _fault(error):
             _exit(1, f"error: {fault}")
         sys.stderr = sys.__stderr__  # for the traceback, on every rank
+        ranks.speak()
         raise
 
 
@@ -169,15 +171,24 @@ def _fault(error: Exception) -> str:
 
 def _exit(status: int, line: str) -> NoReturn:
     if RANK > 0:  # most errors are rank 0's too; then this process prints nothing
-        _wait_for_rank_0("error")
+        _wait_for_rank_0("error", status)
         sys.stderr, line = sys.__stderr__, f"rank {RANK}: {line}"
     line = re.sub(r"\s*[\n\r]\s*", " ", line.strip())
     # Of a word of 60 + LONGEST_WORD characters or more, print the first 60; the punctuation after it stays.
     say(re.sub(rf"(\S{{60}})\S{{{LONGEST_WORD},}}?(?=[:,;]?(\s|$))", r"\1…", line), sys.stderr)
+    ranks.speak()
     sys.exit(status)
 
 
-def _wait_for_rank_0(event: str) -> None:
-    """Give rank 0 time to print its line and end; torchrun then ends this process too."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(SECONDS_FOR_RANK_0[event])
+def _wait_for_rank_0(event: str, status: int) -> None:
+    """Give rank 0 time to print its line, and then end with the status; return if it has printed none.
+
+    torchrun ends all processes as soon as one has ended. Rank 0 may have been killed, so after an error this one stays.
+    """
+    can_ask = ranks.store is not None and event == "error"
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if can_ask else signal.SIG_DFL)
+    until = time.monotonic() + SECONDS_FOR_RANK_0[event]
+    while time.monotonic() < until:
+        if can_ask and ranks.has_spoken():
+            sys.exit(status)
+        time.sleep(0.1)

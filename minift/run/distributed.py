@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minift.run import ranks
 from minift.run.ranks import IS_ONE_MACHINE, NUM_RESTARTS, RANK, WORLD_SIZE, lost_rank
 from minift.trainer import Ranks
 
@@ -33,6 +34,7 @@ def join(device: torch.device) -> None:
             store, rank, size = next(dist.rendezvous("env://"))
             if IS_ONE_MACHINE:  # torchrun keeps its store: after a restart the addresses of ended processes are in it
                 store = dist.PrefixStore(f"restart {NUM_RESTARTS}", store)
+            ranks.store = store
             dist.init_process_group("nccl" if is_gpu else "gloo", store=store, rank=rank, world_size=size)
 
 

@@ -10,6 +10,7 @@ from tests.compare import Check, Difference
 
 # The reference's curve is broad and pale, and minift's is thin and on top, so that both show where they coincide.
 OWN_STYLE = """
+.wide { overflow-x: auto; }
 path.trl { stroke: var(--train); stroke-width: 6; stroke-linecap: round; } span.trl::before { color: var(--train); }
 path.minift { stroke: var(--smooth); } span.minift::before { color: var(--smooth); }
 path.distance { stroke: var(--eval); } circle.distance { fill: var(--eval); } figcaption span { margin-left: .8rem; }
