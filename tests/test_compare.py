@@ -127,8 +127,8 @@ def test_inputs_of_a_relu_on_different_sides_are_found(
     assert len(own[0]) == 1
 
 
-@pytest.mark.parametrize("differs, agrees", [(1, True), (2, False)])
-def test_only_a_step_that_jumps_is_left_out_of_the_norms(differs: int, agrees: bool) -> None:
+@pytest.mark.parametrize("differs, others", [(1, "0.0e+00"), (2, "2.5e-02")])
+def test_a_step_that_jumps_is_named_and_counts_in_the_norms(differs: int, others: str) -> None:
     training = importlib.import_module("tests.compare.training")
     steps = [{"grad_norm": 4.0, "logged_grad_norm": 3.0} for _ in range(3)]
     theirs = training.Outcome(steps, {}, {}, {1: {(0, "layers.0.fc1", 7): True}})
@@ -137,8 +137,18 @@ def test_only_a_step_that_jumps_is_left_out_of_the_norms(differs: int, agrees: b
 
     check = training.compare_norms("sft", training.ONE_EPOCH, "3 steps", ours, theirs)
 
-    assert check.agrees == agrees
-    assert check.on == "2 of 3 steps" and "step 2 (" in check.note and "2.5e-01 from it" in check.note
+    assert not check.agrees and check.difference == pytest.approx(0.025) and check.on == "3 steps"
+    assert f"0 in step 2 (other steps: {others})" in check.note and "2.5e-01 from it" in check.note
+
+
+def test_all_steps_may_jump() -> None:
+    training = importlib.import_module("tests.compare.training")
+    theirs = training.Outcome(
+        [{"grad_norm": 4.0, "logged_grad_norm": 3.0}], {}, {}, {0: {(0, "layers.0.fc1", 7): True}}
+    )
+    ours = theirs._replace(sides={0: {(0, "layers.0.fc1", 7): False}})
+    check = training.compare_norms("sft", training.ONE_EPOCH, "1 step", ours, theirs)
+    assert check.agrees and check.note.endswith("different sides of 0 in step 1")
 
 
 def test_ten_faults_are_planted() -> None:

@@ -40,9 +40,8 @@ gradient jumps at 0, so on some machines rounding alone can move the final weigh
 
 minift's gradient norm is compared with the float64 norm of trl's own gradient, taken before trl clips it. It is not
 compared with the norm that trl logs, which is torch's: in float32 that has an error of its own. The note says how large
-it is, and the deliberate differences show the numbers. A step is left out if an input of a ReLU, less than 1e-5 from 0
-in both models, is positive in one of them only: there the gradient jumps. The note names these steps and the largest
-difference in them.
+it is, and the deliberate differences show the numbers. The gradient of a ReLU jumps at 0: the note names the steps in
+which an input, less than 1e-5 from 0 in both models, is positive in one of them only. They count like all others.
 
 {facts}
 
